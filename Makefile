@@ -1,0 +1,62 @@
+# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+# One pytest worker per core is the limit; each loads torch (about 0.5 GB).
+PYTEST_ARGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The stamp holds the folder it was written in: an environment whose checkout was moved or copied
+# still imports the code of the old place, and one whose base interpreter is gone cannot start.
+ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && echo starts),$(CURDIR) starts)
+UNUSABLE := rebuild
+endif
+
+.PHONY: help venv demo test lint format clean rebuild
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: venv  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
+	@$(BIN)/python examples/demo.py
+
+test: lint  ## lint, types and tests: what CI runs
+	@echo "test: mypy"
+	@$(BIN)/python -m mypy
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv  ## check style and formatting
+	@echo "lint: ruff"
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+
+format: venv  ## fix what ruff can fix, and format
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+clean:  ## remove the environment, caches and build products (not ./outputs)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(STAMP)
+
+# The stamp goes first and comes back last, so that an interrupted install leaves none and the next
+# run starts over; a changed pyproject.toml or constraints.txt updates the environment in place.
+# torch is installed by itself and by exact version, before anything can ask for just "torch": a
+# machine's own wheel (CPU builds are "2.x.y+cpu") is then taken where its pip settings offer one.
+$(STAMP): pyproject.toml constraints.txt $(UNUSABLE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "venv: fusion_upcycle needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+	       "Name another one: make venv PYTHON=python3.12" >&2; exit 1; }
+	@rm -f $@
+	@echo "venv: $$($(PYTHON) -V) in $(VENV)"
+	@$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
+	@torch=$$(grep '^torch==' constraints.txt); echo "venv: installing $$torch"; \
+	  $(BIN)/python -m pip install -qq -c constraints.txt $$torch
+	@echo "venv: installing fusion_upcycle and its other dependencies"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots]'
+	@echo $(CURDIR) > $@
+	@echo "venv: ready"

@@ -1,0 +1,43 @@
+"""Turn trained models into sparse Mixture-of-Experts models, exactly, in little memory.
+
+    from fusion_upcycle import upcycle
+    upcycle("path/to/llama", "path/to/moe", num_experts=8, experts_per_token=2)
+
+Names are imported on first use, so that `import fusion_upcycle` and `--help` stay quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusion_upcycle.convert import upcycle
+    from fusion_upcycle.experts import DuplicationPlan, Expert
+    from fusion_upcycle.method import (
+        MixtralForCausalLMUpscalingAlgorithm,
+        MixtralUpscalingAlgorithm,
+    )
+    from fusion_upcycle.options import UpcyclingOptions
+
+_HOME = {
+    "DuplicationPlan": "fusion_upcycle.experts",
+    "Expert": "fusion_upcycle.experts",
+    "MixtralForCausalLMUpscalingAlgorithm": "fusion_upcycle.method",
+    "MixtralUpscalingAlgorithm": "fusion_upcycle.method",
+    "UpcyclingOptions": "fusion_upcycle.options",
+    "upcycle": "fusion_upcycle.convert",
+}
+
+__all__ = [
+    "DuplicationPlan",
+    "Expert",
+    "MixtralForCausalLMUpscalingAlgorithm",
+    "MixtralUpscalingAlgorithm",
+    "UpcyclingOptions",
+    "upcycle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fusion_upcycle' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

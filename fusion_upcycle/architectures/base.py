@@ -1,0 +1,195 @@
+"""What one MoE family is: accepted dense models, config mapping, tensor names, routing."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fusion_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: (parameter name in the live model, index into it; () is the whole parameter)
+LiveSlot = tuple[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class DenseLayout:
+    """File names of a dense FFN, relative to its decoder layer: part of `Expert` -> name."""
+
+    ffn: Mapping[str, str]
+    #: Name endings of buffers that old checkpoints carry and every model recomputes.
+    derived: tuple[str, ...]
+
+
+#: Llama's layout, which most decoder families share.
+LLAMA_LAYOUT = DenseLayout(
+    ffn={
+        "gate_proj_FD": "mlp.gate_proj.weight",
+        "up_proj_FD": "mlp.up_proj.weight",
+        "down_proj_DF": "mlp.down_proj.weight",
+    },
+    derived=("rotary_emb.inv_freq",),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One MoE family. All names are those of the checkpoint *files*, relative to a decoder layer.
+
+    Attributes:
+        name: the family's `model_type`.
+        dense: accepted dense `model_type` -> layout of its files.
+        convert_config: (dense config, num_experts, experts_per_token, fields the user says have no
+            effect) -> config of the MoE; raises `UpcyclingError` naming what cannot be expressed.
+        expert_names: part of `Expert` -> name with an `{expert}` placeholder. The classic names,
+            one tensor per expert and matrix, which vLLM and llama.cpp read.
+        router_name: name of the router weight [E, D].
+        experts_field: the config's own name for the number of experts.
+        experts_module: the live module that holds all experts packed.
+        router_module: the live module of the router.
+    """
+
+    name: str
+    dense: Mapping[str, DenseLayout]
+    convert_config: Callable[["PreTrainedConfig", int, int, Collection[str]], "PreTrainedConfig"]
+    expert_names: Mapping[str, str]
+    router_name: str
+    experts_field: str
+    experts_module: str
+    router_module: str
+
+    def live_slot(self, file_name: str, intermediate_size: int) -> LiveSlot:
+        """Where a tensor of the file lives in transformers' in-memory layout.
+
+        Experts are packed there: `gate_up_proj` [E, 2F, D] with the gate rows first, and
+        `down_proj` [E, D, F]. Every other tensor keeps its name, or is the router.
+        """
+        head, dot, tail = file_name.partition("layers.")
+        layer, _, relative = tail.partition(".")
+        if not dot or not layer.isdigit():
+            return file_name, ()
+        prefix = f"{head}layers.{layer}."
+        if relative == self.router_name:
+            return f"{prefix}{self.router_module}.weight", ()
+        for part, pattern in self.expert_names.items():
+            before, after = pattern.split("{expert}")
+            if relative.startswith(before) and relative.endswith(after):
+                expert = int(relative[len(before) : len(relative) - len(after)])
+                experts, size = f"{prefix}{self.experts_module}.", intermediate_size
+                if part == "down_proj_DF":
+                    return f"{experts}down_proj", (expert,)
+                rows = slice(0, size) if part == "gate_proj_FD" else slice(size, 2 * size)
+                return f"{experts}gate_up_proj", (expert, rows)
+        return file_name, ()
+
+
+def carry_fields(
+    source: "PreTrainedConfig",
+    *,
+    target: str,
+    carried: Sequence[str],
+    required: Mapping[str, tuple[Any, str]],
+    no_effect: Collection[str],
+    ignored: Collection[str],
+) -> dict[str, Any]:
+    """Sort the fields of `source` into carried, required, and without effect; refuse the rest.
+
+    Args:
+        carried: fields copied under the same name.
+        required: field -> (the only value that `target` can express, remedy).
+        no_effect: fields that change no forward pass.
+        ignored: fields that the user declares to be without effect.
+
+    Returns:
+        The carried fields that the source has.
+    """
+    fields = {name: value for name, value in source.to_dict().items() if value is not None}
+    family = source.model_type
+    result = {}
+    for name, value in fields.items():
+        if name in carried:
+            result[name] = value
+        elif name in required:
+            only, remedy = required[name]
+            if value != only:
+                raise UpcyclingError(
+                    f"config.json of the {family} source: {name}={value!r} cannot be expressed by "
+                    f"{target} (only {only!r} can). {remedy}"
+                )
+        elif name not in no_effect and name not in ignored:
+            raise UpcyclingError(
+                f"config.json of the {family} source: unknown field {name}={value!r}; {target} may "
+                "not express what it does. If it changes nothing in the forward pass, remove it "
+                f"or pass ignore_config_fields=[{name}]."
+            )
+    return result
+
+
+#: Fields of every transformers config that do not touch a causal LM's forward pass.
+NO_EFFECT = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+
+#: Fields that no conversion of ours can honour, whatever the family.
+REQUIRED = {
+    "chunk_size_feed_forward": (0, "Set it to 0."),
+    "is_encoder_decoder": (False, "Only decoder models can be upcycled."),
+    "quantization_config": (
+        None,
+        "The checkpoint is quantised: upcycle the unquantised one, or dequantise it first "
+        "(model.dequantize() and save_pretrained in transformers).",
+    ),
+    "auto_map": (
+        None,
+        "The model wants code from its repository to be run, which is never done here. If its "
+        "code equals transformers' own class, remove auto_map from config.json.",
+    ),
+}
+
+
+#: Noise of every transformers config: no reader of a causal LM looks at it.
+_NOT_WRITTEN = frozenset(
+    {
+        "_name_or_path",
+        "chunk_size_feed_forward",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+    }
+)
+
+
+def readable_config(config: "PreTrainedConfig") -> dict[str, Any]:
+    """`config.json` in the spellings of transformers 5 and of older readers, both at once.
+
+    transformers 5 writes `rope_parameters` and `dtype`; older readers (transformers 4, vLLM,
+    llama.cpp) look for `rope_theta`, `rope_scaling` and `torch_dtype`.
+    """
+    data = {key: value for key, value in config.to_dict().items() if key not in _NOT_WRITTEN}
+    rope = data.get("rope_parameters")
+    if rope:
+        data["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            data["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if data.get("dtype") is not None:
+        data["torch_dtype"] = data["dtype"]
+    return data

@@ -1,0 +1,75 @@
+"""What transformers itself expects of a model: the oracle for completeness, on the meta device."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fusion_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The class that `config.architectures[0]` names, parameters on the meta device.
+
+    Buffers (rotary frequencies) are real, so that the model can run once it is given weights.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return getattr(transformers, class_name(config))._from_config(config)
+
+
+def class_name(config: "PreTrainedConfig") -> str:
+    """The model class that a config is of."""
+    assert config.architectures and len(config.architectures) == 1, config.architectures
+    return config.architectures[0]
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """What a checkpoint folder of a model holds, in transformers' classic per-expert names.
+
+    Attributes:
+        shapes: tensor name -> shape, tied tensors once.
+        tied: second names of tied tensors -> first name (`lm_head.weight` -> the embeddings).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+
+
+def file_layout(config: "PreTrainedConfig") -> FileLayout:
+    """The files' layout by transformers' own class and its own way of saving."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = empty_model(config)
+    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return FileLayout({n: tuple(t.shape) for n, t in tensors.items() if n not in tied}, tied)
+
+
+def target_class(source: "PreTrainedConfig", target: "PreTrainedConfig") -> str:
+    """The target's class for the source's: causal LM to causal LM, backbone to backbone.
+
+    Raises:
+        UpcyclingError: the source is neither (a classifier, say).
+    """
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not source.architectures:
+        raise UpcyclingError(
+            "The source's config.json does not say what class the model is. Add "
+            f'"architectures": ["{causal[source.model_type]}"].'
+        )
+    source_class = class_name(source)
+    for names in (causal, modeling_auto.MODEL_MAPPING_NAMES):
+        if names.get(source.model_type) == source_class:
+            return str(names[target.model_type])
+    raise UpcyclingError(
+        f"The source is a {source_class}, as its config.json says (architectures). Only causal "
+        f"language models and backbones can be upcycled: {causal[source.model_type]}, "
+        f"{modeling_auto.MODEL_MAPPING_NAMES[source.model_type]}."
+    )

@@ -1,0 +1,40 @@
+"""A live MoE model seen through the names of its checkpoint files: to read, and to fill."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.layout import FileLayout
+from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LiveTensors:
+    """The parameters of a live model as a `TensorSource` in the file layout.
+
+    Tensors are views of the parameters: writing to them fills the model.
+    """
+
+    def __init__(self, model: "PreTrainedModel", architecture: Architecture, layout: FileLayout):
+        self._architecture = architecture
+        self._parameters = dict(model.named_parameters())
+        self._intermediate_size = model.config.intermediate_size
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(self.tensor(name).dtype, shape)
+            for name, shape in layout.shapes.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        parameter, index = self._architecture.live_slot(name, self._intermediate_size)
+        whole = self._parameters[parameter].detach()
+        return whole[index] if index else whole
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        yield from self.tensor(name).view(-1).split(CHUNK_ELEMENTS)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Nothing to give back: the model owns its memory."""

@@ -1,0 +1,197 @@
+"""Reading a checkpoint folder: safetensors files mapped into memory, pages released behind us.
+
+The safetensors library maps files too, but keeps every page that was read resident; conversion of
+a model larger than the machine needs to give pages back. The format is 8 bytes of header length,
+a JSON header, and the bytes; parsed here, with all that a hostile or damaged file can get wrong.
+"""
+
+import json
+import mmap
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, DTYPES, TensorSpec
+from fusion_upcycle.errors import UpcyclingError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes are: file, and offsets from the start of that file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+class CheckpointReader:
+    """A folder of safetensors shards as a `TensorSource`.
+
+    Args:
+        folder: a local folder with `model.safetensors`, or shards and their index.
+
+    Raises:
+        UpcyclingError: missing, truncated, inconsistent, quantised or pickled files, by name.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._places: dict[str, _Place] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        weight_map = _weight_map(folder)
+        for file in sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]:
+            names = self._open(file)
+            if weight_map:
+                listed = {name for name, where in weight_map.items() if where == file}
+                if names != listed:
+                    raise UpcyclingError(
+                        f"{folder / file} and {INDEX_FILE} disagree: in the index only "
+                        f"{sorted(listed - names)[:3]}, in the file only "
+                        f"{sorted(names - listed)[:3]}. Download the folder again."
+                    )
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor as a view of the mapped file: never write to it."""
+        spec, place = self.specs[name], self._places[name]
+        return self._view(place, spec.dtype, place.start, spec.numel).view(spec.shape)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Flat pieces in order; each piece's pages are released when the next is asked for."""
+        spec, place = self.specs[name], self._places[name]
+        for first in range(0, spec.numel, CHUNK_ELEMENTS):
+            start = place.start + first * spec.dtype.itemsize
+            count = min(CHUNK_ELEMENTS, spec.numel - first)
+            yield self._view(place, spec.dtype, start, count)
+            self._release(place.file, start, start + count * spec.dtype.itemsize)
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            place = self._places[name]
+            self._release(place.file, place.start, place.stop)
+
+    def _view(self, place: _Place, dtype: torch.dtype, start: int, count: int) -> Tensor:
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        with warnings.catch_warnings():
+            # The map is read-only on purpose; torch only warns that writing would crash.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._maps[place.file], dtype=dtype, count=count, offset=start)
+
+    def _release(self, file: str, start: int, stop: int) -> None:
+        """Drop the pages that lie wholly or partly in the range; the file still backs them."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > first:
+            self._maps[file].madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+    def _open(self, file: str) -> set[str]:
+        path = self.folder / file
+        if not path.is_file():
+            raise UpcyclingError(
+                f"{path} is missing, though {INDEX_FILE} names it. Download the folder again."
+            )
+        size = path.stat().st_size
+        header, data_start = _read_header(path, size)
+        if size != (expected := data_start + _data_bytes(path, header)):
+            raise UpcyclingError(
+                f"{path} has {size:,} bytes, its header says {expected:,}: it is truncated or "
+                "damaged. Download it again."
+            )
+        with path.open("rb") as handle:
+            self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        for name, entry in header.items():
+            if name in self.specs:
+                raise UpcyclingError(
+                    f"Tensor {name} is in {self._places[name].file} and in {file} of "
+                    f"{self.folder}. Keep one."
+                )
+            start, stop = entry["data_offsets"]
+            self.specs[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self._places[name] = _Place(file, data_start + start, data_start + stop)
+        return set(header)
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise UpcyclingError(
+                f"{path} is not a whole safetensors file: its header is cut off. Download it again."
+            )
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise UpcyclingError(f"{path} has a damaged safetensors header: {error}.") from error
+    if not isinstance(header, dict):
+        raise UpcyclingError(f"{path} has a damaged safetensors header: not a JSON object.")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _data_bytes(path: Path, header: dict[str, Any]) -> int:
+    """Check every entry of a header that may be hostile; return the end of the data."""
+    end = 0
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UpcyclingError(f"{path}: damaged safetensors entry for tensor {name}: {entry}.")
+        if dtype not in DTYPES:
+            raise UpcyclingError(
+                f"{path}: tensor {name} has dtype {dtype}, probably quantised. Upcycle the "
+                f"unquantised checkpoint; supported: {', '.join(DTYPES)}."
+            )
+        if stop - start != TensorSpec(DTYPES[dtype], tuple(shape)).nbytes:
+            raise UpcyclingError(
+                f"{path}: tensor {name} of shape {shape} does not fill its {stop - start} bytes: "
+                "the file is damaged."
+            )
+        end = max(end, stop)
+    return end
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard file; empty for a single-file checkpoint."""
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if index.is_file() and single.is_file():
+        raise UpcyclingError(
+            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; one of them is stale. Remove it."
+        )
+    if single.is_file():
+        return {}
+    if not index.is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise UpcyclingError(
+                f"{folder} holds pickled weights (.bin/.pt), which can run code when opened. If "
+                'you trust them, convert them once: python -c "from transformers import '
+                f"AutoModelForCausalLM as A; A.from_pretrained('{folder}', dtype='auto')"
+                f".save_pretrained('{folder}-safetensors')\" and copy the tokenizer files over."
+            )
+        raise UpcyclingError(
+            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
+        )
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UpcyclingError(f"{index} is damaged ({error}). Download it again.") from error
+    for file in files:
+        # The index comes from strangers: only plain file names, nothing outside the folder.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise UpcyclingError(f"{index} names {file!r}, which is not a safetensors file name.")
+    if not weight_map:
+        raise UpcyclingError(f"{index} lists no tensors. Download it again.")
+    return weight_map

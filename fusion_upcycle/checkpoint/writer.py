@@ -1,0 +1,238 @@
+"""Writing a checkpoint folder: sharded, one piece of a tensor in memory, atomic, resumable.
+
+Shards are written to a staging folder beside the output, `.NAME.incomplete`, which is renamed to
+the output's name only when the folder is complete and proven. A failure removes it; after a kill
+or a power cut it stays, and the next run of the same conversion keeps its finished shards.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from fusion_upcycle.checkpoint.tensors import DTYPES, TensorSpec
+from fusion_upcycle.errors import UpcyclingError
+
+#: The file by which a folder is known to be an output of ours; holds the plan and the proof.
+RECORD_FILE = "upcycling.json"
+_FINGERPRINT_FILE = "conversion.json"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Room for config, tokenizer and file system overhead beside the tensors.
+_SPARE_BYTES = 64 * 2**20
+
+Chunks = Callable[[str], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written: its name, its tensors in order, and its header."""
+
+    file: str
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def header(self) -> bytes:
+        """8 bytes of length and a JSON header padded to 8 bytes, as safetensors demands."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, spec in self.specs.items():
+            entries[name] = {
+                "dtype": _DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(spec.nbytes for spec in self.specs.values())
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> list[Shard]:
+    """Fill shards in order up to `max_shard_size` (bytes, or "5GB"), named as on the Hub.
+
+    A tensor larger than that gets a shard of its own.
+    """
+    limit = parse_size(max_shard_size)
+    groups: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if groups[-1] and size + spec.nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = spec
+        size += spec.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, groups[0])]
+    return [
+        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from 5GB, 500MB, 2GiB, 1000000, ..."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    text = str(size).strip().upper()
+    number = text.rstrip("BGIKM")
+    try:
+        result = int(float(number) * (units[text[len(number) :]] if text != number else 1))
+    except (KeyError, ValueError, OverflowError):
+        result = 0
+    if result <= 0:
+        raise UpcyclingError(f"max_shard_size={size!r} is not a size such as 5GB or 500MB.")
+    return result
+
+
+@contextmanager
+def staging_folder(
+    output: Path, fingerprint: Mapping[str, object], *, total_bytes: int, overwrite: bool
+) -> Iterator[Path]:
+    """A folder beside `output` that becomes `output` when the block ends without an error.
+
+    Args:
+        output: final path. Must not exist, be empty, or be an earlier output with `overwrite`.
+        fingerprint: identifies the conversion; a left-over staging folder is kept only for it.
+        total_bytes: to be written; checked against the free space first.
+
+    Raises:
+        UpcyclingError: the output exists, the disk is too small, another process is writing.
+    """
+    check_output(output, overwrite=overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".{output.name}.incomplete"
+    lock = FileLock(output.parent / f".{output.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UpcyclingError(f"Another process is writing {output}. Wait for it to end.") from None
+    try:
+        _prepare(staging, fingerprint)
+        _check_free_space(staging, total_bytes)
+        yield staging
+        (staging / _FINGERPRINT_FILE).unlink()
+        _replace(staging, output, overwrite=overwrite)
+    except BaseException:
+        # Not reached when the process is killed: then the finished shards stay for a resume.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse to touch anything that is not a previous output of ours."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / RECORD_FILE).is_file():
+        raise UpcyclingError(
+            f"{output} exists and is not an output of fusion_upcycle (it has no {RECORD_FILE}), "
+            "so it is never overwritten. Choose another output or remove it yourself."
+        )
+    if not overwrite:
+        raise UpcyclingError(f"{output} exists. Pass overwrite=true to replace it.")
+
+
+def write_shards(
+    staging: Path, shards: list[Shard], chunks: Chunks, progress: Callable[[int], object]
+) -> None:
+    """Write every shard that a previous run has not finished, and the index.
+
+    Args:
+        staging: existing folder.
+        chunks: tensor name -> its flat pieces in order.
+        progress: called with the number of bytes just written.
+    """
+    # Flushing a finished shard to the disk overlaps with writing the next one.
+    with ThreadPoolExecutor(1) as flusher:
+        flushes: list[Future[None]] = []
+        for shard in shards:
+            path = staging / shard.file
+            if path.is_file() and path.stat().st_size == shard.nbytes:
+                progress(sum(spec.nbytes for spec in shard.specs.values()))
+                continue
+            part = path.with_suffix(".part")
+            _write_shard(part, shard, chunks, progress)
+            flushes.append(flusher.submit(_flush_and_rename, part, path))
+        for flush in flushes:
+            flush.result()
+    if len(shards) > 1:
+        total = sum(spec.nbytes for shard in shards for spec in shard.specs.values())
+        weight_map = {name: shard.file for shard in shards for name in shard.specs}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(
+    path: Path, shard: Shard, chunks: Chunks, progress: Callable[[int], object]
+) -> None:
+    with path.open("wb", buffering=0) as handle:
+        handle.write(shard.header)
+        for name, spec in shard.specs.items():
+            written = 0
+            for chunk in chunks(name):
+                assert chunk.dtype == spec.dtype, (name, chunk.dtype, spec.dtype)
+                # numpy knows no bfloat16: hand over the bytes
+                data = chunk.contiguous().view(torch.uint8).numpy().data
+                while data:  # a raw write may take less than it was given
+                    data = data[handle.write(data) :]
+                written += chunk.nbytes
+                progress(chunk.nbytes)
+            assert written == spec.nbytes, (name, written, spec)
+
+
+def _flush_and_rename(part: Path, path: Path) -> None:
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    part.rename(path)
+
+
+def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
+    """Keep a left-over staging folder of the same conversion; else start with an empty one."""
+    text = json.dumps(fingerprint, indent=2, sort_keys=True)
+    record = staging / _FINGERPRINT_FILE
+    if staging.exists() and any(staging.iterdir()) and not record.is_file():
+        raise UpcyclingError(f"{staging} exists and was not made here. Remove or rename it.")
+    if record.is_file() and record.read_text() != text:
+        shutil.rmtree(staging)
+    staging.mkdir(exist_ok=True)
+    record.write_text(text)
+    for part in staging.glob("*.part"):
+        part.unlink()
+
+
+def _check_free_space(staging: Path, total_bytes: int) -> None:
+    done = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
+    free = shutil.disk_usage(staging).free
+    if free < (needed := total_bytes - done + _SPARE_BYTES):
+        raise UpcyclingError(
+            f"Not enough free disk at {staging.parent}: {needed / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free. Free some, or choose an output on another disk."
+        )
+
+
+def _replace(staging: Path, output: Path, *, overwrite: bool) -> None:
+    check_output(output, overwrite=overwrite)  # it may have appeared since the start
+    old = output.parent / f".{output.name}.replaced"
+    if (output / RECORD_FILE).is_file():
+        output.rename(old)
+    staging.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

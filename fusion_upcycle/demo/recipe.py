@@ -1,0 +1,33 @@
+"""How the demo models are trained: every number that the result depends on."""
+
+from dataclasses import dataclass
+
+from fusion_upcycle.demo.texts import DOMAINS
+
+BASE = "base"
+MODELS = (BASE, *DOMAINS)  # the base, and one fine-tune per domain
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shape and training of the base and of its fine-tunes; the default is the shipped recipe.
+
+    Learning rates rise linearly over the first ``warmup_share`` of the steps and fall to zero as a
+    cosine. ``base_mix`` is each domain's probability in a base batch, in the order of ``DOMAINS``.
+    """
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    context_length: int = 256  # tokens, which are bytes
+    batch_size: int = 4  # windows of context_length
+    base_steps: int = 850
+    base_mix: tuple[float, float, float] = (0.4, 0.4, 0.2)
+    finetune_steps: int = 200
+    finetune_share: float = 0.3  # of the base's learning rates
+    matrix_learning_rate: float = 0.02  # Muon
+    other_learning_rate: float = 6e-3  # Adam
+    warmup_share: float = 0.05
+    seed: int = 0

@@ -1,0 +1,107 @@
+"""Expert initialisers: pure functions `(expert, generator, **options) -> Expert`.
+
+An initialiser turns the source expert into one new expert. It sees the expert in the source's
+dtype and returns that dtype; casting to the output dtype comes after. To add one: a function here,
+its name in `EXPERT_INITS`, a YAML under `config/method/expert_init/`, a test.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.experts import EXPERT_PARTS, Expert
+
+ExpertInit = Callable[[Expert, Generator], Expert]
+
+
+def copy(expert: Expert, generator: Generator) -> Expert:
+    """The source expert itself: N identical experts compute the dense FFN at step 0."""
+    return expert
+
+
+def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> Expert:
+    """`W + randn * noise_std * std(W)` for each matrix W: breaks the symmetry between copies.
+
+    Args:
+        noise_std: noise relative to the matrix' own standard deviation. 0.001 leaves experts
+            identical for many steps, 0.1 destroys the weights.
+    """
+    if not (math.isfinite(noise_std) and noise_std >= 0):
+        raise UpcyclingError(f"noise_std={noise_std} must be a number >= 0 (default 0.01).")
+
+    def add_noise(weight: Tensor) -> Tensor:
+        exact = weight.to(_compute_dtype(weight))
+        return (exact + _randn(weight, generator) * (noise_std * exact.std())).to(weight.dtype)
+
+    return expert.map(add_noise)
+
+
+def drop(
+    expert: Expert, generator: Generator, *, drop_ratio: float = 0.5, paired: bool = True
+) -> Expert:
+    """Drop-Upcycling (arXiv 2502.19261): re-initialise a share of the neurons.
+
+    `floor(drop_ratio * F)` neurons are drawn; their rows of gate and up and columns of down are
+    redrawn from N(mean, std) of the dropped slice of that same matrix.
+
+    Args:
+        drop_ratio: share of neurons, 0 <= r <= 1.
+        paired: the same neurons in all three matrices, as the paper says; False draws them for
+            each matrix, as the authors' code does (at 0.5, 12.5 % of neurons keep all parts).
+    """
+    if not 0 <= drop_ratio <= 1:
+        raise UpcyclingError(f"drop_ratio={drop_ratio} must be between 0 and 1 (default 0.5).")
+    neurons = expert.gate_proj_FD.shape[0]
+    dropped = math.floor(drop_ratio * neurons)
+
+    def draw_indices() -> Tensor:
+        return torch.randperm(neurons, generator=generator)[:dropped]
+
+    shared = draw_indices()
+
+    def redraw(part: str) -> Tensor:
+        weight = getattr(expert, part)
+        indices = shared if paired else draw_indices()
+        if dropped == 0:
+            return weight
+        axis = 1 if part == "down_proj_DF" else 0
+        old = weight.index_select(axis, indices).to(_compute_dtype(weight))
+        # correction=0: the spread of the slice itself, defined for a single value too
+        new = old.mean() + _randn(old, generator) * old.std(correction=0)
+        return weight.clone().index_copy_(axis, indices, new.to(weight.dtype))
+
+    return Expert(*(redraw(part) for part in EXPERT_PARTS))
+
+
+def permute(expert: Expert, generator: Generator) -> Expert:
+    """One permutation of the neurons, applied to gate, up and down together.
+
+    The function is kept exactly (up to the order of a sum); the experts differ as points in
+    parameter space. Permuting each matrix by itself would destroy the function and is not offered.
+    """
+    order = torch.randperm(expert.gate_proj_FD.shape[0], generator=generator)
+    return Expert(
+        expert.gate_proj_FD[order], expert.up_proj_FD[order], expert.down_proj_DF[:, order]
+    )
+
+
+EXPERT_INITS: dict[str, Callable[..., Expert]] = {
+    "copy": copy,
+    "noise": noise,
+    "drop": drop,
+    "permute": permute,
+}
+
+#: Initialisers whose experts compute the same function as their source expert.
+FUNCTION_PRESERVING: frozenset[Callable[..., Expert]] = frozenset({copy, permute})
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _randn(like: Tensor, generator: Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=_compute_dtype(like))

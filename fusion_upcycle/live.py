@@ -1,0 +1,99 @@
+"""Sparse upcycling in memory: from a live dense model to a live Mixture-of-Experts model."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.initialization import no_init_weights
+
+from fusion_upcycle.architectures.layout import class_name, file_layout
+from fusion_upcycle.architectures.live import LiveTensors
+from fusion_upcycle.checkpoint.reader import CheckpointReader
+from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.options import UpcyclingOptions
+from fusion_upcycle.output import Converted, OutputOptions, write_output
+from fusion_upcycle.upcycling import Upcycling, plan_upcycling
+from fusion_upcycle.verification import Proof, prove
+from fusion_upcycle.verification.tensors import check_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plan_live(dense: "PreTrainedModel", options: UpcyclingOptions) -> Upcycling:
+    """Plan the conversion of a live model; its own dtype counts, not that of its config."""
+    config = copy.deepcopy(dense.config)
+    config.architectures = [type(dense).__name__]
+    config.dtype = dense.dtype
+    return plan_upcycling(StateDictSource(dense.state_dict()), config, options)
+
+
+def build_live(
+    upcycling: Upcycling, dense: "PreTrainedModel", *, mode: str, tokenizer_file: Path | None = None
+) -> tuple["PreTrainedModel", Proof]:
+    """Fill transformers' own class with the planned tensors, and prove the result.
+
+    Args:
+        upcycling: made by `plan_live(dense, ...)`.
+        dense: the source; the result gets its device, mode and generation config.
+        mode: of the proof.
+        tokenizer_file: `tokenizer.json` for the proof's tokens.
+    """
+    model_class = getattr(transformers, class_name(upcycling.config))
+    config = copy.deepcopy(upcycling.config)
+    with no_init_weights(), dense.device:
+        moe = model_class._from_config(
+            config, dtype=upcycling.dtype, attn_implementation=dense.config._attn_implementation
+        )
+    live = LiveTensors(moe, upcycling.architecture, file_layout(upcycling.config))
+    # Nothing is initialised: what is not filled below would be uninitialised memory.
+    assert sum(s.numel for s in live.specs.values()) == sum(p.numel() for p in moe.parameters())
+    with torch.no_grad():
+        for name in upcycling.specs:
+            for made, place in zip(upcycling.chunks(name), live.chunks(name), strict=True):
+                place.copy_(made)
+    if dense.can_generate():
+        moe.generation_config = copy.deepcopy(dense.generation_config)
+    moe.train(dense.training)
+    proof = prove(
+        upcycling,
+        live,
+        mode=mode,
+        tokenizer_file=tokenizer_file,
+        models=lambda: (dense, moe),
+    )
+    return moe, proof
+
+
+def save_live(
+    upcycling: Upcycling,
+    proof: Proof,
+    output: Path,
+    *,
+    source: dict[str, Any],
+    companions: Callable[[Path], list[str]],
+    options: OutputOptions,
+) -> Converted:
+    """Write the folder of a live conversion, through the same writer as a streamed one.
+
+    Args:
+        proof: of the live model; every tensor of the folder is compared with it again.
+        companions: writes tokenizer and generation files into the folder, returns their names.
+    """
+
+    def prove_written(folder: Path, progress: Callable[[int], object]) -> Proof:
+        if proof.mode != "none":
+            check_tensors(upcycling, CheckpointReader(folder), progress)
+        return proof
+
+    return write_output(
+        upcycling,
+        output,
+        source=source,
+        companions=companions,
+        prove=prove_written,
+        options=options,
+    )

@@ -1,0 +1,220 @@
+"""Sparse upcycling of Llama and Mistral to Mixtral, under FusionBench's own class names."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.mixins import auto_register_config
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.convert import upcycle
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.live import build_live, plan_live, save_live
+from fusion_upcycle.method.pool import pooled_folder, require_pretrained, tokenizer_file
+from fusion_upcycle.options import make_options
+from fusion_upcycle.output import OutputOptions
+from fusion_upcycle.report.record import write_run_record
+from fusion_upcycle.verification import resolve_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fusion_upcycle.output import Converted
+
+log = logging.getLogger(__name__)
+
+
+@auto_register_config
+class _MixtralUpscaling(BaseAlgorithm):
+    """What both classes share; they differ in the models that they accept.
+
+    The decorator makes an attribute of every argument.
+    """
+
+    _accepted: tuple[str, ...]
+    save_checkpoint: str | None
+    verify: str
+    return_model: bool
+
+    def __init__(
+        self,
+        num_experts: int,
+        experts_per_token: int,
+        save_checkpoint: str | None = None,
+        *,
+        expert_init: Any = "copy",
+        router_init: Any = "normal",
+        dtype: str | None = None,
+        seed: int = 0,
+        verify: str = "auto",
+        return_model: bool = True,
+        overwrite: bool = False,
+        max_shard_size: int | str = "5GB",
+        ignore_config_fields: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        for name in kwargs:
+            if name not in ("_recursive_", "_usage_", "_version_"):  # FusionBench's own
+                raise unknown("option of the method:", name, self._config_mapping.values())
+        super().__init__(**kwargs)
+        self._options = make_options(
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
+            expert_init=_initialiser(expert_init),
+            router_init=_initialiser(router_init),
+            dtype=dtype,
+            seed=seed,
+            ignore_config_fields=_plain(ignore_config_fields),
+        )
+        resolve_mode(verify, streaming=False, total_bytes=0)
+        self._writing = OutputOptions(overwrite, max_shard_size)
+        if not return_model and save_checkpoint is None:
+            raise UpcyclingError(
+                "return_model=false without save_checkpoint would throw the result away. Set "
+                "method.save_checkpoint=FOLDER."
+            )
+
+    def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel | None":
+        """Upcycle `_pretrained_` of a pool, or a model, to Mixtral.
+
+        With `save_checkpoint`, and a pool that names a folder or Hub id, the conversion streams
+        from folder to folder, and the result is loaded only if `return_model`.
+
+        Raises:
+            UpcyclingError: see `fusion_upcycle.upcycle`.
+        """
+        output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
+        if output is not None:
+            self._writing.check(output)
+        if not isinstance(modelpool, BaseModelPool):
+            return self._run_live(modelpool, output, pool=None)
+        require_pretrained(modelpool)
+        if output is not None and pooled_folder(modelpool) is not None:
+            return self._run_streaming(modelpool, output)
+        return self._run_live(modelpool.load_model("_pretrained_"), output, pool=modelpool)
+
+    def _run_streaming(self, pool: BaseModelPool, output: Path) -> "PreTrainedModel | None":
+        found = pooled_folder(pool)
+        assert found is not None
+        self._check_class((read_config(locate(found.source)).architectures or ["?"])[0])
+        converted = upcycle(
+            found.source,
+            output,
+            verify=self.verify,
+            overwrite=self._writing.overwrite,
+            max_shard_size=self._writing.max_shard_size,
+            **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
+        )
+        self._report(converted)
+        if not self.return_model:
+            return None
+        model_class = getattr(transformers, converted.record["class"])
+        return model_class.from_pretrained(output, dtype=converted.record["dtype"])
+
+    def _run_live(
+        self, dense: "PreTrainedModel", output: Path | None, pool: BaseModelPool | None
+    ) -> "PreTrainedModel":
+        self._check_class(type(dense).__name__)
+        upcycling = plan_live(dense, self._options)
+        moe, proof = build_live(
+            upcycling,
+            dense,
+            mode=resolve_mode(self.verify, streaming=False, total_bytes=upcycling.total_bytes),
+            tokenizer_file=None if pool is None else tokenizer_file(pool),
+        )
+        if output is None:
+            log.info("Upcycled in memory; %s", proof)
+            self._record({"parameters": upcycling.parameters, "proof": proof.to_json()})
+            return moe
+        converted = save_live(
+            upcycling,
+            proof,
+            output,
+            source={"name": type(dense).__name__ + " in memory", "from_hub": False},
+            companions=partial(_save_companions, moe, pool),
+            options=self._writing,
+        )
+        self._report(converted)
+        return moe
+
+    def _check_class(self, name: str) -> None:
+        if name not in self._accepted:
+            raise UpcyclingError(
+                f"{type(self).__name__} takes a {' or '.join(self._accepted)}, not a {name}. "
+                "Backbones go into MixtralUpscalingAlgorithm, causal language models into "
+                "MixtralForCausalLMUpscalingAlgorithm."
+            )
+
+    def _report(self, converted: "Converted") -> None:
+        log.info("Upcycled to %s; %s", converted.output, converted.proof)
+        record = {key: converted.record[key] for key in ("source", "parameters", "proof", "bytes")}
+        self._record(record | {"output": str(converted.output), "costs": converted.costs})
+
+    def _record(self, record: dict[str, Any]) -> None:
+        path = write_run_record(
+            "method",
+            {"algorithm": type(self).__name__, "options": self._options.to_json()} | record,
+        )
+        if path is not None:
+            log.info("Run record: %s", path)
+
+
+class MixtralForCausalLMUpscalingAlgorithm(_MixtralUpscaling):
+    """Sparse upcycling of a dense causal LM: Llama or Mistral to `MixtralForCausalLM`.
+
+    Args:
+        num_experts: experts per layer, N >= 2.
+        experts_per_token: top-k.
+        save_checkpoint: folder to write; None keeps the result in memory only.
+        expert_init: `copy`, `noise`, `drop`, `permute`, or a config node with `_target_`.
+        router_init: `normal` or `zeros`, likewise.
+        dtype: of the result; None is the pool's, else the source's.
+        seed: of every random draw.
+        verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.upcycle`.
+        return_model: False skips loading a streamed result.
+        overwrite: replace an earlier output of ours at `save_checkpoint`.
+        max_shard_size: of the files.
+        ignore_config_fields: unknown source config fields known to be without effect.
+
+    Raises:
+        UpcyclingError: an option that cannot be used; `run` raises it for the model.
+    """
+
+    _accepted = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+class MixtralUpscalingAlgorithm(_MixtralUpscaling):
+    """Sparse upcycling of a backbone: `LlamaModel` or `MistralModel` to `MixtralModel`.
+
+    Options as in `MixtralForCausalLMUpscalingAlgorithm`.
+    """
+
+    _accepted = ("LlamaModel", "MistralModel")
+
+
+def _save_companions(moe: "PreTrainedModel", pool: BaseModelPool | None, folder: Path) -> list[str]:
+    """Generation config of a live model, and the tokenizer of its pool, if it has one."""
+    before = set(folder.iterdir())
+    if moe.can_generate():
+        moe.generation_config.save_pretrained(folder)
+    if pool is not None and getattr(pool, "tokenizer", None) is not None:
+        pool.load_tokenizer().save_pretrained(folder)
+    return sorted(str(path.relative_to(folder)) for path in set(folder.iterdir()) - before)
+
+
+def _initialiser(spec: Any) -> Any:
+    """A Hydra node with `_target_` becomes a function; names and functions stay."""
+    if isinstance(spec, DictConfig | dict) and "_target_" in spec:
+        return instantiate(spec, _partial_=True)
+    return _plain(spec)
+
+
+def _plain(value: Any) -> Any:
+    is_config = isinstance(value, DictConfig | ListConfig)
+    return OmegaConf.to_container(value, resolve=True) if is_config else value

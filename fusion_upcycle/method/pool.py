@@ -1,0 +1,74 @@
+"""What a FusionBench model pool says about its dense model: where it is, in which dtype."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_bench import BaseModelPool
+from fusion_bench.modelpool import CausalLMPool
+from omegaconf import DictConfig, OmegaConf
+
+from fusion_upcycle.errors import UpcyclingError
+
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+_LOADERS = (
+    "transformers.AutoModelForCausalLM",
+    "transformers.AutoModelForCausalLM.from_pretrained",
+)
+
+
+@dataclass(frozen=True)
+class PooledFolder:
+    """A dense model that a pool names by folder or Hub id, so that it can be streamed."""
+
+    source: str
+    dtype: Any
+
+
+def require_pretrained(pool: BaseModelPool) -> None:
+    """Refuse a pool without `_pretrained_`, the model to be upcycled."""
+    if not pool.has_pretrained:
+        raise UpcyclingError(
+            "The model pool has no '_pretrained_' model, the one to be upcycled; it has "
+            f"{list(pool.all_model_names)}. Set modelpool.models._pretrained_=PATH_OR_HUB_ID."
+        )
+
+
+def pooled_folder(pool: BaseModelPool) -> PooledFolder | None:
+    """The folder or Hub id of `_pretrained_`; None where the pool makes the model otherwise.
+
+    Raises:
+        UpcyclingError: a loading option that streaming cannot honour, by name.
+    """
+    if not isinstance(pool, CausalLMPool):
+        return None
+    entry, kwargs = pool._models["_pretrained_"], _plain(pool.model_kwargs)
+    if isinstance(entry, DictConfig | dict):
+        entry = _plain(entry)
+        if entry.pop("_target_", None) not in _LOADERS:
+            return None
+        source = entry.pop("pretrained_model_name_or_path", None)
+        kwargs = entry | kwargs
+    else:
+        source = entry
+    if not isinstance(source, str):
+        return None
+    for name, value in kwargs.items():
+        if name not in _DTYPE_KEYS and value is not None:
+            raise UpcyclingError(
+                f"modelpool option {name}={value!r} cannot be honoured when streaming to "
+                "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to upcycle "
+                "in memory."
+            )
+    dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
+    return PooledFolder(source, None if dtype == "auto" else dtype)
+
+
+def tokenizer_file(pool: BaseModelPool) -> Path | None:
+    """`tokenizer.json` of the pool's tokenizer, where that is a local folder."""
+    folder = getattr(pool, "tokenizer", None)
+    return Path(folder).expanduser() / "tokenizer.json" if isinstance(folder, str) else None
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]

@@ -1,0 +1,31 @@
+"""FusionBench model pool of the embedded demo models: no download, trained on first use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusion_bench import auto_register_config
+from fusion_bench.modelpool import CausalLMPool
+
+from fusion_upcycle.demo import demo_model
+
+
+@auto_register_config
+class DemoCausalLMPool(CausalLMPool):
+    """A ``CausalLMPool`` whose ``models`` are demo names: base, prose, source or arithmetic.
+
+    They become the folders of these models, so that methods which read checkpoints from disk work
+    as with any local path, and the tokenizer is theirs. ValueError for an unknown demo name.
+    """
+
+    def __init__(
+        self, models: Mapping[str, str], *, model_kwargs: Any = None, **kwargs: Any
+    ) -> None:
+        if not models:
+            raise ValueError("modelpool.models is empty: give {name: demo model}, e.g. base")
+        folders = {name: str(demo_model(demo)) for name, demo in models.items()}
+        super().__init__(
+            folders,
+            tokenizer=next(iter(folders.values())),  # all demo models have the same
+            model_kwargs=model_kwargs,
+            **kwargs,
+        )

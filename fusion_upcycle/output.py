@@ -1,0 +1,126 @@
+"""An output folder: shards, config, companions, record and model card, all or nothing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_upcycle.architectures.base import readable_config
+from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.checkpoint.writer import (
+    RECORD_FILE,
+    check_output,
+    parse_size,
+    plan_shards,
+    staging_folder,
+    write_shards,
+)
+from fusion_upcycle.model_card import model_card
+from fusion_upcycle.report.record import Measured, versions
+from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.verification import Proof
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How an output folder is written; nothing here changes a bit of its tensors.
+
+    Attributes:
+        overwrite: replace an earlier output of ours.
+        max_shard_size: of the files, as in "5GB".
+        progress: show progress bars.
+    """
+
+    overwrite: bool = False
+    max_shard_size: int | str = "5GB"
+    progress: bool = True
+
+    def check(self, output: Path) -> None:
+        """Fail before any work when the output cannot be written."""
+        parse_size(self.max_shard_size)
+        check_output(output, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion.
+
+    Attributes:
+        output: the folder.
+        proof: what was proven.
+        record: contents of the folder's `upcycling.json`.
+        costs: wall and CPU seconds of writing and proving, peak memory.
+    """
+
+    output: Path
+    proof: Proof
+    record: dict[str, Any]
+    costs: dict[str, dict[str, float | int]]
+
+
+def write_output(
+    upcycling: Upcycling,
+    output: Path,
+    *,
+    source: dict[str, Any],
+    companions: Callable[[Path], list[str]],
+    prove: Callable[[Path, Callable[[int], object]], Proof],
+    options: OutputOptions,
+) -> Converted:
+    """Write a planned conversion, prove it, and only then let the folder appear.
+
+    Args:
+        source: what the record says of the source: name, whether it is from the Hub, its files.
+        companions: puts tokenizer, template, generation and licence files into the staged folder
+            and returns their names.
+        prove: (staged folder, progress in bytes) -> proof; an error leaves no output.
+    """
+    shards = plan_shards(upcycling.specs, options.max_shard_size)
+    total = upcycling.total_bytes
+    record: dict[str, Any] = {
+        "name": output.name,
+        "method": "sparse upcycling",
+        "source": source,
+        "class": class_name(upcycling.config),
+        "dtype": str(upcycling.dtype).removeprefix("torch."),
+        "options": upcycling.options.to_json(),
+        "plan": upcycling.plan.to_json(),
+        "parameters": upcycling.parameters,
+        "bytes": total,
+        "shards": [shard.file for shard in shards],
+        "versions": versions(),
+    }
+    with staging_folder(output, record, total_bytes=total, overwrite=options.overwrite) as staging:
+        with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
+            write_shards(staging, shards, upcycling.chunks, bar.update)
+            _write_json(staging / "config.json", readable_config(upcycling.config))
+            record["copied_files"] = companions(staging)
+        with Measured() as proving, progress_bar("Verifying", total, options.progress) as bar:
+            proof = prove(staging, bar.update)
+        record |= {"proof": proof.to_json(), "proof_in_words": str(proof)}
+        _write_json(staging / RECORD_FILE, record)
+        (staging / "README.md").write_text(model_card(record), encoding="utf-8")
+    costs = {"write": writing.as_record(), "prove": proving.as_record()}
+    return Converted(output, proof, record, costs)
+
+
+def progress_bar(what: str, total: int, shown: bool) -> "tqdm[Any]":
+    """A progress bar in bytes, with rate and time left."""
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=total, desc=what, unit="B", unit_scale=True, disable=not shown, mininterval=0.5
+    )
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, default=_dtype_name) + "\n", encoding="utf-8")
+
+
+def _dtype_name(value: Any) -> str:
+    """config.json holds one thing that is not JSON: the dtype."""
+    return str(value).removeprefix("torch.")

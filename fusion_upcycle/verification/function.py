@@ -1,0 +1,179 @@
+"""How far apart two models are on the same tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.verification.streamed_model import streamed_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Largest difference of an exact conversion, relative to the largest value of the reference.
+TOLERANCE = 1e-4
+NUM_TOKENS = 128
+
+SAMPLE_TEXT = (
+    "The train from Basel left at 7:42 and crossed the Rhine in fog. Nobody spoke until "
+    "Karlsruhe, where a boy asked whether 17 * 23 is 391; it is. def area(r): return 3.14159 * "
+    "r ** 2  # in m^2. Water boils at 100 °C, but on a mountain it boils sooner, because the air "
+    'presses less. She wrote: "If the sum of two odd numbers is even, then so is their '
+    'difference." Later they bought bread, cheese and two apples for 6.40 francs.'
+)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Outputs of two models on the same tokens: logits, or hidden states for backbones.
+
+    Attributes:
+        max_abs, mean_abs: absolute difference.
+        scale: largest absolute value of the reference.
+        kl_nats: mean KL(dense || upcycled) per token in nats; None for hidden states.
+        argmax_agreement: share of tokens with the same most likely next token; likewise.
+    """
+
+    max_abs: float
+    mean_abs: float
+    scale: float
+    kl_nats: float | None = None
+    argmax_agreement: float | None = None
+
+    @property
+    def within_tolerance(self) -> bool:
+        """False for NaN and infinity too."""
+        return self.max_abs <= TOLERANCE * self.scale < float("inf")
+
+    def to_json(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
+    """Compare outputs [..., V]; computed in at least float32."""
+    dtype = torch.promote_types(reference.dtype, torch.float32)
+    reference, other = reference.to(dtype), other.to(dtype)
+    difference = (reference - other).abs()
+    kl = agreement = None
+    if logits:
+        p, q = reference.log_softmax(-1), other.log_softmax(-1)
+        # Rounding can make a KL of zero come out as -1e-9.
+        kl = (p.exp() * (p - q)).sum(-1).mean().clamp(min=0).item()
+        agreement = (reference.argmax(-1) == other.argmax(-1)).double().mean().item()
+    return Distance(
+        difference.max().item(),
+        difference.mean().item(),
+        reference.abs().max().item(),
+        kl,
+        agreement,
+    )
+
+
+@torch.inference_mode()
+def compare_streamed(
+    upcycling: Upcycling, result: TensorSource, ids: Tensor
+) -> tuple[Distance, dict[str, Any]]:
+    """Both models on the same tokens, one layer and one expert in memory, in float32.
+
+    Returns:
+        The distance of the outputs, and that of each FFN against its MoE block on the hidden
+        states that reach it.
+    """
+    dtype = upcycling.dtype
+    compute = torch.promote_types(dtype, torch.float32)
+    dense = streamed_model(upcycling.source_config, upcycling.source, None, dtype, compute)
+    moe = streamed_model(upcycling.config, result, upcycling.architecture, dtype, compute)
+    layout = upcycling.architecture.dense[upcycling.source_config.model_type]
+    dense_ffn = layout.ffn["gate_proj_FD"].split(".")[0]
+    moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
+    layers: list[Distance] = []
+    for dense_layer, moe_layer in zip(_layers(dense), _layers(moe), strict=True):
+        ffn = dense_layer.get_submodule(dense_ffn)
+
+        def measure(_: nn.Module, args: tuple[Tensor], out: Tensor, ffn: nn.Module = ffn) -> None:
+            layers.append(distance(ffn(args[0]), out, logits=False))
+
+        moe_layer.get_submodule(moe_block).register_forward_hook(measure)
+    outputs, is_logits = _output(moe, ids)
+    reference, _ = _output(dense, ids)
+    assert len(layers) == upcycling.config.num_hidden_layers
+    worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
+    return distance(reference, outputs, logits=is_logits), {
+        "compared": len(layers),
+        "worst_layer": worst,
+        "worst_layer_max_abs": layers[worst].max_abs,
+        "worst_layer_scale": layers[worst].scale,
+        "within_tolerance": all(layer.within_tolerance for layer in layers),
+    }
+
+
+@torch.inference_mode()
+def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) -> Distance:
+    """Both models in memory, in their own dtype, on their own devices."""
+    with _evaluating(dense), _evaluating(moe):
+        reference, is_logits = _output(dense, ids)
+        return distance(reference.cpu(), _output(moe, ids)[0].cpu(), logits=is_logits)
+
+
+def token_ids(tokenizer_file: Path | None, vocab_size: int, max_length: int) -> tuple[Tensor, str]:
+    """Token ids [1, T] of a fixed text, or random ones where there is no `tokenizer.json`.
+
+    Returns:
+        The ids, and words that say where they come from.
+    """
+    count = min(NUM_TOKENS, max_length)
+    if tokenizer_file is None or not tokenizer_file.is_file():
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (1, count), generator=generator)
+        return ids, f"{count} random token ids (no tokenizer.json at hand)"
+    from tokenizers import Tokenizer
+
+    ids = torch.tensor([Tokenizer.from_file(str(tokenizer_file)).encode(SAMPLE_TEXT).ids])
+    if ids.max() >= vocab_size:
+        raise UpcyclingError(
+            f"{tokenizer_file} gives token id {int(ids.max())}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}: the tokenizer belongs to another model."
+        )
+    return ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text"
+
+
+def _relative(layer: Distance) -> float:
+    """For finding the worst layer; NaN counts as worst."""
+    ratio = layer.max_abs / max(layer.scale, 1e-30)
+    return ratio if ratio == ratio else float("inf")
+
+
+def _layers(model: "PreTrainedModel") -> nn.ModuleList:
+    layers = model.base_model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _output(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
+    """Logits of a causal LM, or last hidden states of a backbone; and which."""
+    device = model.device
+    # A streamed model computes on the CPU; its own weights are on the meta device.
+    output = model(input_ids=ids if device.type == "meta" else ids.to(device), use_cache=False)
+    if "logits" in output:
+        return output.logits, True
+    return output.last_hidden_state, False
+
+
+@contextmanager
+def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
+    """Evaluation mode and the experts code that every dtype and device can run; restored after."""
+    training, experts = model.training, model.config._experts_implementation
+    model.eval()
+    model.config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.config._experts_implementation = experts

@@ -1,0 +1,115 @@
+"""The wheel: it holds every package and config, and its plugin works where only the wheel is."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from os import environ
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# What a wheel is built from. Building in the checkout would leave build/ there, and take stale
+# files from it into the next wheel.
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "fusion_upcycle", "hydra_plugins", "config"]
+# A checkout on PYTHONPATH would hide that the wheel lacks something.
+ENVIRONMENT = {key: value for key, value in environ.items() if key != "PYTHONPATH"}
+
+
+def test_package_list_equals_the_folders_on_disk() -> None:
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    on_disk = {
+        ".".join(init.parent.relative_to(REPOSITORY).parts)
+        for top in ("fusion_upcycle", "hydra_plugins")
+        for init in (REPOSITORY / top).rglob("__init__.py")
+    }
+    listed = setuptools["packages"]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == on_disk | {"hydra_plugins", "fusion_upcycle.config"}
+    assert setuptools["package-dir"] == {"fusion_upcycle.config": "config"}
+    # An __init__.py there would shadow the Hydra plugins of every other package.
+    assert not (REPOSITORY / "hydra_plugins" / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, source / name)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
+    (wheel,) = out.glob("fusion_upcycle-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter that sees our wheel and this environment's libraries, but no checkout.
+
+    The .pth file puts this environment's site-packages behind the clean one's. Python does not
+    read the .pth files *there*, so an editable install of ours stays out of sight.
+    """
+    venv = tmp_path_factory.mktemp("clean") / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    python = venv / "bin" / "python"
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel)
+    (site_packages,) = venv.glob("lib/python*/site-packages")
+    (site_packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    imported = run(python, "-c", "import fusion_upcycle; print(fusion_upcycle.__file__)", cwd=venv)
+    assert imported.stdout.strip() == str(site_packages / "fusion_upcycle" / "__init__.py")
+    return python
+
+
+def test_wheel_holds_every_file(wheel: Path) -> None:
+    expected = {
+        str(path.relative_to(REPOSITORY))
+        for top in ("fusion_upcycle", "hydra_plugins")
+        for path in (REPOSITORY / top).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    } | {
+        f"fusion_upcycle/{path.relative_to(REPOSITORY)}"
+        for path in (REPOSITORY / "config").rglob("*.yaml")
+    }
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert expected <= names
+    # Nothing else at the top of site-packages: a `config/` there would replace FusionBench's own.
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"fusion_upcycle", "hydra_plugins"}
+
+
+@pytest.mark.parametrize(
+    ("place", "cli"),
+    [
+        ("elsewhere", [Path(sysconfig.get_path("scripts")) / "fusion_bench"]),
+        # As torchrun starts it; -P, or the checkout in the working directory would be imported.
+        ("repository root", ["-P", "-m", "fusion_bench.scripts.cli"]),
+    ],
+)
+def test_fusion_bench_cli_finds_our_method_in_the_wheel(
+    place: str, cli: list[str | Path], clean_python: Path, tmp_path: Path
+) -> None:
+    shown = run(
+        *(clean_python, *cli, "--cfg", "job", "--package", "method"),
+        *("method=mixtral_moe_upscaling", "method/expert_init=noise", "method.num_experts=8"),
+        cwd=tmp_path if place == "elsewhere" else REPOSITORY,
+    )
+    method = yaml.safe_load(shown.stdout)
+    assert method["_target_"] == "fusion_upcycle.method.MixtralForCausalLMUpscalingAlgorithm"
+    assert method["expert_init"]["_target_"] == "fusion_upcycle.expert_init.noise"
+    assert method["num_experts"] == 8
+
+
+def pip(*arguments: str | Path) -> None:
+    run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done

@@ -1,0 +1,272 @@
+"""The perplexity task pool and the demo model pool, run by FusionBench's own program."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fusion_bench.scripts.cli as cli
+import pytest
+import torch
+from fusion_bench.modelpool import CausalLMPool
+from fusion_bench.utils.hydra_utils import initialize_hydra_config
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import fusion_upcycle.modelpool.demo as demo_pool
+import fusion_upcycle.taskpool.causal_lm_perplexity as pool_module
+from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
+from fusion_upcycle.demo.recipe import Recipe
+from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.documents import load_documents
+from fusion_upcycle.evaluation import perplexity
+from fusion_upcycle.modelpool import DemoCausalLMPool
+from fusion_upcycle.taskpool import CausalLMPerplexityTaskPool
+
+TEXT = "Some text to predict, größer. " * 20
+SHAPE = {
+    "vocab_size": 257,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three different tiny models with the byte tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("_pretrained_", "a", "b")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(root / name)
+        byte_tokenizer(64).save_pretrained(root / name)
+    return {name: root / name for name in ("_pretrained_", "a", "b")}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+
+
+def run(output: Path, *overrides: str) -> dict[str, Any]:
+    """One in-process run of FusionBench's CLI program; what its ``run`` returns."""
+    cfg = initialize_hydra_config(
+        "fabric_model_fusion",
+        [f"path.log_dir={output}", "print_config=false", "fabric.accelerator=cpu", *overrides],
+        return_hydra_config=True,
+    )
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(output)
+        HydraConfig.instance().set_config(cfg)
+        cfg = DictConfig({key: value for key, value in cfg.items() if key != "hydra"})
+    return cli.main(cfg)
+
+
+def pool_overrides(folders: dict[str, Path]) -> list[str]:
+    models = ",".join(f"{name}:{path}" for name, path in folders.items())
+    return [
+        "modelpool=CausalLMPool/mistral-7b",
+        f"modelpool.models={{{models}}}",
+        f"modelpool.tokenizer={folders['a']}",
+        "modelpool.model_kwargs={}",
+    ]
+
+
+def scored(model: nn.Module, documents: list[str], stride: int = 32) -> dict[str, float | int]:
+    return perplexity(model, byte_tokenizer(64), documents, context_length=64, stride=stride)
+
+
+def test_a_merging_baseline_is_scored_by_our_pool(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "two 🙂")))
+    output = tmp_path / "run"
+    result = run(
+        output,
+        "method=simple_average",
+        *pool_overrides(folders),
+        "taskpool=CausalLMPerplexityTaskPool/local_files",
+        f"taskpool.texts={{file: {text}, both: [{lines}, {text}]}}",
+    )
+    a, b = (AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("a", "b"))
+    with torch.no_grad():
+        for ours, other in zip(a.parameters(), b.parameters(), strict=True):
+            ours.add_(other).div_(2)
+    expected = {"file": scored(a, [TEXT]), "both": scored(a, ["one", "two 🙂", TEXT])}
+    report = result["report"]
+    for name, metrics in expected.items():
+        assert report[name] == pytest.approx(metrics, rel=1e-5)
+    loss = sum(m["loss_nats_per_token"] for m in expected.values()) / 2
+    assert report["average"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert report["model_info"]["all_params"] == a.num_parameters()
+
+    assert json.loads((output / "program_report.json").read_text()) == report
+    record = json.loads((output / "run_record.json").read_text())["taskpool"]
+    assert [e["report"] for e in record["evaluations"]] == [report]
+    assert record["evaluations"][0]["wall_seconds"] > 0
+    assert record["config"]["context_length"] == 64
+    assert record["config"]["texts"]["file"] == str(text)
+
+
+def test_demo_pools_run_together(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Recipe(8, 8, 1, 1, 1, context_length=256, base_steps=2, finetune_steps=2)
+    monkeypatch.setenv("FUSION_UPCYCLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_pool, "demo_model", partial(demo_model, recipe=tiny))
+    result = run(
+        tmp_path / "run",
+        "method=task_arithmetic",
+        "modelpool=CausalLMPool/demo",
+        "taskpool=CausalLMPerplexityTaskPool/demo",
+    )
+    assert list(result["report"]) == [*DOMAINS, "average", "model_info"]
+    for domain in DOMAINS:
+        size = sum(len(document.encode()) for document in domain_text(domain, "test"))
+        assert result["report"][domain]["bytes"] == size
+
+
+def test_the_demo_pool_gives_folders(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    monkeypatch.setattr(
+        demo_pool, "demo_model", {"base": folders["a"], "prose": folders["b"]}.__getitem__
+    )
+    pool = DemoCausalLMPool({"_pretrained_": "base", "mine": "prose"}, model_kwargs=None)
+    assert isinstance(pool, CausalLMPool)
+    assert pool.get_model_path("mine") == str(folders["b"])
+    assert pool.model_names == ["mine"]
+    weight = AutoModelForCausalLM.from_pretrained(folders["b"]).lm_head.weight
+    assert torch.equal(pool.load_model("mine").lm_head.weight, weight)
+    assert pool.load_tokenizer()("ab")["input_ids"] == byte_tokenizer(64)("ab")["input_ids"]
+    assert pool.config.models["mine"] == str(folders["b"])
+
+
+def test_the_demo_pool_refuses_unknown_models() -> None:
+    with pytest.raises(ValueError, match="unknown demo model 'poetry'"):
+        DemoCausalLMPool({"_pretrained_": "poetry"})
+    with pytest.raises(ValueError, match="models is empty"):
+        DemoCausalLMPool({})
+
+
+def test_every_model_that_a_method_yields_is_in_the_record(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(pool_module, "write_run_record", lambda _, record: seen.append(record))
+    (tmp_path / "t.txt").write_text(TEXT)
+    pool = CausalLMPerplexityTaskPool({"t": "t.txt"}, tokenizer=str(folders["a"]))
+    reports = [
+        pool.evaluate(AutoModelForCausalLM.from_pretrained(folders[name])) for name in ("a", "b")
+    ]
+    assert reports[0]["t"] != reports[1]["t"]
+    assert [e["report"] for e in seen[-1]["evaluations"]] == reports
+
+
+def test_context_and_stride_reach_the_windows(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(TEXT)
+    model = AutoModelForCausalLM.from_pretrained(folders["a"])
+    pool = CausalLMPerplexityTaskPool(
+        {"t": "t.txt"}, tokenizer=str(folders["a"]), context_length=16, stride=3, batch_size=5
+    )
+    expected = perplexity(model, byte_tokenizer(64), [TEXT], context_length=16, stride=3)
+    assert pool.evaluate(model)["t"] == pytest.approx(expected, rel=1e-6)
+    assert expected["loss_nats_per_token"] != scored(model, [TEXT])["loss_nats_per_token"]
+    assert pool.config.stride == 3
+
+
+def test_a_model_on_the_cpu_moves_to_the_device_of_fabric(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def record_device(model: nn.Module, *_: Any, **__: Any) -> dict[str, float]:
+        devices.append(next(model.parameters()).device.type)
+        return {"loss_nats_per_token": 1.0, "perplexity": 1.0, "bits_per_byte": 1.0}
+
+    class Program:
+        class fabric:
+            device = torch.device("meta")
+
+        modelpool = CausalLMPool({}, tokenizer=str(folders["a"]))
+
+    monkeypatch.setattr(pool_module, "perplexity", record_device)
+    (tmp_path / "t.txt").write_text(TEXT)
+    pool = CausalLMPerplexityTaskPool({"t": "t.txt"})
+    pool._program = Program
+    pool.evaluate(AutoModelForCausalLM.from_pretrained(folders["a"]))
+    assert devices == ["meta"]
+
+
+def test_without_a_tokenizer_the_error_says_where_to_set_it(folders: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["a"])
+    with pytest.raises(ValueError, match=r"set taskpool\.tokenizer"):
+        CausalLMPerplexityTaskPool({"t": "t.txt"}).evaluate(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": {"t": "t.txt"}, "batchsize": 4}, "Did you mean 'batch_size'"),
+        ({"texts": {}}, "at least one text"),
+        ({"texts": {"average": "t.txt"}}, "average is a name of the report"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CausalLMPerplexityTaskPool(**arguments)
+
+
+# --- documents
+
+
+def test_documents_of_every_kind_come_back_exactly(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    texts = ["line\n\n  indented 🙂\n", "second"]
+    (tmp_path / "a.txt").write_text(texts[0])
+    table = Dataset.from_dict({"text": texts, "other": ["x", "y"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_json(tmp_path / "a.jsonl")
+    assert load_documents(str(tmp_path / "a.txt"), "t") == texts[:1]
+    assert load_documents(str(tmp_path / "a.parquet"), "t") == texts
+    both = load_documents([str(tmp_path / "a.jsonl"), str(tmp_path / "a.txt")], "t")
+    assert both == [*texts, texts[0]]
+    data_set = {"path": "parquet", "data_files": str(tmp_path / "a.parquet"), "split": "train[1:]"}
+    assert load_documents(data_set, "t") == texts[1:]
+    assert load_documents({**data_set, "column": "other"}, "t") == ["y"]
+    function = {"_target_": "fusion_upcycle.demo.domain_text", "domain": "prose", "split": "test"}
+    assert load_documents(function, "t") == list(domain_text("prose", "test"))
+    assert load_documents({"_target_": "textwrap.dedent", "text": " a"}, "t") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("specification", "message"),
+    [
+        ("missing.txt", "there is no file '.*missing.txt'"),
+        ("org/data_set", r"\.txt, \.jsonl, \.parquet file"),
+        (3, "t is 3: give a file"),
+        ([3], r"t is \[3\]: give a file"),
+        ({"path": "text", "splitt": "train"}, "Did you mean 'split'"),
+        ({"path": "text"}, "t needs `split`"),
+        ({"_target_": "builtins.range", "_args_": [3]}, "document 0 is a int"),
+    ],
+)
+def test_what_is_not_text_is_refused(specification: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_documents(specification, "t")
+
+
+def test_a_missing_column_is_named_beside_those_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    with pytest.raises(ValueError, match="no column 'text' but content"):
+        load_documents(str(tmp_path / "a.jsonl"), "t")
