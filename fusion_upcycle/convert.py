@@ -1,7 +1,6 @@
 """Sparse upcycling from folder to folder, streaming: neither model is ever in memory."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,9 @@ from fusion_upcycle.checkpoint.source import copy_companions, locate, read_confi
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.options import UpcyclingOptions, make_options
-from fusion_upcycle.output import Converted, OutputOptions, progress_bar, write_output
-from fusion_upcycle.upcycling import Upcycling, plan_upcycling
+from fusion_upcycle.output import Converted, OutputOptions, write_output
+from fusion_upcycle.planning import plan_upcycling
+from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification import Proof, prove, resolve_mode
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def upcycle(
             upcycling,
             folder,
             resolve_mode(verify, streaming=True, total_bytes=upcycling.total_bytes),
+            progress,
         ),
         options=writing,
     )
@@ -103,8 +104,7 @@ def verify(
     folder = locate(source or record["source"].get("folder") or record["source"]["name"])
     upcycling = plan_folder(folder, make_options(**record["options"] | {"dtype": record["dtype"]}))
     mode = resolve_mode(mode, streaming=True, total_bytes=upcycling.total_bytes)
-    with progress_bar("Verifying", upcycling.total_bytes, progress) as bar:
-        return prove_folder(upcycling, folder, mode, output, bar.update)
+    return prove_folder(upcycling, folder, mode, progress, output)
 
 
 def plan_folder(folder: Path, options: UpcyclingOptions) -> Upcycling:
@@ -117,8 +117,8 @@ def prove_folder(
     upcycling: Upcycling,
     source: Path,
     mode: str,
+    progress: bool,
     result: Path,
-    progress: Callable[[int], object],
 ) -> Proof:
     """Prove the folder `result` against the folder `source` that it was made from."""
     return prove(

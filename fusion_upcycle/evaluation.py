@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LARGEST_LOSS = 700.0  # nats per token; exp() of more overflows
 
 
 @torch.inference_mode()
 def perplexity(
-    model: nn.Module,
+    model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     documents: Sequence[str],
     *,
@@ -52,7 +52,7 @@ def perplexity(
     """
     _check_windows(model, context_length, stride, batch_size)
     ids_N, counted_N, byte_count = _pack(tokenizer, documents)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if int(ids_N.max()) >= vocabulary:
         raise ValueError(
             f"the tokenizer gives token id {int(ids_N.max())}, but the model has {vocabulary} "
@@ -83,12 +83,14 @@ def perplexity(
     }
 
 
-def max_positions(model: nn.Module) -> int | None:
+def max_positions(model: "PreTrainedModel") -> int | None:
     """Longest input that the model's config allows; None where it sets no limit (e.g. Mamba)."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _check_windows(model: nn.Module, context_length: int, stride: int, batch_size: int) -> None:
+def _check_windows(
+    model: "PreTrainedModel", context_length: int, stride: int, batch_size: int
+) -> None:
     for name, value in (
         ("context_length", context_length),
         ("stride", stride),
@@ -137,14 +139,14 @@ def _pack(
     byte_count = sum(len(document.encode()) for document in documents)
     if start is None:
         counted[0] = False
-        byte_count -= len(tokenizer.decode(ids[:1]).encode())
+        byte_count -= len(str(tokenizer.decode(ids[:1])).encode())
     if not any(counted):
         raise ValueError("there is no token to score: give more text")
     return torch.tensor(ids), torch.tensor(counted), byte_count
 
 
 def _total_nats(
-    model: nn.Module,
+    model: "PreTrainedModel",
     ids_N: Tensor,
     counted_N: Tensor,
     context_length: int,

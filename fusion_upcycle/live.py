@@ -15,7 +15,8 @@ from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.output import Converted, OutputOptions, write_output
-from fusion_upcycle.upcycling import Upcycling, plan_upcycling
+from fusion_upcycle.planning import plan_upcycling
+from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification import Proof, prove
 from fusion_upcycle.verification.tensors import check_tensors
 
@@ -84,9 +85,9 @@ def save_live(
         companions: writes tokenizer and generation files into the folder, returns their names.
     """
 
-    def prove_written(folder: Path, progress: Callable[[int], object]) -> Proof:
+    def prove_written(folder: Path) -> Proof:
         if proof.mode != "none":
-            check_tensors(upcycling, CheckpointReader(folder), progress)
+            check_tensors(upcycling, CheckpointReader(folder), progress=options.progress)
         return proof
 
     return write_output(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusion_upcycle.architectures.base import readable_config
 from fusion_upcycle.architectures.layout import class_name
@@ -17,12 +17,10 @@ from fusion_upcycle.checkpoint.writer import (
     write_shards,
 )
 from fusion_upcycle.model_card import model_card
+from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification import Proof
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def write_output(
     *,
     source: dict[str, Any],
     companions: Callable[[Path], list[str]],
-    prove: Callable[[Path, Callable[[int], object]], Proof],
+    prove: Callable[[Path], Proof],
     options: OutputOptions,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
@@ -77,7 +75,7 @@ def write_output(
         source: what the record says of the source: name, whether it is from the Hub, its files.
         companions: puts tokenizer, template, generation and licence files into the staged folder
             and returns their names.
-        prove: (staged folder, progress in bytes) -> proof; an error leaves no output.
+        prove: staged folder -> proof; an error leaves no output.
     """
     shards = plan_shards(upcycling.specs, options.max_shard_size)
     total = upcycling.total_bytes
@@ -99,22 +97,13 @@ def write_output(
             write_shards(staging, shards, upcycling.chunks, bar.update)
             _write_json(staging / "config.json", readable_config(upcycling.config))
             record["copied_files"] = companions(staging)
-        with Measured() as proving, progress_bar("Verifying", total, options.progress) as bar:
-            proof = prove(staging, bar.update)
+        with Measured() as proving:
+            proof = prove(staging)
         record |= {"proof": proof.to_json(), "proof_in_words": str(proof)}
         _write_json(staging / RECORD_FILE, record)
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
     costs = {"write": writing.as_record(), "prove": proving.as_record()}
     return Converted(output, proof, record, costs)
-
-
-def progress_bar(what: str, total: int, shown: bool) -> "tqdm[Any]":
-    """A progress bar in bytes, with rate and time left."""
-    from tqdm.auto import tqdm
-
-    return tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, disable=not shown, mininterval=0.5
-    )
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle.demo import DOMAINS, MODELS, SPLITS, demo_model, demo_reference, domain_text
+from fusion_upcycle.demo import __main__ as demo_command
 from fusion_upcycle.demo import models as demo_models
 from fusion_upcycle.demo.muon import Muon, orthogonalise
 from fusion_upcycle.demo.recipe import Recipe
@@ -182,6 +184,19 @@ def test_a_fine_tune_trains_the_base_first_and_both_folders_are_complete(
         assert f"{facts['bits_per_byte']['prose']:.3f}" in (folder / "README.md").read_text()
     weights = [AutoModelForCausalLM.from_pretrained(f).lm_head.weight for f in (base, prose)]
     assert not torch.equal(*weights), "the fine-tune is the base"
+
+
+def test_the_command_trains_all_and_prints_them_beside_the_compressors(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_command, "demo_model", partial(demo_model, recipe=TINY))
+    demo_command.main()
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert list(rows) == [*MODELS, "unigram", "gzip", "lzma"]
+    for name in MODELS:
+        facts = json.loads((demo_model(name, TINY) / "demo.json").read_text())
+        assert all(f"{facts['bits_per_byte'][domain]:.3f}" in rows[name] for domain in DOMAINS)
+    assert f"{demo_reference()['source']['gzip']:.3f}" in rows["gzip"]
 
 
 def test_training_is_repeatable_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,12 +71,11 @@ def run(output: Path, *overrides: str) -> dict[str, Any]:
 
 
 def pool_overrides(folders: dict[str, Path]) -> list[str]:
-    models = ",".join(f"{name}:{path}" for name, path in folders.items())
     return [
         "modelpool=CausalLMPool/mistral-7b",
-        f"modelpool.models={{{models}}}",
+        *(f"++modelpool.models.{name}={path}" for name, path in folders.items()),
         f"modelpool.tokenizer={folders['a']}",
-        "modelpool.model_kwargs={}",
+        "modelpool.model_kwargs.torch_dtype=float32",
     ]
 
 

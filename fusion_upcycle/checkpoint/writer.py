@@ -5,6 +5,7 @@ the output's name only when the folder is complete and proven. A failure removes
 or a power cut it stays, and the next run of the same conversion keeps its finished shards.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE
@@ -115,24 +115,36 @@ def staging_folder(
     check_output(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.parent / f".{output.name}.incomplete"
-    lock = FileLock(output.parent / f".{output.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UpcyclingError(f"Another process is writing {output}. Wait for it to end.") from None
-    try:
+    with _locked(staging, output):
         _prepare(staging, fingerprint)
-        _check_free_space(staging, total_bytes)
-        yield staging
-        (staging / _FINGERPRINT_FILE).unlink()
-        _replace(staging, output, overwrite=overwrite)
-    except BaseException:
-        # Not reached when the process is killed: then the finished shards stay for a resume.
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        try:
+            _check_free_space(staging, total_bytes)
+            yield staging
+            (staging / _FINGERPRINT_FILE).unlink()
+            _replace(staging, output, overwrite=overwrite)
+        except BaseException:
+            # Not reached when the process is killed: then finished shards stay for a resume.
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(staging: Path, output: Path) -> Iterator[None]:
+    """Hold the staging folder alone; the lock is the folder itself and leaves no file behind."""
+    staging.mkdir(exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The other process may have finished and renamed the folder in between.
+            held = os.path.samestat(os.fstat(descriptor), staging.stat())
+        except OSError:
+            held = False
+        if not held:
+            raise UpcyclingError(f"Another process is writing {output}. Wait for it to end.")
+        yield
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -212,8 +224,8 @@ def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
     if staging.exists() and any(staging.iterdir()) and not record.is_file():
         raise UpcyclingError(f"{staging} exists and was not made here. Remove or rename it.")
     if record.is_file() and record.read_text() != text:
-        shutil.rmtree(staging)
-    staging.mkdir(exist_ok=True)
+        for path in staging.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
     record.write_text(text)
     for part in staging.glob("*.part"):
         part.unlink()

@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[no-untyped-def,override]
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
         """One update; ``closure``, which Lightning gives, computes the loss and gradients."""
         loss = None
         if closure is not None:
@@ -50,10 +50,11 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
         updates: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         for parameter in parameters:
-            state = self.state[parameter]
-            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+            assert parameter.grad is not None
+            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
             momentum.lerp_(parameter.grad, 1 - _MOMENTUM)
-            updates[parameter.shape].append((parameter, parameter.grad.lerp(momentum, _MOMENTUM)))
+            update = parameter.grad.lerp(momentum, _MOMENTUM)  # Nesterov
+            updates[parameter.shape].append((parameter, update))
         for shape, pairs in updates.items():  # matrices of one shape in one batched product
             orthogonal = orthogonalise(torch.stack([update for _, update in pairs]))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
@@ -62,6 +63,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_adam(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
         for parameter in parameters:
+            assert parameter.grad is not None
             state = self.state[parameter]
             state["step"] = step = state.get("step", 0) + 1
             mean = state.setdefault("mean", torch.zeros_like(parameter))

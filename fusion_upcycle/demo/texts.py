@@ -30,7 +30,7 @@ _SKIPPED_FOLDERS = {
     "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip",
     "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__",
 }  # fmt: skip
-_SKIPPED_PREFIXES = ("config-", "lib-dynload")
+_SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "lib-dynload")
 _DOCUMENT_BYTES = (1_000, 100_000)  # stubs and huge tables are outside
 
 
@@ -124,11 +124,13 @@ def _source_files(root: Path) -> Iterable[Path]:
     # Not rglob: it would walk through site-packages, which may hold a hundred thousand files.
     for folder, children, files in os.walk(root):
         children[:] = [child for child in children if not _skipped(child)]
-        yield from (Path(folder, file) for file in files if file.endswith(".py"))
+        yield from (
+            Path(folder, file) for file in files if file.endswith(".py") and not _skipped(file)
+        )
 
 
-def _skipped(folder: str) -> bool:
-    return folder in _SKIPPED_FOLDERS or folder.startswith(_SKIPPED_PREFIXES)
+def _skipped(name: str) -> bool:
+    return name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
 
 
 def _path_key(path: Path, root: Path) -> bytes:
@@ -142,7 +144,7 @@ def _arithmetic_documents(split: str) -> tuple[str, ...]:
 
 def _arithmetic_document(split: str, index: int) -> str:
     generator = random.Random(f"{split}/{index}")  # a str seed is hashed by sha512: stable
-    lines = []
+    lines: list[str] = []
     while len(lines) < ARITHMETIC_LINES:
         operator = generator.choice("+*")
         digits = generator.choice((2, 3, 4)) if operator == "+" else 2

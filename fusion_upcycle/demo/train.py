@@ -11,6 +11,7 @@ from functools import cache
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -79,7 +80,7 @@ class _LanguageModel(L.LightningModule):
         self.log("bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         layers = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         chosen = set(layers)
         optimizer = Muon(

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from fusion_upcycle.documents import load_documents
 from fusion_upcycle.errors import unknown
@@ -19,7 +18,7 @@ from fusion_upcycle.evaluation import max_positions, perplexity
 from fusion_upcycle.report import Measured, write_run_record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
 _LONGEST_DEFAULT_CONTEXT = 1024  # tokens
@@ -69,7 +68,7 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
             raise ValueError(f"taskpool.texts.{reserved.pop()} is a name of the report: rename it")
         self._evaluations: list[dict[str, Any]] = []
 
-    def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Score ``model``, a transformers causal LM, on all texts; the report is plain JSON."""
         tokenizer = self._load_tokenizer()
         if self._program is not None and next(model.parameters()).device.type == "cpu":

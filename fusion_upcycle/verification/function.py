@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification.streamed_model import streamed_model
 
@@ -78,7 +79,7 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
 
 @torch.inference_mode()
 def compare_streamed(
-    upcycling: Upcycling, result: TensorSource, ids: Tensor
+    upcycling: Upcycling, result: TensorSource, ids: Tensor, *, progress: bool = False
 ) -> tuple[Distance, dict[str, Any]]:
     """Both models on the same tokens, one layer and one expert in memory, in float32.
 
@@ -94,15 +95,19 @@ def compare_streamed(
     dense_ffn = layout.ffn["gate_proj_FD"].split(".")[0]
     moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
     layers: list[Distance] = []
-    for dense_layer, moe_layer in zip(_layers(dense), _layers(moe), strict=True):
-        ffn = dense_layer.get_submodule(dense_ffn)
+    count = 2 * upcycling.config.num_hidden_layers
+    with progress_bar("Running both models", count, progress, unit="layer") as bar:
+        for dense_layer, moe_layer in zip(_layers(dense), _layers(moe), strict=True):
+            ffn = dense_layer.get_submodule(dense_ffn)
 
-        def measure(_: nn.Module, args: tuple[Tensor], out: Tensor, ffn: nn.Module = ffn) -> None:
-            layers.append(distance(ffn(args[0]), out, logits=False))
+            def measure(_: nn.Module, args: Any, output: Tensor, ffn: nn.Module = ffn) -> None:
+                layers.append(distance(ffn(args[0]), output, logits=False))
 
-        moe_layer.get_submodule(moe_block).register_forward_hook(measure)
-    outputs, is_logits = _output(moe, ids)
-    reference, _ = _output(dense, ids)
+            moe_layer.get_submodule(moe_block).register_forward_hook(measure)
+            for layer in (dense_layer, moe_layer):
+                layer.register_forward_hook(lambda *_: bar.update(1) and None)
+        outputs, is_logits = _output(moe, ids)
+        reference, _ = _output(dense, ids)
     assert len(layers) == upcycling.config.num_hidden_layers
     worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
     return distance(reference, outputs, logits=is_logits), {

@@ -87,7 +87,7 @@ def prove(
     mode: str,
     tokenizer_file: Path | None,
     models: Callable[[], tuple["PreTrainedModel", "PreTrainedModel"]],
-    progress: Callable[[int], object] = lambda _: None,
+    progress: bool = False,
 ) -> Proof:
     """Prove a conversion: every tensor of the result, then the function it computes.
 
@@ -96,7 +96,7 @@ def prove(
         mode: `layers`, `logits` or `none`.
         tokenizer_file: `tokenizer.json` of the source, if there is one.
         models: gives the dense and the upcycled model in memory, for `mode="logits"`.
-        progress: called with the number of bytes just compared.
+        progress: show progress bars.
 
     Raises:
         ProofError: a tensor differs, or the claim of exactness is false.
@@ -105,11 +105,11 @@ def prove(
     if mode == "none":
         return Proof("none", claim)
     started = time.perf_counter()
-    tensors = check_tensors(upcycling, result, progress)
+    tensors = check_tensors(upcycling, result, progress=progress)
     config = upcycling.config
     ids, words = token_ids(tokenizer_file, config.vocab_size, config.max_position_embeddings)
     own = compare_live(*models(), ids) if mode == "logits" else None
-    holds, judged, layers = _judge(upcycling, result, own, ids)
+    holds, judged, layers = _judge(upcycling, result, own, ids, progress)
     proof = Proof(
         mode=mode,
         claim=claim,
@@ -135,11 +135,12 @@ def _judge(
     result: TensorSource,
     own: Distance | None,
     ids: "Tensor",
+    progress: bool,
 ) -> tuple[bool | None, Distance, dict[str, Any] | None]:
     """Whether the claim holds; judged in float32 or better, whatever the dtype of the weights."""
     layers = None
     if own is None or upcycling.dtype.itemsize < 4:
-        judged, layers = compare_streamed(upcycling, result, ids)
+        judged, layers = compare_streamed(upcycling, result, ids, progress=progress)
     else:
         judged = own
     if not upcycling.claims_exact:

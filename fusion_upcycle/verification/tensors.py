@@ -1,17 +1,16 @@
 """Is every tensor on disk what its rule says? Compared bit by bit, one piece at a time."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import ProofError
+from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.upcycling import Carried, Upcycling
 
 
 def check_tensors(
-    upcycling: Upcycling, result: TensorSource, progress: Callable[[int], object]
+    upcycling: Upcycling, result: TensorSource, *, progress: bool = False
 ) -> dict[str, int]:
     """Compare every tensor of `result` with its origin, bit for bit.
 
@@ -30,15 +29,18 @@ def check_tensors(
         unexpected = sorted(result.specs.keys() - upcycling.specs.keys())[:3]
         raise ProofError(f"Tensors missing: {missing}; unexpected: {unexpected}.")
     counts = {"bit_equal_to_source": 0, "bit_equal_to_second_draw": 0}
-    for name, spec in upcycling.specs.items():
-        if result.specs[name] != spec:
-            raise ProofError(f"Tensor {name} is {result.specs[name]}, not {spec}.")
-        for made, found in zip(upcycling.chunks(name), result.chunks(name), strict=True):
-            if not _same_bits(made, found):
-                raise ProofError(f"Tensor {name} differs from its origin: the output is damaged.")
-            progress(found.nbytes)
-        carried = isinstance(upcycling.rules[name], Carried)
-        counts["bit_equal_to_source" if carried else "bit_equal_to_second_draw"] += 1
+    with progress_bar("Comparing tensors", upcycling.total_bytes, progress) as bar:
+        for name, spec in upcycling.specs.items():
+            if result.specs[name] != spec:
+                raise ProofError(f"Tensor {name} is {result.specs[name]}, not {spec}.")
+            for made, found in zip(upcycling.chunks(name), result.chunks(name), strict=True):
+                if not _same_bits(made, found):
+                    raise ProofError(
+                        f"Tensor {name} differs from its origin: the output is damaged."
+                    )
+                bar.update(found.nbytes)
+            carried = isinstance(upcycling.rules[name], Carried)
+            counts["bit_equal_to_source" if carried else "bit_equal_to_second_draw"] += 1
     return counts
 
 
