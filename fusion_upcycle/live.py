@@ -49,6 +49,7 @@ def build_live(
         moe = model_class._from_config(
             config, dtype=upcycling.dtype, attn_implementation=dense.config._attn_implementation
         )
+    moe.tie_weights()  # skipped together with the initialisation
     live = LiveTensors(moe, upcycling.architecture, file_layout(upcycling.config))
     # Nothing is initialised: what is not filled below would be uninitialised memory.
     assert sum(s.numel for s in live.specs.values()) == sum(p.numel() for p in moe.parameters())

@@ -94,7 +94,7 @@ def test_noise_is_relative_to_each_matrix_own_spread(noise_std: float) -> None:
     for part in EXPERT_PARTS:
         weight = getattr(source, part)
         added = getattr(made, part) - weight
-        assert added.std() == pytest.approx(noise_std * weight.std(), rel=0.03)
+        assert (added.std() / weight.std()).item() == pytest.approx(noise_std, rel=0.03)
         assert abs(added.mean()) < 5 * added.std() / added.numel() ** 0.5
 
 
@@ -175,8 +175,8 @@ def test_drop_draws_from_the_statistics_of_the_dropped_slice() -> None:
     made = drop(source, generator())
     for part, weight in neurons_first(source).items():
         old, new = weight[dropped], neurons_first(made)[part][dropped]
-        assert new.mean() == pytest.approx(old.mean(), abs=5 * old.std() / old.numel() ** 0.5)
-        assert new.std() == pytest.approx(old.std(), rel=0.03)
+        assert abs(new.mean() - old.mean()) < 5 * old.std() / old.numel() ** 0.5
+        assert (new.std() / old.std()).item() == pytest.approx(1, rel=0.03)
 
 
 def test_drop_matches_the_formula_on_the_very_same_draws() -> None:

@@ -156,7 +156,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        same = torch.equal(
-            found[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        bits, expected_bits = (
+            t.contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor)
         )
-        assert same, name
+        assert torch.equal(bits, expected_bits), name

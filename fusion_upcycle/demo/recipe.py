@@ -22,11 +22,11 @@ class Recipe:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     context_length: int = 256  # tokens, which are bytes
-    batch_size: int = 4  # windows of context_length
-    base_steps: int = 850
+    batch_size: int = 8  # windows of context_length
+    base_steps: int = 540
     base_mix: tuple[float, float, float] = (0.4, 0.4, 0.2)
-    finetune_steps: int = 200
-    finetune_share: float = 0.3  # of the base's learning rates
+    finetune_steps: int = 120
+    finetune_share: float = 0.5  # of the base's learning rates
     matrix_learning_rate: float = 0.02  # Muon
     other_learning_rate: float = 6e-3  # Adam
     warmup_share: float = 0.05

@@ -1,0 +1,46 @@
+"""The README's tables are what the committed run records say, to the letter."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fusion_upcycle.report.tables import Table, bits_per_byte_table, read_run_record
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def example(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "examples" / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def demo_table() -> Table:
+    folder = ROOT / "examples" / "results" / "demo"
+    records = {name: read_run_record(folder / name) for name in ("dense", "upcycled")}
+    return bits_per_byte_table("", records)
+
+
+def exactness_table() -> Table:
+    record = read_run_record(ROOT / "examples" / "results")
+    return example("exactness.py").table(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("demo", demo_table), ("exactness", exactness_table)]
+)
+def test_table_is_that_of_the_record(name: str, make) -> None:  # type: ignore[no-untyped-def]
+    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert found is not None, f"README.md has no table {name}"
+    assert found[1] == make().to_markdown()
+
+
+def test_every_file_and_folder_that_the_readme_names_exists() -> None:
+    for path in re.findall(r"`((?:examples|tests|config|fusion_upcycle)/[\w./-]*)`", README):
+        assert (ROOT / path).exists(), path
