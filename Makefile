@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
 PYTHON ?= python3
-# One pytest worker per core is the limit; each loads torch (about 0.5 GB).
+# One pytest worker per core is the limit; each loads torch (about 0.5 GB) and gets one thread:
+# two workers with two threads each ran four times slower on two cores.
 PYTEST_ARGS ?= -n 2
 
 VENV := .venv
@@ -26,7 +27,7 @@ test: lint  ## lint, types and tests: what CI runs
 	@echo "test: mypy"
 	@$(BIN)/python -m mypy
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: venv  ## check style and formatting
 	@echo "lint: ruff"

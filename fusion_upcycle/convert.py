@@ -123,7 +123,7 @@ def prove_folder(
     """Prove the folder `result` against the folder `source` that it was made from."""
     return prove(
         upcycling,
-        CheckpointReader(result),
+        CheckpointReader(result, read_once=True),
         mode=mode,
         tokenizer_file=source / "tokenizer.json",
         models=lambda: (

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle.demo import DOMAINS, MODELS, SPLITS, demo_model, demo_reference, domain_text
 from fusion_upcycle.demo import __main__ as demo_command
 from fusion_upcycle.demo import models as demo_models
-from fusion_upcycle.demo.muon import Muon, orthogonalise
 from fusion_upcycle.demo.recipe import Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 
@@ -120,36 +118,6 @@ def test_tokenizer_gives_one_token_per_byte_and_the_text_back(text: str, tmp_pat
     assert tokenizer.decode(ids) == text
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 256
     assert (len(tokenizer), tokenizer.model_max_length) == (257, 64)
-
-
-# --- optimizer
-
-
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_muon_moves_along_the_orthogonal_factor_of_the_gradient(shape: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    gradient = torch.randn(3, *shape)
-    u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
-    got = orthogonalise(gradient)
-    cosine = torch.cosine_similarity(got.flatten(1), (u @ vt).flatten(1))
-    assert cosine.min() > 0.95
-    parameter = nn.Parameter(torch.zeros(shape))
-    parameter.grad = gradient[0].clone()
-    Muon([parameter], [], 0.1, 0.0).step()
-    scale = 0.1 * max(1.0, shape[0] / shape[1]) ** 0.5
-    torch.testing.assert_close(parameter.detach(), -scale * got[0], rtol=1e-4, atol=1e-5)
-
-
-def test_the_other_parameters_move_as_torch_adam_moves_them() -> None:
-    torch.manual_seed(0)
-    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
-    optimizers = [Muon([], [ours], 0.0, 0.1), torch.optim.Adam([theirs], 0.1, betas=(0.9, 0.95))]
-    for _ in range(4):
-        ours.grad = torch.randn(5)
-        theirs.grad = ours.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    torch.testing.assert_close(ours, theirs)
 
 
 # --- models

@@ -50,6 +50,7 @@ def test_the_defaults_are_four_exact_copies_of_which_two_are_used() -> None:
         ({"router_init": {"name": "normal", "std": "small"}}, "std"),
         ({"router_init": {"name": "normal", "std": 0}}, "router_init=zeros"),
     ],
+    ids=str,
 )
 def test_a_bad_value_is_refused_by_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UpcyclingError, match=named):
@@ -67,6 +68,7 @@ def test_a_bad_value_is_refused_by_name(options: dict[str, Any], named: str) -> 
         ({"expert_init": {"name": "noise", "std": 0.1}}, "noise_std"),
         ({"expert_init": {"name": "copy", "std": 0.1}}, "none"),
     ],
+    ids=str,
 )
 def test_an_unknown_name_is_answered_with_the_known_ones(
     options: dict[str, Any], nearest: str

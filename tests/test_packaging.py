@@ -1,5 +1,6 @@
 """The wheel: it holds every package and config, and its plugin works where only the wheel is."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from os import environ
 from pathlib import Path
 
 import pytest
-import yaml
+from tiny import dense_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a wheel is built from. Building in the checkout would leave build/ there, and take stale
@@ -89,18 +90,25 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         ("repository root", ["-P", "-m", "fusion_bench.scripts.cli"]),
     ],
 )
-def test_fusion_bench_cli_finds_our_method_in_the_wheel(
+def test_fusion_bench_cli_upcycles_with_the_wheel(
     place: str, cli: list[str | Path], clean_python: Path, tmp_path: Path
 ) -> None:
-    shown = run(
-        *(clean_python, *cli, "--cfg", "job", "--package", "method"),
-        *("method=mixtral_moe_upscaling", "method/expert_init=noise", "method.num_experts=8"),
+    output = tmp_path / "moe"
+    run(
+        *(clean_python, *cli, "method=mixtral_moe_upscaling", "method/router_init=zeros"),
+        "modelpool=CausalLMPool/mistral-7b",
+        f"modelpool.models._pretrained_={dense_folder(tmp_path / 'dense')}",
+        *("method.num_experts=8", "method.experts_per_token=2"),
+        *(f"method.save_checkpoint={output}", "taskpool=dummy"),
+        *(f"path.log_dir={tmp_path / 'log'}", f"path.cache_dir={tmp_path / 'cache'}"),
         cwd=tmp_path if place == "elsewhere" else REPOSITORY,
     )
-    method = yaml.safe_load(shown.stdout)
-    assert method["_target_"] == "fusion_upcycle.method.MixtralForCausalLMUpscalingAlgorithm"
-    assert method["expert_init"]["_target_"] == "fusion_upcycle.expert_init.noise"
-    assert method["num_experts"] == 8
+    made = json.loads((output / "upcycling.json").read_text())
+    assert made["proof"]["holds"] is True
+    assert made["options"]["num_experts"] == 8
+    assert made["options"]["router_init"] == {"name": "zeros"}
+    assert made["dtype"] == "bfloat16"  # the pool's
+    assert (tmp_path / "log" / "run_record.json").is_file()
 
 
 def pip(*arguments: str | Path) -> None:

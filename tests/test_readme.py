@@ -32,9 +32,7 @@ def exactness_table() -> Table:
     return example("exactness.py").table(record)
 
 
-@pytest.mark.parametrize(
-    ("name", "make"), [("demo", demo_table), ("exactness", exactness_table)]
-)
+@pytest.mark.parametrize(("name", "make"), [("demo", demo_table), ("exactness", exactness_table)])
 def test_table_is_that_of_the_record(name: str, make) -> None:  # type: ignore[no-untyped-def]
     found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
     assert found is not None, f"README.md has no table {name}"

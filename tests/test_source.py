@@ -1,4 +1,4 @@
-"""Where a dense model comes from: Hub ids (from the local Hub cache, offline) and companion files."""
+"""Where a dense model comes from: Hub ids (from a local Hub cache, offline), companion files."""
 
 import os
 import subprocess

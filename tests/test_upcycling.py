@@ -305,6 +305,7 @@ def test_tokenizer_and_licence_files_are_copied_as_they_are(source: Path, tmp_pa
         "tokenizer_config.json": b'{"a": 1}',
         "chat_template.jinja": "{{ größer }}".encode(),
         "LICENSE.txt": b"free",
+        "tokenizer.model": b"\x00\xff\r\n",
         "additional_chat_templates/tool.jinja": b"{{ tool }}",
     }
     for name, contents in companions.items():

@@ -172,6 +172,14 @@ def test_a_router_that_is_not_a_number_is_found(mode: str, source: Path) -> None
     not_proven(source, mode, router_init=broken)
 
 
+def test_a_zero_that_became_minus_zero_is_found(source: Path) -> None:
+    edit_tensors(source, lambda t: t["model.norm.weight"].zero_())
+    output = convert(source, source.parent / "out", verify="none").output
+    edit_tensors(output, lambda t: t["model.norm.weight"].neg_())
+    with pytest.raises(ProofError, match=r"model\.norm\.weight differs"):
+        verify(output, progress=False)
+
+
 # --- a proof can hold -------------------------------------------------------------------------
 
 
@@ -266,7 +274,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no sliding window": lambda out: edit_config(out, sliding_window=None),
     "another top-k": lambda out: edit_config(out, num_experts_per_tok=1),
     "another eps": lambda out: edit_config(out, rms_norm_eps=1e-2),
-    "no config": lambda out: (out / "config.json").unlink(),
     "a file cut off": lambda out: (out / "model.safetensors").write_bytes(
         (out / "model.safetensors").read_bytes()[:-8]
     ),
@@ -283,6 +290,13 @@ def test_verify_finds_a_damaged_output(
         main(["verify", str(output), "--mode", mode, "--quiet"])
     assert exit_.value.code == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_verify_finds_a_missing_config(output: Path) -> None:
+    """Without it transformers would make, and fill with memory, the default Mixtral of 47B."""
+    (output / "config.json").unlink()
+    with pytest.raises(UpcyclingError, match=r"config\.json"):
+        verify(output, mode="layers", progress=False)
 
 
 @both_modes
@@ -410,7 +424,7 @@ def test_the_tokens_are_at_most_128_of_a_sample_text(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, 67)
     ids, words = proof_tokens(tmp_path / "tokenizer.json", 67, 4096)
     assert ids.shape == (1, 128)
-    assert len(ids.unique()) > 20
+    assert len(ids.unique()) > 10
     assert words == "128 tokens of a sample text"
 
 

@@ -270,6 +270,13 @@ def test_the_current_folder_can_be_the_output(
     assert (tmp_path / "here" / RECORD_FILE).is_file()
 
 
+def test_a_link_to_an_empty_folder_can_be_the_output(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    finish(tmp_path / "out")
+    assert (tmp_path / "out" / RECORD_FILE).is_file()
+
+
 def test_a_full_disk_is_refused_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

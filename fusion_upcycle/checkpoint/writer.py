@@ -28,6 +28,7 @@ _FINGERPRINT_FILE = "conversion.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Room for config, tokenizer and file system overhead beside the tensors.
 _SPARE_BYTES = 64 * 2**20
+_WRITE_BEHIND_BYTES = 8 * 2**20
 
 Chunks = Callable[[str], Iterator[Tensor]]
 
@@ -195,6 +196,7 @@ def _write_shard(
 ) -> None:
     with path.open("wb", buffering=0) as handle:
         handle.write(shard.header)
+        buffered = 0
         for name, spec in shard.specs.items():
             written = 0
             for chunk in chunks(name):
@@ -203,8 +205,11 @@ def _write_shard(
                 data = chunk.contiguous().view(torch.uint8).numpy().data
                 while data:  # a raw write may take less than it was given
                     data = data[handle.write(data) :]
-                _write_behind(handle.fileno())
                 written += chunk.nbytes
+                buffered += chunk.nbytes
+                if buffered >= _WRITE_BEHIND_BYTES:
+                    _write_behind(handle.fileno())
+                    buffered = 0
                 progress(chunk.nbytes)
             assert written == spec.nbytes, (name, written, spec)
 

@@ -44,11 +44,13 @@ def streamed_model(
     config._experts_implementation = "eager"
     weights = _Weights(source, dtype, compute_dtype)
     model = empty_model(config).eval()
+    single: nn.Module | None = None
     for name, module in list(model.named_modules()):
         names = {p: f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)}
         if architecture and name.endswith(architecture.experts_module):
             prefix = name.removesuffix(architecture.experts_module)
-            experts = _StreamedExperts(module, config, architecture, prefix, weights)
+            single = single or _single_expert(module, config, architecture, compute_dtype)
+            experts = _StreamedExperts(single, config, architecture, prefix, weights)
             model.set_submodule(name, experts)
         elif architecture and name.endswith(architecture.router_module):
             prefix = name.removesuffix(architecture.router_module)
@@ -63,9 +65,22 @@ class _Weights:
 
     def __init__(self, source: TensorSource, dtype: torch.dtype, compute_dtype: torch.dtype):
         self.source, self.dtype, self.compute_dtype = source, dtype, compute_dtype
+        self._place = torch.empty(0, dtype=compute_dtype)
 
     def cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).to(self.compute_dtype)
+
+    def cast_block(self, block: Tensor) -> Tensor:
+        """Cast into the one place that all blocks use in turn: new ones fragment the heap."""
+        if self._place.numel() < block.numel():
+            self._place = torch.empty(max(CHUNK_ELEMENTS, block.numel()), dtype=self.compute_dtype)
+        return self._place[: block.numel()].view(block.shape).copy_(block.to(self.dtype))
+
+    def read_into(self, place: Tensor, name: str) -> None:
+        """Read and cast a whole tensor, piece by piece, into contiguous memory."""
+        pieces = place.view(-1).split(CHUNK_ELEMENTS)
+        for piece, chunk in zip(pieces, self.source.chunks(name), strict=True):
+            piece.copy_(chunk.to(self.dtype))
 
     @contextmanager
     def borrow(self, name: str) -> Iterator[Tensor]:
@@ -110,12 +125,22 @@ def _linear(x: Tensor, names: dict[str, str], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
     with weights.borrow(names["weight"]) as weight:
         rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
-        parts = [F.linear(x, weights.cast(block)) for block in weight.split(rows)]
-    output = torch.cat(parts, dim=-1)
+        output = x.new_empty(*x.shape[:-1], len(weight))
+        for block, part in zip(weight.split(rows), output.split(rows, dim=-1), strict=True):
+            part.copy_(F.linear(x, weights.cast_block(block)))
     if "bias" in names:
         with weights.borrow(names["bias"]) as bias:
             output = output + weights.cast(bias)
     return output
+
+
+def _single_expert(
+    experts: nn.Module, config: "PreTrainedConfig", architecture: Architecture, dtype: torch.dtype
+) -> nn.Module:
+    """The family's own experts class with room for one expert, which all layers use in turn."""
+    single = copy.deepcopy(config)
+    setattr(single, architecture.experts_field, 1)
+    return type(experts)(single).to(dtype).requires_grad_(False)
 
 
 class _StreamedExperts(nn.Module):
@@ -123,7 +148,7 @@ class _StreamedExperts(nn.Module):
 
     def __init__(
         self,
-        experts: nn.Module,
+        single: nn.Module,
         config: "PreTrainedConfig",
         architecture: Architecture,
         prefix: str,
@@ -131,27 +156,22 @@ class _StreamedExperts(nn.Module):
     ):
         super().__init__()
         self.num_experts = getattr(config, architecture.experts_field)
-        single = copy.deepcopy(config)
-        setattr(single, architecture.experts_field, 1)
-        with torch.device("meta"):
-            self.single = type(experts)(single)
+        self.single = single
         self.names = {p: prefix + architecture.expert_names[p] for p in EXPERT_PARTS}
         self.weights = weights
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden)
+        # Weights are cast into the memory of the last expert: new memory costs more than the sums.
+        gate_up, down = (self.single.get_parameter(n)[0] for n in ("gate_up_proj", "down_proj"))
+        places = (*gate_up.chunk(2), down)
         for expert in range(self.num_experts):
             tokens, slots = torch.where(top_k_index == expert)
             if len(tokens) == 0:
                 continue
-            names = [self.names[part].format(expert=expert) for part in EXPERT_PARTS]
-            gate, up, down = (self.weights.source.tensor(name) for name in names)
-            gate_up = torch.cat([self.weights.cast(gate), self.weights.cast(up)])
-            state = {"gate_up_proj": gate_up[None], "down_proj": self.weights.cast(down)[None]}
-            self.single.load_state_dict(state, assign=True)
+            for part, place in zip(EXPERT_PARTS, places, strict=True):
+                self.weights.read_into(place, self.names[part].format(expert=expert))
             index = torch.zeros_like(tokens)[:, None]
-            part = self.single(hidden[tokens], index, top_k_weights[tokens, slots][:, None])
-            output.index_add_(0, tokens, part)
-            self.weights.source.release(names)
-        self.single.to("meta")
+            found = self.single(hidden[tokens], index, top_k_weights[tokens, slots][:, None])
+            output.index_add_(0, tokens, found)
         return output
