@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.errors import ProofError, UpcyclingError
@@ -21,7 +20,7 @@ EXAMPLES = """\
 examples:
   python -m fusion_upcycle inspect  ./llama-1b --num-experts 8
   python -m fusion_upcycle upcycle  ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
-  python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise noise_std=0.02
+  python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle verify   ./llama-8x1b
 
 Inside FusionBench: fusion_bench method=mixtral_moe_upscaling modelpool=... (see the README).
@@ -87,25 +86,23 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     add("--experts-per-token", type=int, default=2, metavar="K", help="top-k (default: 2)")
     add(
         "--expert-init",
-        nargs="+",
-        default=["copy"],
-        metavar=("NAME", "OPTION=VALUE"),
-        help="copy | noise noise_std=0.01 | drop drop_ratio=0.5 paired=true | permute",
+        default="copy",
+        metavar="NAME[,OPTION=VALUE...]",
+        help="copy | noise,noise_std=0.01 | drop,drop_ratio=0.5,paired=true | permute",
     )
     add(
         "--router-init",
-        nargs="+",
-        default=["normal"],
-        metavar=("NAME", "OPTION=VALUE"),
-        help="normal std=0.02 | zeros",
+        default="normal",
+        metavar="NAME[,OPTION=VALUE]",
+        help="normal,std=0.02 | zeros",
     )
     add("--dtype", help="float32 | bfloat16 | float16 | float64 (default: the source's)")
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
     add(
         "--ignore-config-fields",
-        nargs="+",
+        type=lambda text: text.split(","),
         default=[],
-        metavar="FIELD",
+        metavar="FIELD[,FIELD...]",
         help="unknown fields of the source's config.json that you know to be without effect",
     )
 
@@ -122,10 +119,11 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _initialiser(words: Sequence[str]) -> dict[str, Any]:
-    """`["noise", "noise_std=0.02"]` as `{"name": "noise", "noise_std": 0.02}`."""
-    spec: dict[str, Any] = {"name": words[0]}
-    for word in words[1:]:
+def _initialiser(text: str) -> dict[str, Any]:
+    """`noise,noise_std=0.02` as `{"name": "noise", "noise_std": 0.02}`."""
+    name, *words = text.split(",")
+    spec: dict[str, Any] = {"name": name}
+    for word in words:
         option, equals, value = word.partition("=")
         try:
             spec[option] = json.loads(value)
@@ -168,4 +166,4 @@ def _inspect(parsed: argparse.Namespace) -> None:
 def _verify(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.convert import verify
 
-    print(verify(Path(parsed.output), parsed.source, mode=parsed.mode, progress=not parsed.quiet))
+    print(verify(parsed.output, parsed.source, mode=parsed.mode, progress=not parsed.quiet))

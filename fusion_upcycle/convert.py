@@ -10,14 +10,21 @@ import transformers
 
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import copy_companions, locate, read_config
+from fusion_upcycle.checkpoint.source import (
+    check_companions,
+    copy_companions,
+    locate,
+    read_config,
+)
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.options import UpcyclingOptions, make_options
 from fusion_upcycle.output import Converted, OutputOptions, write_output
 from fusion_upcycle.planning import plan_upcycling
+from fusion_upcycle.progress import loading_bars
 from fusion_upcycle.upcycling import Upcycling
-from fusion_upcycle.verification import Proof, prove, resolve_mode
+from fusion_upcycle.verification import Proof, Tokens, prove, resolve_mode, sample_tokens
+from fusion_upcycle.verification.names import check_written_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,31 +66,36 @@ def upcycle(
         ProofError: the result is not what it claims to be; nothing is left behind.
     """
     chosen = make_options(**options)
-    output, folder = Path(output).expanduser(), locate(source)
+    resolve_mode(verify, streaming=True, total_bytes=0)
+    output, folder = Path(output).expanduser().resolve(), locate(source)
     writing = OutputOptions(overwrite, max_shard_size, progress)
     writing.check(output)
-    resolve_mode(verify, streaming=True, total_bytes=0)
-    if output.resolve() == folder.resolve():
-        raise UpcyclingError(f"{output} is the source itself. Choose another output.")
+    if folder.resolve().is_relative_to(output):
+        raise UpcyclingError(f"{output} holds the source {folder}. Choose another output.")
+    check_companions(folder)
     upcycling = plan_folder(folder, chosen)
+    tokens = sample_tokens(folder / "tokenizer.json", upcycling.config)
+    mode = resolve_mode(verify, streaming=True, total_bytes=upcycling.total_bytes)
+
+    def prove_staged(staging: Path) -> Proof:
+        return prove_folder(upcycling, folder, staging, mode, tokens, progress=progress)
+
     return write_output(
         upcycling,
         output,
         source=describe_source(source, folder),
         companions=partial(copy_companions, folder),
-        prove=partial(
-            prove_folder,
-            upcycling,
-            folder,
-            resolve_mode(verify, streaming=True, total_bytes=upcycling.total_bytes),
-            progress,
-        ),
+        prove=prove_staged,
         options=writing,
     )
 
 
 def verify(
-    output: Path, source: str | Path | None = None, *, mode: str = "auto", progress: bool = True
+    output: str | Path,
+    source: str | Path | None = None,
+    *,
+    mode: str = "auto",
+    progress: bool = True,
 ) -> Proof:
     """Prove an output folder again, against the source that its record names.
 
@@ -91,20 +103,39 @@ def verify(
         output: folder made by `upcycle`.
         source: where the source is now, if it has moved.
         mode: `layers`, `logits` or `auto`.
+        progress: show progress bars.
 
     Raises:
+        UpcyclingError: not an output of ours, or its source is not there.
         ProofError: the folder is not what its record says.
     """
+    if mode == "none":
+        raise UpcyclingError("verify needs a mode that verifies: layers, logits or auto.")
+    output = Path(output).expanduser()
+    source_name, options = _read_record(output)
+    folder = locate(source or source_name)
+    upcycling = plan_folder(folder, options)
+    tokens = sample_tokens(folder / "tokenizer.json", upcycling.config)
+    mode = resolve_mode(mode, streaming=True, total_bytes=upcycling.total_bytes)
+    return prove_folder(upcycling, folder, output, mode, tokens, progress=progress)
+
+
+def _read_record(output: Path) -> tuple[str, UpcyclingOptions]:
+    """Source and options of an output, from a record that may be damaged."""
     path = output / RECORD_FILE
     if not path.is_file():
         raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if mode == "none":
-        raise UpcyclingError("verify needs a mode that verifies: layers, logits or auto.")
-    folder = locate(source or record["source"].get("folder") or record["source"]["name"])
-    upcycling = plan_folder(folder, make_options(**record["options"] | {"dtype": record["dtype"]}))
-    mode = resolve_mode(mode, streaming=True, total_bytes=upcycling.total_bytes)
-    return prove_folder(upcycling, folder, mode, progress, output)
+    try:
+        record = json.loads(path.read_bytes())
+        name, options = record["source"]["name"], {**record["options"], "dtype": record["dtype"]}
+        if not isinstance(name, str):
+            raise TypeError(f"source {name!r}")
+        return name, make_options(**options)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "
+            "own can only be proven when it is made."
+        ) from error
 
 
 def plan_folder(folder: Path, options: UpcyclingOptions) -> Upcycling:
@@ -116,35 +147,48 @@ def plan_folder(folder: Path, options: UpcyclingOptions) -> Upcycling:
 def prove_folder(
     upcycling: Upcycling,
     source: Path,
-    mode: str,
-    progress: bool,
     result: Path,
+    mode: str,
+    tokens: Tokens,
+    *,
+    progress: bool,
 ) -> Proof:
     """Prove the folder `result` against the folder `source` that it was made from."""
+    check_written_config(result, upcycling.config)
+    try:
+        reader = CheckpointReader(result)
+    except UpcyclingError as error:
+        raise ProofError(f"The output cannot be read: {error}") from error
     return prove(
         upcycling,
-        CheckpointReader(result, read_once=True),
+        reader,
         mode=mode,
-        tokenizer_file=source / "tokenizer.json",
+        tokens=tokens,
         models=lambda: (
-            load_model(source, upcycling.source_config, upcycling.dtype),
-            load_model(result, upcycling.config, upcycling.dtype, complete=True),
+            load_model(source, upcycling.source_config, upcycling.dtype, progress=progress),
+            load_model(result, upcycling.config, upcycling.dtype, progress=progress, complete=True),
         ),
         progress=progress,
     )
 
 
 def load_model(
-    folder: Path, config: "PreTrainedConfig", dtype: torch.dtype, *, complete: bool = False
+    folder: Path,
+    config: "PreTrainedConfig",
+    dtype: torch.dtype,
+    *,
+    progress: bool,
+    complete: bool = False,
 ) -> "PreTrainedModel":
     """Load a folder with transformers' own class for its config.
 
     Raises:
         ProofError: with `complete`, a tensor that transformers misses or does not expect.
     """
-    model, info = getattr(transformers, class_name(config)).from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
+    with loading_bars(progress):
+        model, info = getattr(transformers, class_name(config)).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if complete and info[problem]:
             raise ProofError(f"transformers loads {folder} with {problem}: {info[problem]}")
@@ -153,11 +197,10 @@ def load_model(
 
 def describe_source(source: str | Path, folder: Path) -> dict[str, Any]:
     """Identity of the source for the record: enough to notice that it has changed."""
-    files = sorted(folder.glob("model*.safetensors"))
+    files = CheckpointReader(folder).files
     return {
         "name": str(source),
         "from_hub": not Path(source).expanduser().exists(),
-        "folder": str(folder.resolve()),
         "files": {file.name: file.stat().st_size for file in files},
         "modified": max(file.stat().st_mtime_ns for file in files),
     }

@@ -1,8 +1,9 @@
 """Expert initialisers: pure functions `(expert, generator, **options) -> Expert`.
 
-An initialiser turns the source expert into one new expert. It sees the expert in the source's
-dtype and returns that dtype; casting to the output dtype comes after. To add one: a function here,
-its name in `EXPERT_INITS`, a YAML under `config/method/expert_init/`, a test.
+An initialiser turns the source expert into one new expert. It sees the expert in the dtype of the
+result, must not write into it (it may be a view of the source's file), and returns that dtype.
+To add one: a function here, its name in `EXPERT_INITS`, a YAML under
+`config/method/expert_init/`, a test.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, is_number
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
 
 ExpertInit = Callable[[Expert, Generator], Expert]
@@ -29,8 +30,8 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
         noise_std: noise relative to the matrix' own standard deviation. 0.001 leaves experts
             identical for many steps, 0.1 destroys the weights.
     """
-    if not (math.isfinite(noise_std) and noise_std >= 0):
-        raise UpcyclingError(f"noise_std={noise_std} must be a number >= 0 (default 0.01).")
+    if not (is_number(noise_std) and noise_std >= 0):
+        raise UpcyclingError(f"noise_std={noise_std!r} must be a number >= 0 (default 0.01).")
 
     def add_noise(weight: Tensor) -> Tensor:
         exact = weight.to(_compute_dtype(weight))
@@ -52,8 +53,10 @@ def drop(
         paired: the same neurons in all three matrices, as the paper says; False draws them for
             each matrix, as the authors' code does (at 0.5, 12.5 % of neurons keep all parts).
     """
-    if not 0 <= drop_ratio <= 1:
-        raise UpcyclingError(f"drop_ratio={drop_ratio} must be between 0 and 1 (default 0.5).")
+    if not (is_number(drop_ratio) and 0 <= drop_ratio <= 1):
+        raise UpcyclingError(f"drop_ratio={drop_ratio!r} must be a number 0 to 1 (default 0.5).")
+    if not isinstance(paired, bool):  # the text "false" would count as true
+        raise UpcyclingError(f"paired={paired!r} must be true or false (default true).")
     neurons = expert.gate_proj_FD.shape[0]
     dropped = math.floor(drop_ratio * neurons)
 

@@ -17,7 +17,8 @@ from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.output import Converted, OutputOptions, write_output
 from fusion_upcycle.planning import plan_upcycling
 from fusion_upcycle.upcycling import Upcycling
-from fusion_upcycle.verification import Proof, prove
+from fusion_upcycle.verification import Proof, prove, sample_tokens
+from fusion_upcycle.verification.names import check_written_config
 from fusion_upcycle.verification.tensors import check_tensors
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def plan_live(dense: "PreTrainedModel", options: UpcyclingOptions) -> Upcycling:
-    """Plan the conversion of a live model; its own dtype counts, not that of its config."""
+    """Plan the conversion of a live model; its tensors' dtype counts, not that of its config."""
     config = copy.deepcopy(dense.config)
     config.architectures = [type(dense).__name__]
-    config.dtype = dense.dtype
+    config.dtype = None
     return plan_upcycling(StateDictSource(dense.state_dict()), config, options)
 
 
@@ -43,6 +44,7 @@ def build_live(
         mode: of the proof.
         tokenizer_file: `tokenizer.json` for the proof's tokens.
     """
+    tokens = sample_tokens(tokenizer_file, upcycling.config)
     model_class = getattr(transformers, class_name(upcycling.config))
     config = copy.deepcopy(upcycling.config)
     with no_init_weights(), dense.device:
@@ -64,7 +66,7 @@ def build_live(
         upcycling,
         live,
         mode=mode,
-        tokenizer_file=tokenizer_file,
+        tokens=tokens,
         models=lambda: (dense, moe),
     )
     return moe, proof
@@ -87,6 +89,7 @@ def save_live(
     """
 
     def prove_written(folder: Path) -> Proof:
+        check_written_config(folder, upcycling.config)
         if proof.mode != "none":
             check_tensors(upcycling, CheckpointReader(folder), progress=options.progress)
         return proof
@@ -98,4 +101,5 @@ def save_live(
         companions=companions,
         prove=prove_written,
         options=options,
+        resumable=False,  # nothing tells one live model from another
     )

@@ -111,6 +111,11 @@ class UpcyclingOptions:
         generator = generator_for(0, 0, 0, "rehearsal")
         toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
         expert = self.initialise_expert(toy, generator)
+        if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
+            raise UpcyclingError(
+                f"expert_init {self.expert_init} writes into the expert that it is given, which is "
+                "the source itself. Make new tensors instead."
+            )
         if not isinstance(expert, Expert) or any(
             getattr(expert, part).shape != weight.shape for part, weight in vars(toy).items()
         ):
@@ -187,4 +192,9 @@ def _describe(
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     }
     given = initialiser.keywords if isinstance(initialiser, partial) else {}
-    return {"name": name or f"{function.__module__}.{function.__qualname__}"} | defaults | given
+    return {"name": name or _dotted_name(function)} | defaults | given
+
+
+def _dotted_name(function: Callable[..., Any]) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

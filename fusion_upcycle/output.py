@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from fusion_upcycle.architectures.base import readable_config
 from fusion_upcycle.architectures.layout import class_name
@@ -68,6 +69,7 @@ def write_output(
     companions: Callable[[Path], list[str]],
     prove: Callable[[Path], Proof],
     options: OutputOptions,
+    resumable: bool = True,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
 
@@ -76,6 +78,8 @@ def write_output(
         companions: puts tokenizer, template, generation and licence files into the staged folder
             and returns their names.
         prove: staged folder -> proof; an error leaves no output.
+        resumable: whether `source` tells exactly what is converted, so that the shards of a killed
+            run can be kept.
     """
     shards = plan_shards(upcycling.specs, options.max_shard_size)
     total = upcycling.total_bytes
@@ -92,7 +96,10 @@ def write_output(
         "shards": [shard.file for shard in shards],
         "versions": versions(),
     }
-    with staging_folder(output, record, total_bytes=total, overwrite=options.overwrite) as staging:
+    fingerprint = record if resumable else record | {"run": uuid4().hex}
+    with staging_folder(
+        output, fingerprint, total_bytes=total, overwrite=options.overwrite
+    ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             write_shards(staging, shards, upcycling.chunks, bar.update)
             _write_json(staging / "config.json", readable_config(upcycling.config))

@@ -175,8 +175,13 @@ def _writing_order(name: str) -> tuple[int, list[int], str]:
 
 def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtype:
     """The dtype in which transformers would load the source: its config's, else its tensors'."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
+    if config.dtype is not None:
+        try:
+            dtype = parse_dtype(config.dtype)
+        except UpcyclingError as error:
+            raise UpcyclingError(f"config.json of the source, dtype: {error}") from error
+        assert dtype is not None
+        return dtype
     dtypes = {spec.dtype for spec in source.specs.values()}
     if len(dtypes) > 1:
         raise UpcyclingError(

@@ -1,5 +1,7 @@
 """Progress bars, all alike."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,3 +20,18 @@ def progress_bar(what: str, total: int, shown: bool, *, unit: str = "B") -> "tqd
         disable=not shown,
         mininterval=0.5,
     )
+
+
+@contextmanager
+def loading_bars(shown: bool) -> Iterator[None]:
+    """Let transformers show its own bars while it loads a model, or not."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()

@@ -4,13 +4,12 @@ Each new expert's router row is drawn by itself, so that expert e has the same r
 number of experts. Rows are float32 and cast to the output dtype afterwards.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, is_number
 
 RouterInit = Callable[[int, Generator], Tensor]
 
@@ -20,9 +19,9 @@ def normal(hidden_size: int, generator: Generator, *, std: float = 0.02) -> Tens
 
     For hidden states of unit RMS the logits have standard deviation `std * sqrt(D)`.
     """
-    if not (math.isfinite(std) and std > 0):
+    if not (is_number(std) and std > 0):
         raise UpcyclingError(
-            f"router std={std} must be a number > 0 (default 0.02); for an all-zero router "
+            f"router std={std!r} must be a number > 0 (default 0.02); for an all-zero router "
             "choose router_init=zeros."
         )
     return torch.randn(hidden_size, generator=generator) * std

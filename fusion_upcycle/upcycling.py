@@ -5,8 +5,8 @@ comes from (`fusion_upcycle.planning` makes them). Nothing is read until a sink 
 folder or a live model, which so get the same bits.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -106,7 +106,11 @@ class Upcycling:
         if self._last_expert is None or self._last_expert[0] != (layer, expert):
             self._last_expert = None  # free it before making the next
             names = self._ffn_names[layer]
-            source = Expert(*(self.source.tensor(names[part]) for part in EXPERT_PARTS))
+            # Cast before, so that a source of another dtype and a model loaded in the asked-for
+            # one give the same bits.
+            source = Expert(
+                *(self._cast(self.source.tensor(names[part]), names[part]) for part in EXPERT_PARTS)
+            )
             generator = generator_for(self.options.seed, layer, expert, "expert")
             made = self.options.initialise_expert(source, generator)
             self._last_expert = (layer, expert), made
@@ -123,6 +127,22 @@ class Upcycling:
                 f"{self.dtype}. Choose dtype=bfloat16 or float32."
             )
         return result
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give back what `tensor` read of the source for these."""
+        rules = (self.rules[name] for name in names)
+        self.source.release(rule.source for rule in rules if isinstance(rule, Carried))
+
+    def with_copied_experts(self) -> "Upcycling":
+        """The same conversion with plain copies as experts; exact wherever this one is sound."""
+        rules: dict[str, Rule] = {
+            name: Carried(self._ffn_names[rule.layer][rule.part])
+            if isinstance(rule, Initialised)
+            else rule
+            for name, rule in self.rules.items()
+        }
+        options = replace(self.options, expert_init="copy")
+        return replace(self, rules=rules, options=options, _last_expert=None)
 
     @cached_property
     def claims_exact(self) -> bool:

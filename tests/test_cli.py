@@ -71,7 +71,7 @@ def test_the_module_is_the_command_line(tmp_path: Path) -> None:
 
 def test_upcycle_makes_the_folder_that_the_function_makes(source: Path, tmp_path: Path) -> None:
     options = ["--num-experts", "3", "--experts-per-token", "1", "--seed", "5"]
-    inits = ["--expert-init", "drop", "drop_ratio=0.25", "paired=false", "--router-init", "zeros"]
+    inits = ["--expert-init", "drop,drop_ratio=0.25,paired=false", "--router-init", "zeros"]
     main(["upcycle", str(source), str(tmp_path / "out"), *options, *inits, "--quiet"])
     upcycle(
         source,
@@ -132,12 +132,12 @@ def test_upcycle_overwrites_only_when_told(source: Path, tmp_path: Path) -> None
         (["--num-experts", "1"], "num_experts=1 must be 2"),
         (["--experts-per-token", "9"], "experts_per_token=9"),
         (["--expert-init", "nois"], "Did you mean 'noise'"),
-        (["--expert-init", "noise", "std=1"], "Did you mean 'noise_std'"),
-        (["--expert-init", "noise", "noise_std"], "'noise_std' is not OPTION=VALUE"),
-        (["--expert-init", "noise", "noise_std=much"], "'noise_std=much' is not OPTION=VALUE"),
-        (["--expert-init", "noise", 'noise_std="1"'], "noise_std"),
-        (["--expert-init", "drop", "drop_ratio=7"], "drop_ratio=7"),
-        (["--router-init", "normal", "std=0"], "router_init=zeros"),
+        (["--expert-init", "noise,std=1"], "Did you mean 'noise_std'"),
+        (["--expert-init", "noise,noise_std"], "'noise_std' is not OPTION=VALUE"),
+        (["--expert-init", "noise,noise_std=much"], "'noise_std=much' is not OPTION=VALUE"),
+        (["--expert-init", 'noise,noise_std="1"'], "noise_std"),
+        (["--expert-init", "drop,drop_ratio=7"], "drop_ratio=7"),
+        (["--router-init", "normal,std=0"], "router_init=zeros"),
         (["--dtype", "bf16"], "Did you mean 'bfloat16'"),
         (["--verify", "logit"], "Did you mean 'logits'"),
         (["--max-shard-size", "big"], "max_shard_size='big'"),

@@ -96,7 +96,7 @@ def carry_fields(
     """Sort the fields of `source` into carried, required, and without effect; refuse the rest.
 
     Args:
-        carried: fields copied under the same name.
+        carried: fields copied under the same name, unless `required` names them too.
         required: field -> (the only value that `target` can express, remedy).
         no_effect: fields that change no forward pass.
         ignored: fields that the user declares to be without effect.
@@ -108,15 +108,15 @@ def carry_fields(
     family = source.model_type
     result = {}
     for name, value in fields.items():
-        if name in carried:
-            result[name] = value
-        elif name in required:
+        if name in required:
             only, remedy = required[name]
             if value != only:
                 raise UpcyclingError(
                     f"config.json of the {family} source: {name}={value!r} cannot be expressed by "
                     f"{target} (only {only!r} can). {remedy}"
                 )
+        elif name in carried:
+            result[name] = value
         elif name not in no_effect and name not in ignored:
             raise UpcyclingError(
                 f"config.json of the {family} source: unknown field {name}={value!r}; {target} may "

@@ -44,7 +44,12 @@ def file_layout(config: "PreTrainedConfig") -> FileLayout:
     """The files' layout by transformers' own class and its own way of saving."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = empty_model(config)
+    try:
+        model = empty_model(config)
+    except Exception as error:  # a size, an activation, ...: whatever the class makes of it
+        raise UpcyclingError(
+            f"transformers cannot build {class_name(config)} from what config.json says: {error!r}"
+        ) from error
     tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     tensors = revert_weight_conversion(model, model.state_dict())
     return FileLayout({n: tuple(t.shape) for n, t in tensors.items() if n not in tied}, tied)
@@ -59,10 +64,10 @@ def target_class(source: "PreTrainedConfig", target: "PreTrainedConfig") -> str:
     from transformers.models.auto import modeling_auto
 
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not source.architectures:
+    if not isinstance(source.architectures, list) or len(source.architectures) != 1:
         raise UpcyclingError(
-            "The source's config.json does not say what class the model is. Add "
-            f'"architectures": ["{causal[source.model_type]}"].'
+            f"The source's config.json says architectures={source.architectures!r}, not what class "
+            f'the model is. Set it to ["{causal[source.model_type]}"].'
         )
     source_class = class_name(source)
     for names in (causal, modeling_auto.MODEL_MAPPING_NAMES):

@@ -68,6 +68,11 @@ class CheckpointReader:
                         f"{sorted(names - listed)[:3]}. Download the folder again."
                     )
 
+    @property
+    def files(self) -> list[Path]:
+        """The shards."""
+        return [self.folder / file for file in self._maps]
+
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as a view of the mapped file: never write to it."""
         spec, place = self.specs[name], self._places[name]
@@ -150,23 +155,36 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise UpcyclingError(
                 f"{path} is not a whole safetensors file: its header is cut off. Download it again."
             )
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise UpcyclingError(f"{path} has a damaged safetensors header: {error}.") from error
-    if not isinstance(header, dict):
-        raise UpcyclingError(f"{path} has a damaged safetensors header: not a JSON object.")
+        header = _parse_json(path, handle.read(length))
     header.pop("__metadata__", None)
     return header, 8 + length
 
 
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object from a file that may be damaged or hostile."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(pairs)) < len(pairs):
+            raise ValueError("a name stands there twice")
+        return result
+
+    try:
+        data = json.loads(text, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UpcyclingError(f"{path} is damaged ({error}). Download it again.") from error
+    if not isinstance(data, dict):
+        raise UpcyclingError(f"{path} is damaged (not a JSON object). Download it again.")
+    return data
+
+
 def _data_bytes(path: Path, header: dict[str, Any]) -> int:
     """Check every entry of a header that may be hostile; return the end of the data."""
-    end = 0
+    ranges = []
     for name, entry in header.items():
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+            whole = isinstance(shape, list) and isinstance(dtype, str)
+            whole = whole and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
@@ -181,7 +199,15 @@ def _data_bytes(path: Path, header: dict[str, Any]) -> int:
                 f"{path}: tensor {name} of shape {shape} does not fill its {stop - start} bytes: "
                 "the file is damaged."
             )
-        end = max(end, stop)
+        ranges.append((start, stop, name))
+    end = 0
+    for start, stop, name in sorted(ranges):
+        if start != end:
+            raise UpcyclingError(
+                f"{path}: tensor {name} does not start where the one before it ends: the file is "
+                "damaged."
+            )
+        end = stop
     return end
 
 
@@ -205,12 +231,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UpcyclingError(
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
         )
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UpcyclingError(f"{index} is damaged ({error}). Download it again.") from error
-    for file in files:
+    weight_map = _parse_json(index, index.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UpcyclingError(f"{index} has no weight_map. Download it again.")
+    for file in weight_map.values():
         # The index comes from strangers: only plain file names, nothing outside the folder.
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise UpcyclingError(f"{index} names {file!r}, which is not a safetensors file name.")

@@ -43,7 +43,7 @@ def locate(source: str | Path) -> Path:
         return path
     if path.exists():
         raise UpcyclingError(f"{source} is a file. Give the folder that holds config.json.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
         raise UpcyclingError(f"{source} does not exist, and is not a Hugging Face Hub id either.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -52,7 +52,9 @@ def locate(source: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(source),
-                allow_patterns=["config.json", "model*.safetensors*", *COMPANIONS],
+                allow_patterns=["config.json", "*.safetensors", "*.index.json", *COMPANIONS],
+                # Some repositories hold the same weights a second time, in their maker's layout.
+                ignore_patterns=["consolidated*", "*.bin.index.json", "*/*.safetensors"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -72,25 +74,40 @@ def read_config(folder: Path) -> "PreTrainedConfig":
             + " Give a Hugging Face model folder."
         )
     try:
-        json.loads(path.read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        model_type = json.loads(path.read_bytes())["model_type"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UpcyclingError(f"transformers refuses {path}: {error}") from error
+    except Exception as error:  # transformers' checks raise a class of their own for each field
+        raise UpcyclingError(
+            f"transformers refuses {path} (model_type {model_type}): {error}"
+        ) from error
+
+
+def check_companions(source: Path) -> None:
+    """Refuse a damaged JSON file before it is copied into an output that is called proven."""
+    for path in _companions(source):
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise UpcyclingError(f"{path} is damaged ({error}). Download it again.") from error
 
 
 def copy_companions(source: Path, output: Path) -> list[str]:
     """Copy tokenizer, template, generation and licence files as they are; returns their names."""
     copied = []
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                target = output / path.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)  # follows the Hub cache's links
-                copied.append(str(path.relative_to(source)))
+    for path in _companions(source):
+        target = output / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)  # follows the Hub cache's links
+        copied.append(str(path.relative_to(source)))
     return copied
+
+
+def _companions(source: Path) -> list[Path]:
+    paths = (path for pattern in COMPANIONS for path in sorted(source.glob(pattern)))
+    return [path for path in paths if path.is_file()]

@@ -113,26 +113,37 @@ def staging_folder(
     Raises:
         UpcyclingError: the output exists, the disk is too small, another process is writing.
     """
+    output = output.resolve()  # "." or a link can be written to, but not renamed over
     check_output(output, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.parent / f".{output.name}.incomplete"
+    fresh = not staging.exists()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UpcyclingError(f"{output} cannot be made: {error}. Choose another output.") from error
     with _locked(staging, output):
-        _prepare(staging, fingerprint)
         try:
+            _prepare(staging, fingerprint)
             _check_free_space(staging, total_bytes)
+        except UpcyclingError:
+            if fresh:  # else it is not ours, or holds the finished shards of a killed run
+                shutil.rmtree(staging)
+            raise
+        try:
             yield staging
-            (staging / _FINGERPRINT_FILE).unlink()
             _replace(staging, output, overwrite=overwrite)
-        except BaseException:
+        except BaseException as error:
             # Not reached when the process is killed: then finished shards stay for a resume.
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UpcyclingError(f"Writing {output} failed: {error}.") from error
             raise
 
 
 @contextmanager
 def _locked(staging: Path, output: Path) -> Iterator[None]:
     """Hold the staging folder alone; the lock is the folder itself and leaves no file behind."""
-    staging.mkdir(exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY)
     try:
         try:
@@ -261,7 +272,10 @@ def _check_free_space(staging: Path, total_bytes: int) -> None:
 def _replace(staging: Path, output: Path, *, overwrite: bool) -> None:
     check_output(output, overwrite=overwrite)  # it may have appeared since the start
     old = output.parent / f".{output.name}.replaced"
+    if (old / RECORD_FILE).is_file():  # a run was killed between its two renames
+        shutil.rmtree(old)
     if (output / RECORD_FILE).is_file():
         output.rename(old)
     staging.rename(output)
+    (output / _FINGERPRINT_FILE).unlink()
     shutil.rmtree(old, ignore_errors=True)

@@ -16,7 +16,7 @@ from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification.streamed_model import streamed_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Largest difference of an exact conversion, relative to the largest value of the reference.
 TOLERANCE = 1e-4
@@ -127,26 +127,44 @@ def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) 
         return distance(reference.cpu(), _output(moe, ids)[0].cpu(), logits=is_logits)
 
 
-def token_ids(tokenizer_file: Path | None, vocab_size: int, max_length: int) -> tuple[Tensor, str]:
-    """Token ids [1, T] of a fixed text, or random ones where there is no `tokenizer.json`.
+@dataclass(frozen=True)
+class Tokens:
+    """What both models are run on.
 
-    Returns:
-        The ids, and words that say where they come from.
+    Attributes:
+        ids: [1, T].
+        words: where they come from.
     """
-    count = min(NUM_TOKENS, max_length)
+
+    ids: Tensor
+    words: str
+
+
+def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> Tokens:
+    """Tokens of a fixed text, or random ones where there is no `tokenizer.json`.
+
+    Raises:
+        UpcyclingError: the tokenizer is damaged or does not fit the model's vocabulary.
+    """
+    count = min(NUM_TOKENS, config.max_position_embeddings)
     if tokenizer_file is None or not tokenizer_file.is_file():
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab_size, (1, count), generator=generator)
-        return ids, f"{count} random token ids (no tokenizer.json at hand)"
+        ids = torch.randint(config.vocab_size, (1, count), generator=generator)
+        return Tokens(ids, f"{count} random token ids (no tokenizer.json at hand)")
     from tokenizers import Tokenizer
 
-    ids = torch.tensor([Tokenizer.from_file(str(tokenizer_file)).encode(SAMPLE_TEXT).ids])
-    if ids.max() >= vocab_size:
+    try:
+        encoding = Tokenizer.from_file(str(tokenizer_file)).encode(SAMPLE_TEXT)
+    except Exception as error:  # the library raises nothing more special
+        raise UpcyclingError(f"{tokenizer_file} cannot be used: {error}") from error
+    ids = torch.tensor([encoding.ids])
+    if ids.numel() == 0 or ids.max() >= config.vocab_size:
         raise UpcyclingError(
-            f"{tokenizer_file} gives token id {int(ids.max())}, but the model's vocabulary ends at "
-            f"{vocab_size - 1}: the tokenizer belongs to another model."
+            f"{tokenizer_file} gives token ids {encoding.ids[:3]}... up to "
+            f"{max(encoding.ids, default=None)}, but the model's vocabulary has "
+            f"{config.vocab_size}: the tokenizer belongs to another model."
         )
-    return ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text"
+    return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
 
 
 def _relative(layer: Distance) -> float:

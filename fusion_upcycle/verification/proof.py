@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
@@ -12,14 +11,14 @@ from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification.function import (
     TOLERANCE,
     Distance,
+    Tokens,
     compare_live,
     compare_streamed,
-    token_ids,
 )
+from fusion_upcycle.verification.names import check_names, check_shared_fields
 from fusion_upcycle.verification.tensors import check_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 VerifyMode = Literal["auto", "layers", "logits", "none"]
@@ -35,7 +34,8 @@ class Proof:
     Attributes:
         mode: `layers`, `logits` or `none`.
         claim: `exact` (the dense function at step 0, up to rounding) or `approximate`.
-        holds: whether the claim was checked and is true; None for approximate or unchecked.
+        holds: True where exactness was claimed, checked and found (a false claim is an error);
+            None for approximate or unchecked.
         tokens: what the models were run on.
         tensors: numbers of tensors found bit-equal, by kind; all of them, or the proof fails.
         layers: each FFN against its MoE block, in float32.
@@ -62,7 +62,7 @@ class Proof:
             return "not verified (verify=none): unproven"
         found = self.function
         assert found is not None and self.tensors is not None
-        verdict = {True: "exact, proven", None: "approximate", False: "NOT exact"}[self.holds]
+        verdict = "exact, proven" if self.holds else "approximate"
         parts = [f"largest difference {found['max_abs']:.2g} of output up to {found['scale']:.3g}"]
         if "kl_nats" in found:
             parts.append(f"KL {found['kl_nats']:.2g} nats")
@@ -74,7 +74,7 @@ class Proof:
 def resolve_mode(mode: str, *, streaming: bool, total_bytes: int) -> str:
     """`auto` is `logits` for a model in memory or below 2 GiB, `layers` for a larger folder."""
     if mode not in get_args(VerifyMode):
-        raise unknown("verify mode", mode, get_args(VerifyMode))
+        raise unknown("verify mode", str(mode), get_args(VerifyMode))
     if mode != "auto":
         return mode
     return "layers" if streaming and total_bytes >= LOGITS_BELOW_BYTES else "logits"
@@ -85,7 +85,7 @@ def prove(
     result: TensorSource,
     *,
     mode: str,
-    tokenizer_file: Path | None,
+    tokens: Tokens,
     models: Callable[[], tuple["PreTrainedModel", "PreTrainedModel"]],
     progress: bool = False,
 ) -> Proof:
@@ -94,7 +94,7 @@ def prove(
     Args:
         result: the tensors that were made, from the written folder or the live model.
         mode: `layers`, `logits` or `none`.
-        tokenizer_file: `tokenizer.json` of the source, if there is one.
+        tokens: to run both models on.
         models: gives the dense and the upcycled model in memory, for `mode="logits"`.
         progress: show progress bars.
 
@@ -105,44 +105,41 @@ def prove(
     if mode == "none":
         return Proof("none", claim)
     started = time.perf_counter()
+    check_names(upcycling)
     tensors = check_tensors(upcycling, result, progress=progress)
-    config = upcycling.config
-    ids, words = token_ids(tokenizer_file, config.vocab_size, config.max_position_embeddings)
-    own = compare_live(*models(), ids) if mode == "logits" else None
-    holds, judged, layers = _judge(upcycling, result, own, ids, progress)
-    proof = Proof(
+    own = compare_live(*models(), tokens.ids) if mode == "logits" else None
+    layers = None
+    if own is None or upcycling.dtype.itemsize < 4:
+        # Exactness is judged in float32 or better, whatever the dtype of the weights.
+        judged, layers = compare_streamed(upcycling, result, tokens.ids, progress=progress)
+    else:
+        judged = own
+    if upcycling.claims_exact:
+        _require_exact(judged, layers)
+    else:
+        # Only the experts may differ: the same conversion with plain copies must be exact.
+        twin = upcycling.with_copied_experts()
+        _require_exact(*compare_streamed(twin, twin, tokens.ids, progress=progress))
+    check_shared_fields(upcycling.source_config, upcycling.config)
+    return Proof(
         mode=mode,
         claim=claim,
-        holds=holds,
-        tokens=words,
+        holds=True if upcycling.claims_exact else None,
+        tokens=tokens.words,
         tensors=tensors,
         layers=layers,
         function=judged.to_json(),
         own_dtype=None if own is None or own is judged else own.to_json(),
         wall_seconds=round(time.perf_counter() - started, 3),
     )
-    if holds is False:
-        raise ProofError(
-            f"The conversion claims to be exact and is not ({proof}; tolerance {TOLERANCE:g} of "
-            f"the largest output; layers: {layers}). Nothing was left at the output. Please "
-            "report this with the source's config.json; verify=none writes the folder unproven."
-        )
-    return proof
 
 
-def _judge(
-    upcycling: Upcycling,
-    result: TensorSource,
-    own: Distance | None,
-    ids: "Tensor",
-    progress: bool,
-) -> tuple[bool | None, Distance, dict[str, Any] | None]:
-    """Whether the claim holds; judged in float32 or better, whatever the dtype of the weights."""
-    layers = None
-    if own is None or upcycling.dtype.itemsize < 4:
-        judged, layers = compare_streamed(upcycling, result, ids, progress=progress)
-    else:
-        judged = own
-    if not upcycling.claims_exact:
-        return None, judged, layers
-    return judged.within_tolerance and (not layers or layers["within_tolerance"]), judged, layers
+def _require_exact(judged: Distance, layers: dict[str, Any] | None) -> None:
+    if judged.within_tolerance and (layers is None or layers["within_tolerance"]):
+        return
+    raise ProofError(
+        "The conversion claims to be exact and is not: NOT exact by "
+        f"{judged.max_abs:.2g} of outputs up to {judged.scale:.3g} (tolerance {TOLERANCE:g} of "
+        f"that; layers: {layers}). Nothing was left at the output. Please report this with the "
+        "source's config.json; verify=none writes the folder unproven."
+    )

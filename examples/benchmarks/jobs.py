@@ -1,0 +1,106 @@
+"""What `convert.py` measures, one job a process: `python jobs.py NAME JSON_ARGUMENTS`.
+
+A job prints one JSON line with what only it can know; wall, CPU and memory of the process are
+measured from outside.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PIECE_BYTES = 8 * 2**20
+
+
+def make_source(folder: str, config: dict[str, int]) -> dict[str, Any]:
+    """A random bfloat16 Llama in three shards with a byte-level tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from fusion_upcycle.demo.tokenizer import byte_tokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16)
+    partial = Path(f"{folder}.partial")
+    model.save_pretrained(partial, max_shard_size=model.num_parameters() * 2 * 4 // 11)
+    byte_tokenizer(config["max_position_embeddings"]).save_pretrained(partial)
+    partial.rename(folder)
+    return {}
+
+
+def plain_write(output: str, nbytes: int) -> dict[str, Any]:
+    """The floor: the same number of bytes in sequence, and on the disk at the end."""
+    piece = memoryview(os.urandom(PIECE_BYTES))
+    Path(output).mkdir()
+    descriptor = os.open(f"{output}/bytes", os.O_CREAT | os.O_WRONLY)
+    left = nbytes
+    while left:
+        left -= os.write(descriptor, piece[:left])
+    os.fdatasync(descriptor)
+    os.close(descriptor)
+    return {}
+
+
+def fusion_upcycle(source: str, output: str, num_experts: int) -> dict[str, Any]:
+    """Our conversion with verify=layers, split into imports, plan to rename, and proof."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    # transformers imports these on first use, in the middle of planning.
+    from transformers import LlamaForCausalLM, MixtralForCausalLM  # noqa: F401
+
+    from fusion_upcycle import upcycle
+
+    imported, cpu_imported = time.perf_counter(), time.process_time()
+    made = upcycle(
+        source,
+        output,
+        num_experts=num_experts,
+        experts_per_token=2,
+        verify="layers",
+        progress=False,
+    )
+    ended, cpu_ended = time.perf_counter(), time.process_time()
+    assert made.proof.holds
+    proof, write = made.costs["prove"], made.costs["write"]
+    return {
+        "imports": {"wall": imported - started, "cpu": cpu_imported - cpu_started},
+        "conversion": {
+            "wall": ended - imported - proof["wall_seconds"],
+            "cpu": cpu_ended - cpu_imported - proof["cpu_seconds"],
+            "peak_rss": write["peak_rss_bytes"],
+        },
+        "proof": {"wall": proof["wall_seconds"], "cpu": proof["cpu_seconds"]},
+    }
+
+
+def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
+    """The obvious way with transformers alone: build the MoE, copy weights, save."""
+    import torch
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    shared = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    shared += ("num_key_value_heads", "vocab_size", "max_position_embeddings")
+    config = MixtralConfig(
+        **{name: getattr(dense.config, name) for name in shared},
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+    )
+    moe = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        moe.load_state_dict(
+            {name: t for name, t in dense.state_dict().items() if ".mlp." not in name},
+            strict=False,
+        )
+        for ours, theirs in zip(dense.model.layers, moe.model.layers, strict=True):
+            gate_up = torch.cat([ours.mlp.gate_proj.weight, ours.mlp.up_proj.weight])
+            theirs.mlp.experts.gate_up_proj.copy_(gate_up)  # to each expert
+            theirs.mlp.experts.down_proj.copy_(ours.mlp.down_proj.weight)
+    moe.save_pretrained(output)
+    return {}
+
+
+if __name__ == "__main__":
+    job = {f.__name__: f for f in (make_source, plain_write, fusion_upcycle, in_memory)}
+    print(json.dumps(job[sys.argv[1]](**json.loads(sys.argv[2]))))

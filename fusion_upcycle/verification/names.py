@@ -1,0 +1,99 @@
+"""Do names and config mean to transformers what they mean to us? Its own code is the oracle."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from fusion_upcycle.architectures.base import NO_EFFECT
+from fusion_upcycle.architectures.layout import class_name, file_layout
+from fusion_upcycle.architectures.live import LiveTensors
+from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.errors import ProofError
+from fusion_upcycle.upcycling import Upcycling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: Shape of a model small enough to be made for every proof.
+_MICRO = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 32,
+    "pad_token_id": None,
+}
+
+
+def check_names(upcycling: Upcycling) -> None:
+    """Our file names against transformers' own, bit by bit, on a micro model of the family.
+
+    The rest of the proof reads and writes through our name table, so that two experts' matrices
+    swapped in it would look right everywhere.
+
+    Raises:
+        ProofError: names the first tensor that transformers keeps elsewhere.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = copy.deepcopy(upcycling.config)
+    for name, value in _MICRO.items():
+        setattr(config, name, value)
+    setattr(config, upcycling.architecture.experts_field, 3)
+    config.num_experts_per_tok = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, class_name(config))._from_config(config)
+    ours = LiveTensors(model, upcycling.architecture, file_layout(config))
+    theirs = revert_weight_conversion(model, model.state_dict())
+    for name in ours.specs:
+        if not torch.equal(ours.tensor(name), theirs[name]):
+            raise ProofError(f"transformers keeps another tensor under the name {name}.")
+
+
+def check_written_config(folder: Path, config: "PreTrainedConfig") -> None:
+    """What transformers reads from the folder's `config.json` against the config that was planned.
+
+    Raises:
+        ProofError: names the fields that differ.
+    """
+    written, planned = _meaning(read_config(folder)), _meaning(config)
+    if written != planned:
+        raise ProofError(f"{folder / 'config.json'} differs: {_differences(written, planned)}.")
+
+
+def check_shared_fields(source: "PreTrainedConfig", target: "PreTrainedConfig") -> None:
+    """Fields that dense and MoE config share must have the same value.
+
+    The tokens of a proof may not reach what a field does: a sliding window of 4096, a rope scaling
+    beyond the first positions.
+
+    Raises:
+        ProofError: names the fields that differ.
+    """
+    before, after = _meaning(source), _meaning(target)
+    shared = before.keys() & after.keys()
+    before, after = ({name: c[name] for name in shared} for c in (before, after))
+    if before != after:
+        raise ProofError(f"Config fields changed by the conversion: {_differences(after, before)}.")
+
+
+def _meaning(config: "PreTrainedConfig") -> dict[str, Any]:
+    """The fields that decide the forward pass."""
+    fields = {name: v for name, v in config.to_dict().items() if name not in NO_EFFECT}
+    rope = fields.get("rope_parameters") or {}
+    return fields | {"rope_parameters": {k: v for k, v in rope.items() if k != "type"}}
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    names = sorted(found.keys() | expected.keys())
+    return ", ".join(
+        f"{name}={found.get(name)!r}, not {expected.get(name)!r}"
+        for name in names
+        if found.get(name) != expected.get(name)
+    )

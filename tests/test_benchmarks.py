@@ -1,0 +1,36 @@
+"""The benchmarks run, on tiny models; their numbers are in `examples/benchmarks/results`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "benchmarks" / "convert.py"
+
+
+def test_the_conversion_benchmark_measures_every_row(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    flags = ["--tiny", "--runs=1", f"--work={tmp_path / 'work'}", f"--record={record}"]
+    subprocess.run([sys.executable, SCRIPT, *flags], check=True)
+    table = subprocess.run(
+        [sys.executable, SCRIPT, f"--table={record}"], check=True, capture_output=True, text=True
+    ).stdout
+    for row in (
+        "plain write, 8 MiB pieces",
+        "fusion_upcycle: plan to rename",
+        "fusion_upcycle: imports",
+        "fusion_upcycle: proof, verify=layers",
+        "fusion_upcycle: whole process",
+        "transformers, in memory",
+    ):
+        assert f"| {row} |" in table
+    content = json.loads(record.read_text())
+    assert {"machine", "versions", "convert"} <= content.keys()
+    for runs in content["convert"]["runs"].values():
+        assert all(run["wall"] > 0 and run["bytes"] > 0 and "failed" not in run for run in runs)
+    assert [(run["layers"], run["experts"]) for run in content["convert"]["scaling"]] == [
+        (1, 2),
+        (1, 8),
+        (4, 2),
+    ]
+    assert not (tmp_path / "work" / "output").exists()
