@@ -71,7 +71,9 @@ def upcycle(
     writing = OutputOptions(overwrite, max_shard_size, progress)
     writing.check(output)
     if folder.resolve().is_relative_to(output):
-        raise UpcyclingError(f"{output} holds the source {folder}. Choose another output.")
+        raise UpcyclingError(
+            f"{output} is the source itself, or holds it ({folder}). Choose another output."
+        )
     check_companions(folder)
     upcycling = plan_folder(folder, chosen)
     tokens = sample_tokens(folder / "tokenizer.json", upcycling.config)
@@ -156,7 +158,7 @@ def prove_folder(
     """Prove the folder `result` against the folder `source` that it was made from."""
     check_written_config(result, upcycling.config)
     try:
-        reader = CheckpointReader(result)
+        reader = CheckpointReader(result, read_once=True)
     except UpcyclingError as error:
         raise ProofError(f"The output cannot be read: {error}") from error
     return prove(

@@ -1,5 +1,6 @@
 """The README.md of an output folder: what the model is, how it was made, and what was proven."""
 
+from pathlib import Path
 from typing import Any
 
 
@@ -9,6 +10,8 @@ def model_card(record: dict[str, Any]) -> str:
 
     counts, options, proof = record["parameters"], record["options"], record["proof"]
     source = record["source"]["name"]
+    if not record["source"]["from_hub"]:
+        source = Path(source).name  # where it lies on this machine is nobody else's business
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if record["class"].endswith("ForCausalLM") else None,

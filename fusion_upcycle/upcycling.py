@@ -78,7 +78,7 @@ class Upcycling:
         rule = self.rules[name]
         if isinstance(rule, Carried):
             for chunk in self.source.chunks(rule.source):
-                yield self._cast(chunk, name)
+                yield self._cast(chunk, rule.source)
         else:
             yield from self.tensor(name).reshape(-1).split(CHUNK_ELEMENTS)
 
@@ -86,8 +86,8 @@ class Upcycling:
         """One whole target tensor. Treat it as read-only: it may be a view of the source."""
         rule = self.rules[name]
         if isinstance(rule, Carried):
-            tensor = self.source.tensor(rule.source)
-        elif isinstance(rule, Initialised):
+            return self._cast(self.source.tensor(rule.source), rule.source)
+        if isinstance(rule, Initialised):
             tensor = getattr(self._expert(rule.layer, rule.expert), rule.part)
         else:
             tensor = torch.stack(
@@ -123,8 +123,8 @@ class Upcycling:
         result = tensor.to(self.dtype)
         if result.isinf().any() and not tensor.isinf().any():
             raise UpcyclingError(
-                f"Tensor {name} has values up to {tensor.abs().max():.3g}, beyond the range of "
-                f"{self.dtype}. Choose dtype=bfloat16 or float32."
+                f"Source tensor {name} has values up to {tensor.abs().max():.3g}, beyond the "
+                f"range of {self.dtype}. Choose dtype=bfloat16 or float32."
             )
         return result
 

@@ -239,6 +239,14 @@ def test_the_tokenizer_comes_along(streaming: bool, source: Path, tmp_path: Path
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
 
 
+def test_a_tokenizer_of_another_folder_is_refused_when_streaming(
+    source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UpcyclingError, match=r"modelpool\.tokenizer"):
+        algorithm(tmp_path / "out").run(pool(source, tokenizer=tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
 # --- options ----------------------------------------------------------------------------------
 
 

@@ -150,7 +150,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "shape not the size": (safetensors({"x": entry(shape=[3])}, bytes(8)), "fill"),
     "offsets negative": (safetensors({"x": entry(offsets=[-8, 0])}, bytes(8)), "x"),
     "offsets backwards": (safetensors({"x": entry(offsets=[8, 0])}, bytes(8)), "fill"),
-    "offsets beyond the end": (safetensors({"x": entry(offsets=[8, 16])}, bytes(8)), "truncated"),
+    "offsets beyond the end": (safetensors({"x": entry(offsets=[8, 16])}, bytes(8)), "damaged"),
     "offsets of one": (safetensors({"x": entry(offsets=[0])}, bytes(8)), "x"),
     "offsets overlapping": (
         safetensors({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)),

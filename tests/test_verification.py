@@ -19,6 +19,7 @@ from tiny import (
     logits_of,
     token_ids,
 )
+from transformers import LlamaConfig
 
 from fusion_upcycle import UpcyclingOptions, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
@@ -30,9 +31,8 @@ from fusion_upcycle.convert import plan_folder, verify
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.live import build_live, plan_live
 from fusion_upcycle.output import Converted
-from fusion_upcycle.verification import resolve_mode
+from fusion_upcycle.verification import resolve_mode, sample_tokens
 from fusion_upcycle.verification.function import distance
-from fusion_upcycle.verification.function import token_ids as proof_tokens
 from fusion_upcycle.verification.streamed_model import streamed_model
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -126,6 +126,33 @@ def test_a_config_field_lost_in_planning_is_found(
     broken = dataclasses.replace(MIXTRAL, convert_config=lose)
     monkeypatch.setitem(ARCHITECTURES, "mixtral", broken)
     not_proven(dense_folder(tmp_path / "dense", "mistral", dtype=dtype), mode, match="NOT exact")
+
+
+def lose_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*arguments: Any) -> Any:
+        config = MIXTRAL.convert_config(*arguments)
+        return type(config)(**config.to_dict() | {"sliding_window": None})
+
+    broken = dataclasses.replace(MIXTRAL, convert_config=lose)
+    monkeypatch.setitem(ARCHITECTURES, "mixtral", broken)
+
+
+@both_modes
+def test_a_lost_window_that_the_tokens_do_not_reach_is_found(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_the_window(monkeypatch)
+    source = dense_folder(tmp_path / "dense", "mistral", sliding_window=4096)
+    not_proven(source, mode, match="sliding_window=None, not 4096")
+
+
+@both_modes
+@pytest.mark.parametrize("expert_init", ["noise", "drop"])
+def test_what_is_lost_beside_the_experts_is_found_when_they_are_only_approximate(
+    expert_init: str, mode: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_the_window(monkeypatch)
+    not_proven(source, mode, match="NOT exact", expert_init=expert_init)
 
 
 @both_modes
@@ -422,10 +449,11 @@ def test_the_proof_runs_on_text_where_there_is_a_tokenizer(source: Path, tmp_pat
 
 def test_the_tokens_are_at_most_128_of_a_sample_text(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, 67)
-    ids, words = proof_tokens(tmp_path / "tokenizer.json", 67, 4096)
-    assert ids.shape == (1, 128)
-    assert len(ids.unique()) > 10
-    assert words == "128 tokens of a sample text"
+    config = LlamaConfig(vocab_size=67, max_position_embeddings=4096)
+    tokens = sample_tokens(tmp_path / "tokenizer.json", config)
+    assert tokens.ids.shape == (1, 128)
+    assert len(tokens.ids.unique()) > 10
+    assert tokens.words == "128 tokens of a sample text"
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_writing(

@@ -1,5 +1,6 @@
 """The writer: files as the Hub has them; all or nothing; resumed after a kill."""
 
+import errno
 import json
 import os
 import shutil
@@ -309,6 +310,15 @@ def test_a_full_disk_keeps_the_finished_shards_of_a_killed_run(
     with pytest.raises(UpcyclingError, match="free"):
         finish(tmp_path / "out")
     assert set(tmp_path.rglob("*.safetensors")) == done != set()
+
+
+def test_a_disk_that_fills_up_while_writing_is_named_and_nothing_stays(tmp_path: Path) -> None:
+    def full(name: str) -> Iterator[Tensor]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UpcyclingError, match="No space left"), staged(tmp_path / "out") as folder:
+        write_shards(folder, plan_shards(SPECS, 100), full, lambda _: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_writer_is_refused_and_does_not_disturb_the_first(tmp_path: Path) -> None:

@@ -231,9 +231,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UpcyclingError(
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
         )
-    weight_map = _parse_json(index, index.read_bytes()).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UpcyclingError(f"{index} has no weight_map. Download it again.")
+    contents = _parse_json(index, index.read_bytes())
+    weight_map = contents.get("weight_map")
+    # transformers itself cannot read an index without "metadata".
+    if not isinstance(weight_map, dict) or "metadata" not in contents:
+        raise UpcyclingError(f"{index} lacks weight_map or metadata. Download it again.")
     for file in weight_map.values():
         # The index comes from strangers: only plain file names, nothing outside the folder.
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):

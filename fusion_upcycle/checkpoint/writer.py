@@ -6,9 +6,11 @@ or a power cut it stays, and the next run of the same conversion keeps its finis
 """
 
 import fcntl
+import glob
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -271,11 +273,10 @@ def _check_free_space(staging: Path, total_bytes: int) -> None:
 
 def _replace(staging: Path, output: Path, *, overwrite: bool) -> None:
     check_output(output, overwrite=overwrite)  # it may have appeared since the start
-    old = output.parent / f".{output.name}.replaced"
-    if (old / RECORD_FILE).is_file():  # a run was killed between its two renames
-        shutil.rmtree(old)
     if (output / RECORD_FILE).is_file():
-        output.rename(old)
+        output.rename(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
     staging.rename(output)
     (output / _FINGERPRINT_FILE).unlink()
-    shutil.rmtree(old, ignore_errors=True)
+    # The one just replaced, and any of a run that was killed between its two renames.
+    for old in output.parent.glob(f".{glob.escape(output.name)}.replaced-*/{RECORD_FILE}"):
+        shutil.rmtree(old.parent, ignore_errors=True)

@@ -60,6 +60,15 @@ def pooled_folder(pool: BaseModelPool) -> PooledFolder | None:
                 "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to upcycle "
                 "in memory."
             )
+    tokenizer = getattr(pool, "tokenizer", None)
+    if isinstance(tokenizer, DictConfig | dict):
+        tokenizer = tokenizer.get("pretrained_model_name_or_path")
+    if tokenizer is not None and tokenizer != source:
+        raise UpcyclingError(
+            f"modelpool.tokenizer={tokenizer} is not the model's own ({source}), whose files would "
+            "be copied to method.save_checkpoint. Set modelpool.tokenizer to the model's folder or "
+            "null, or method.save_checkpoint=null to upcycle in memory."
+        )
     dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
     return PooledFolder(source, None if dtype == "auto" else dtype)
 

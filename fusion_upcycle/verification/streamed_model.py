@@ -78,9 +78,11 @@ class _Weights:
 
     def read_into(self, place: Tensor, name: str) -> None:
         """Read and cast a whole tensor, piece by piece, into contiguous memory."""
-        pieces = place.view(-1).split(CHUNK_ELEMENTS)
-        for piece, chunk in zip(pieces, self.source.chunks(name), strict=True):
-            piece.copy_(chunk.to(self.dtype))
+        flat, filled = place.view(-1), 0
+        for chunk in self.source.chunks(name):
+            flat[filled : filled + chunk.numel()] = chunk.to(self.dtype)
+            filled += chunk.numel()
+        assert filled == flat.numel(), (name, filled, flat.numel())
 
     @contextmanager
     def borrow(self, name: str) -> Iterator[Tensor]:
