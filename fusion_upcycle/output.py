@@ -81,6 +81,7 @@ def write_output(
         resumable: whether `source` tells exactly what is converted, so that the shards of a killed
             run can be kept.
     """
+    output = output.resolve()
     shards = plan_shards(upcycling.specs, options.max_shard_size)
     total = upcycling.total_bytes
     record: dict[str, Any] = {

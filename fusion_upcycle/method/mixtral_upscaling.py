@@ -102,7 +102,8 @@ class _MixtralUpscaling(BaseAlgorithm):
     def _run_streaming(self, pool: BaseModelPool, output: Path) -> "PreTrainedModel | None":
         found = pooled_folder(pool)
         assert found is not None
-        self._check_class((read_config(locate(found.source)).architectures or ["?"])[0])
+        for name in read_config(locate(found.source)).architectures or ():
+            self._check_class(name)
         converted = upcycle(
             found.source,
             output,
