@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusion_upcycle.method import (
         MixtralForCausalLMUpscalingAlgorithm,
         MixtralUpscalingAlgorithm,
+        SparseUpcyclingAlgorithm,
     )
     from fusion_upcycle.options import UpcyclingOptions
 
@@ -23,6 +24,7 @@ _HOME = {
     "Expert": "fusion_upcycle.experts",
     "MixtralForCausalLMUpscalingAlgorithm": "fusion_upcycle.method",
     "MixtralUpscalingAlgorithm": "fusion_upcycle.method",
+    "SparseUpcyclingAlgorithm": "fusion_upcycle.method",
     "UpcyclingOptions": "fusion_upcycle.options",
     "upcycle": "fusion_upcycle.convert",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "Expert",
     "MixtralForCausalLMUpscalingAlgorithm",
     "MixtralUpscalingAlgorithm",
+    "SparseUpcyclingAlgorithm",
     "UpcyclingOptions",
     "upcycle",
 ]

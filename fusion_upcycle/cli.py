@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_planning(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add(
+        "--target",
+        default="auto",
+        help="MoE family: mixtral | qwen2_moe | qwen3_moe | flex_olmo | auto (default: by source)",
+    )
     add("--num-experts", type=int, default=4, metavar="N", help="per layer (default: 4)")
     add("--experts-per-token", type=int, default=2, metavar="K", help="top-k (default: 2)")
     add(
@@ -96,6 +101,11 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,OPTION=VALUE]",
         help="normal,std=0.02 | zeros",
     )
+    add(
+        "--shared-expert",
+        default="auto",
+        help="copy | zero | none, where the family has one (default: copy there)",
+    )
     add("--dtype", help="float32 | bfloat16 | float16 | float64 (default: the source's)")
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
     add(
@@ -109,8 +119,10 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
 
 def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     return {
+        "target": parsed.target,
         "num_experts": parsed.num_experts,
         "experts_per_token": parsed.experts_per_token,
+        "shared_expert": parsed.shared_expert,
         "expert_init": _initialiser(parsed.expert_init),
         "router_init": _initialiser(parsed.router_init),
         "dtype": parsed.dtype,

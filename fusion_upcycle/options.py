@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fusion_upcycle.architectures import ARCHITECTURES, AUTO
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expert_init import EXPERT_INITS, FUNCTION_PRESERVING, ExpertInit
 from fusion_upcycle.experts import Expert, generator_for
@@ -20,6 +21,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+SHARED_EXPERTS = ("auto", "copy", "zero", "none")
+
 #: name, {"name": ..., option: value}, or a function (functools.partial for options)
 InitSpec = str | Mapping[str, Any] | Callable[..., Any]
 
@@ -29,8 +32,12 @@ class UpcyclingOptions:
     """What decides the result of a sparse upcycling, bit for bit.
 
     Attributes:
+        target: MoE family (`mixtral`, `qwen3_moe`, `flex_olmo`); `auto` goes by the source.
         num_experts: experts per MoE layer, N >= 2.
         experts_per_token: top-k, 1 <= k <= N.
+        shared_expert: for families that have one: `copy` of the FFN, which takes half of the
+            function; `zero`, with a zero `down_proj`; `none`, of width 0. `auto` is `copy` there
+            and `none` elsewhere.
         expert_init: `copy`, `noise`, `drop`, `permute`, with options as in
             `{"name": "noise", "noise_std": 0.05}`, or a function of your own.
         router_init: `normal` or `zeros`, likewise.
@@ -40,8 +47,10 @@ class UpcyclingOptions:
             without effect; others are refused.
     """
 
+    target: str = AUTO
     num_experts: int = 4
     experts_per_token: int = 2
+    shared_expert: str = "auto"
     expert_init: InitSpec = "copy"
     router_init: InitSpec = "normal"
     dtype: str | torch.dtype | None = None
@@ -63,6 +72,10 @@ class UpcyclingOptions:
                 f"experts_per_token={self.experts_per_token} must be 1 to "
                 f"num_experts={self.num_experts}."
             )
+        if self.target not in (AUTO, *ARCHITECTURES):
+            raise unknown("target", str(self.target), [AUTO, *ARCHITECTURES])
+        if self.shared_expert not in SHARED_EXPERTS:
+            raise unknown("shared_expert", str(self.shared_expert), SHARED_EXPERTS)
         if isinstance(self.ignore_config_fields, str):
             raise UpcyclingError(
                 f"ignore_config_fields={self.ignore_config_fields!r} must be a list: "
@@ -97,8 +110,10 @@ class UpcyclingOptions:
     def to_json(self) -> dict[str, Any]:
         """Everything needed to repeat the run, as plain data."""
         return {
+            "target": self.target,
             "num_experts": self.num_experts,
             "experts_per_token": self.experts_per_token,
+            "shared_expert": self.shared_expert,
             "expert_init": _describe(self.initialise_expert, EXPERT_INITS),
             "router_init": _describe(self.initialise_router_row, ROUTER_INITS),
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),

@@ -5,6 +5,7 @@ optional: every source tensor is used or refused by name, every target tensor is
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +16,9 @@ from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.layout import class_name, file_layout, target_class
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.experts import DuplicationPlan
+from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan
 from fusion_upcycle.options import UpcyclingOptions, parse_dtype
-from fusion_upcycle.upcycling import Carried, Initialised, RouterRows, Rule, Upcycling
+from fusion_upcycle.upcycling import Carried, Initialised, RouterRows, Rule, Upcycling, Zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,13 +39,9 @@ def plan_upcycling(
     Raises:
         UpcyclingError: unsupported family, config field, tensor, shape or dtype.
     """
-    architecture = architecture_for(source_config.model_type)
-    config = architecture.convert_config(
-        source_config,
-        options.num_experts,
-        options.experts_per_token,
-        options.ignore_config_fields,
-    )
+    architecture = architecture_for(source_config.model_type, options.target)
+    options = replace(options, shared_expert=_shared_expert(architecture, options))
+    config = architecture.convert_config(source_config, options)
     config.architectures = [target_class(source_config, config)]
     dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
     config.dtype = dtype
@@ -89,6 +86,8 @@ def _ffn_rules(
     """Rules of all experts and routers, and the dense FFN tensors that they use."""
     layout = architecture.dense[source_config.model_type]
     prefix = "model." if class_name(source_config).endswith("ForCausalLM") else ""
+    # A shared copy behind a sigmoid gate at zero computes half of the function.
+    routed_scale = 0.5 if options.shared_expert == "copy" else 1.0
     ffn_names: dict[int, dict[str, str]] = {}
     rules: dict[str, Rule] = {}
     for layer in range(source_config.num_hidden_layers):
@@ -101,16 +100,36 @@ def _ffn_rules(
                     f"{source_config.num_hidden_layers} layers of {source_config.model_type}. "
                     "The checkpoint is incomplete, or the config belongs to another model."
                 )
+            scale = routed_scale if part == "down_proj_DF" else 1.0
             for expert in range(options.num_experts):
                 target = at + architecture.expert_names[part].format(expert=expert)
                 # A plain copy is carried straight through, without holding an expert in memory.
                 rules[target] = (
-                    Carried(name)
+                    Carried(name, scale)
                     if options.initialise_expert is expert_init.copy
-                    else Initialised(layer, expert, part)
+                    else Initialised(layer, expert, part, scale)
                 )
+        if architecture.shared is not None:
+            empty = {"copy": (), "zero": ("down_proj_DF",), "none": EXPERT_PARTS}
+            for part, name in architecture.shared.names.items():
+                zero = part in empty[options.shared_expert]
+                rules[at + name] = Zeros() if zero else Carried(ffn_names[layer][part])
+            rules[at + architecture.shared.gate_name] = Zeros()
         rules[at + architecture.router_name] = RouterRows(layer)
     return {name for names in ffn_names.values() for name in names.values()}, ffn_names, rules
+
+
+def _shared_expert(architecture: Architecture, options: UpcyclingOptions) -> str:
+    """What `shared_expert=auto` means for the family."""
+    has_one = architecture.shared is not None
+    if options.shared_expert == "auto":
+        return "copy" if has_one else "none"
+    if options.shared_expert != "none" and not has_one:
+        raise UpcyclingError(
+            f"shared_expert={options.shared_expert}: {architecture.name} has no shared expert. "
+            "Leave it at auto, or choose another target."
+        )
+    return options.shared_expert
 
 
 def _check_tied(source: TensorSource, tied: Mapping[str, str]) -> set[str]:

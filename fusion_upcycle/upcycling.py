@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Carried:
-    """Rule: the source tensor of this name, bit for bit (cast where a dtype was asked for)."""
+    """Rule: the source tensor of this name, bit for bit (cast where a dtype was asked for).
+
+    `scale` is the exactness scale of a `down_proj`: see the family's routing.
+    """
 
     source: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Initialised:
     layer: int
     expert: int
     part: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,12 @@ class RouterRows:
     layer: int
 
 
-Rule = Carried | Initialised | RouterRows
+@dataclass(frozen=True)
+class Zeros:
+    """Rule: nothing from the source; a gate or output that starts at zero."""
+
+
+Rule = Carried | Initialised | RouterRows | Zeros
 
 
 @dataclass
@@ -78,7 +88,7 @@ class Upcycling:
         rule = self.rules[name]
         if isinstance(rule, Carried):
             for chunk in self.source.chunks(rule.source):
-                yield self._cast(chunk, rule.source)
+                yield _scaled(self._cast(chunk, rule.source), rule.scale)
         else:
             yield from self.tensor(name).reshape(-1).split(CHUNK_ELEMENTS)
 
@@ -86,9 +96,12 @@ class Upcycling:
         """One whole target tensor. Treat it as read-only: it may be a view of the source."""
         rule = self.rules[name]
         if isinstance(rule, Carried):
-            return self._cast(self.source.tensor(rule.source), rule.source)
+            return _scaled(self._cast(self.source.tensor(rule.source), rule.source), rule.scale)
+        if isinstance(rule, Zeros):
+            return torch.zeros(self.specs[name].shape, dtype=self.dtype)
         if isinstance(rule, Initialised):
-            tensor = getattr(self._expert(rule.layer, rule.expert), rule.part)
+            made = getattr(self._expert(rule.layer, rule.expert), rule.part)
+            tensor = _scaled(made, rule.scale)
         else:
             tensor = torch.stack(
                 [
@@ -136,7 +149,7 @@ class Upcycling:
     def with_copied_experts(self) -> "Upcycling":
         """The same conversion with plain copies as experts; exact wherever this one is sound."""
         rules: dict[str, Rule] = {
-            name: Carried(self._ffn_names[rule.layer][rule.part])
+            name: Carried(self._ffn_names[rule.layer][rule.part], rule.scale)
             if isinstance(rule, Initialised)
             else rule
             for name, rule in self.rules.items()
@@ -153,21 +166,19 @@ class Upcycling:
     def parameters(self) -> dict[str, int]:
         """Parameters of the dense source and of the result, total and active per token."""
         total = sum(spec.numel for spec in self.specs.values())
-        one_expert = sum(
-            self.source.specs[name].numel
-            for names in self._ffn_names.values()
-            for name in names.values()
-        )
+        ffn = {name for names in self._ffn_names.values() for name in names.values()}
+        used = ffn | {rule.source for rule in self.rules.values() if isinstance(rule, Carried)}
         idle = self.options.num_experts - self.options.experts_per_token
-        routers = sum(
-            self.specs[name].numel for name, r in self.rules.items() if isinstance(r, RouterRows)
-        )
         return {
-            "dense": total - routers - (self.options.num_experts - 1) * one_expert,
+            "dense": sum(self.source.specs[name].numel for name in used),
             "total": total,
-            "active": total - idle * one_expert,
+            "active": total - idle * sum(self.source.specs[name].numel for name in ffn),
         }
 
     @property
     def total_bytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor * scale

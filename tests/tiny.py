@@ -20,12 +20,24 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
 )
 
 _CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaModel),
     "mistral": (MistralConfig, MistralForCausalLM, MistralModel),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2Model),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3Model),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, Olmo2Model),
 }
 LENGTH = 40
 WINDOW = 12
@@ -60,7 +72,7 @@ def dense_model(
     seed: int = 0,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A random Llama or Mistral of about 25,000 parameters."""
+    """A random dense model of about 25,000 parameters; biases are random too."""
     config_class, causal_lm, backbone_class = _CLASSES[family]
     # Mistral always has the field; its default window of 4096 would never be reached.
     window = {"sliding_window": WINDOW} if family == "mistral" else {}
@@ -87,8 +99,10 @@ def dense_model(
     model = (backbone_class if backbone else causal_lm)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 scale = 1.5 * parameter.shape[1] ** -0.5

@@ -1,18 +1,38 @@
 """MoE families, one file each. To add one: its file, its entry here, its line in the tests."""
 
 from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
 from fusion_upcycle.architectures.mixtral import MIXTRAL
+from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
+from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
 from fusion_upcycle.errors import UpcyclingError
 
-ARCHITECTURES: dict[str, Architecture] = {MIXTRAL.name: MIXTRAL}
+#: In the order in which `auto` looks for a family that takes the source.
+ARCHITECTURES: dict[str, Architecture] = {
+    family.name: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO)
+}
+
+#: The option value that leaves the choice of the family to the source.
+AUTO = "auto"
 
 
-def architecture_for(dense_type: str) -> Architecture:
-    """The MoE family for a dense `model_type`; `UpcyclingError` lists the supported ones."""
-    for architecture in ARCHITECTURES.values():
+def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
+    """The MoE family that a dense `model_type` becomes.
+
+    Args:
+        dense_type: of the source.
+        target: name of a family, or `auto` for the first that takes the source.
+
+    Raises:
+        UpcyclingError: lists what the target, or any target, takes.
+    """
+    candidates = list(ARCHITECTURES.values()) if target == AUTO else [ARCHITECTURES[target]]
+    for architecture in candidates:
         if dense_type in architecture.dense:
             return architecture
-    supported = ", ".join(sorted({name for a in ARCHITECTURES.values() for name in a.dense}))
+    supported = ", ".join(sorted({name for a in candidates for name in a.dense}))
     raise UpcyclingError(
-        f"The source is a {dense_type!r} model, which cannot be upcycled. Supported: {supported}."
+        f"The source is a {dense_type!r} model, which cannot be upcycled"
+        + (f" to {target}" if target != AUTO else "")
+        + f". Supported: {supported}."
     )

@@ -22,7 +22,8 @@ class LiveTensors:
     def __init__(self, model: "PreTrainedModel", architecture: Architecture, layout: FileLayout):
         self._architecture = architecture
         self._parameters = dict(model.named_parameters())
-        self._intermediate_size = model.config.intermediate_size
+        packed = next(n for n in self._parameters if n.endswith("experts.gate_up_proj"))
+        self._intermediate_size = self._parameters[packed].shape[1] // 2
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(self.tensor(name).dtype, shape)
             for name, shape in layout.shapes.items()

@@ -4,57 +4,22 @@ Top-k weights sum to 1 whatever the router says, so N copies of an expert comput
 function for any router and any k: no scale on `down_proj` is needed (scale 1, exact).
 """
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.architectures.base import (
-    LLAMA_LAYOUT,
-    NO_EFFECT,
-    REQUIRED,
-    Architecture,
-    carry_fields,
-)
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture, carry_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CARRIED = (
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "tie_word_embeddings",
-    "use_cache",
-    "vocab_size",
-)
+    from fusion_upcycle.options import UpcyclingOptions
 
 _NO_BIAS = (
     "Mixtral has no biases. Where they are all zero, set the field to false and remove the bias "
     "tensors; otherwise this model needs a family with biases, which is not supported yet."
 )
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
-
-def convert_config(
-    source: "PreTrainedConfig",
-    num_experts: int,
-    experts_per_token: int,
-    ignored: Collection[str] = (),
-) -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "PreTrainedConfig":
     """The Mixtral config whose MoE computes the dense `source` (Llama or Mistral) at step 0.
 
     Raises:
@@ -62,37 +27,22 @@ def convert_config(
     """
     from transformers import MixtralConfig
 
+    # A sliding window in a Llama config is a stray field that Llama itself ignores.
+    stray = {"sliding_window": (None, "Llama ignores it: remove it.")}
     fields = carry_fields(
         source,
         target="Mixtral",
-        carried=CARRIED,
-        required=REQUIRED
-        | {"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
-        # A sliding window in a Llama config is a stray field that Llama itself ignores.
-        | (
-            {"sliding_window": (None, "Llama ignores it: remove it.")}
-            if source.model_type == "llama"
-            else {}
-        ),
+        carried={"sliding_window"},
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
+        | (stray if source.model_type == "llama" else {}),
         # pretraining_tp once split the matmuls of Llama 1 and 2; transformers 5 ignores it.
-        no_effect=NO_EFFECT | {"pretraining_tp"},
-        ignored=ignored,
+        no_effect={"pretraining_tp"},
+        ignored=options.ignore_config_fields,
     )
-    # "type" is the old spelling, which transformers keeps beside the new one it made from it
-    rope = {key: value for key, value in fields["rope_parameters"].items() if key != "type"}
-    fields["rope_parameters"] = rope
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise UpcyclingError(
-            f"config.json of the {source.model_type} source: rope type {rope_type!r} has not been "
-            f"shown to be exact in Mixtral. Supported: {', '.join(ROPE_TYPES)}."
-        )
-    # Mixtral's own defaults differ (rope theta 1e6, eps 1e-5, 8 KV heads): None must stay None.
-    fields.setdefault("sliding_window", None)
-    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        fields.setdefault(token, None)
     return MixtralConfig(
-        **fields, num_local_experts=num_experts, num_experts_per_tok=experts_per_token
+        **{"sliding_window": None} | fields,
+        num_local_experts=options.num_experts,
+        num_experts_per_tok=options.experts_per_token,
     )
 
 

@@ -81,7 +81,7 @@ class CheckpointReader:
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Flat pieces in order; each piece's pages are released when the next is asked for."""
         spec, place = self.specs[name], self._places[name]
-        for first in range(0, spec.numel, CHUNK_ELEMENTS):
+        for first in range(0, max(1, spec.numel), CHUNK_ELEMENTS):  # an empty one is one piece
             start = place.start + first * spec.dtype.itemsize
             count = min(CHUNK_ELEMENTS, spec.numel - first)
             stop = start + count * spec.dtype.itemsize

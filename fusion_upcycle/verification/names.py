@@ -22,6 +22,9 @@ _MICRO = {
     "num_hidden_layers": 1,
     "hidden_size": 16,
     "intermediate_size": 12,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 12,
+    "layer_types": ["full_attention"],
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 8,
@@ -43,7 +46,8 @@ def check_names(upcycling: Upcycling) -> None:
 
     config = copy.deepcopy(upcycling.config)
     for name, value in _MICRO.items():
-        setattr(config, name, value)
+        if getattr(config, name, None):  # absent, or 0 for a shared expert that is not there
+            setattr(config, name, value)
     setattr(config, upcycling.architecture.experts_field, 3)
     config.num_experts_per_tok = 1
     with torch.random.fork_rng(devices=[]):
@@ -67,7 +71,7 @@ def check_written_config(folder: Path, config: "PreTrainedConfig") -> None:
         raise ProofError(f"{folder / 'config.json'} differs: {_differences(written, planned)}.")
 
 
-def check_shared_fields(source: "PreTrainedConfig", target: "PreTrainedConfig") -> None:
+def check_shared_fields(upcycling: Upcycling) -> None:
     """Fields that dense and MoE config share must have the same value.
 
     The tokens of a proof may not reach what a field does: a sliding window of 4096, a rope scaling
@@ -76,8 +80,8 @@ def check_shared_fields(source: "PreTrainedConfig", target: "PreTrainedConfig") 
     Raises:
         ProofError: names the fields that differ.
     """
-    before, after = _meaning(source), _meaning(target)
-    shared = before.keys() & after.keys()
+    before, after = _meaning(upcycling.source_config), _meaning(upcycling.config)
+    shared = before.keys() & after.keys() - upcycling.architecture.remapped_fields
     before, after = ({name: c[name] for name in shared} for c in (before, after))
     if before != after:
         raise ProofError(f"Config fields changed by the conversion: {_differences(after, before)}.")

@@ -120,7 +120,7 @@ def prove(
         # Only the experts may differ: the same conversion with plain copies must be exact.
         twin = upcycling.with_copied_experts()
         _require_exact(*compare_streamed(twin, twin, tokens.ids, progress=progress))
-    check_shared_fields(upcycling.source_config, upcycling.config)
+    check_shared_fields(upcycling)
     return Proof(
         mode=mode,
         claim=claim,

@@ -126,7 +126,7 @@ def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
 def _linear(x: Tensor, names: dict[str, str], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
     with weights.borrow(names["weight"]) as weight:
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
         output = x.new_empty(*x.shape[:-1], len(weight))
         for block, part in zip(weight.split(rows), output.split(rows, dim=-1), strict=True):
             part.copy_(F.linear(x, weights.cast_block(block)))

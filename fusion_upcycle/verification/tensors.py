@@ -39,7 +39,8 @@ def check_tensors(
                         f"Tensor {name} differs from its origin: the output is damaged."
                     )
                 bar.update(found.nbytes)
-            carried = isinstance(upcycling.rules[name], Carried)
+            rule = upcycling.rules[name]
+            carried = isinstance(rule, Carried) and rule.scale == 1.0
             counts["bit_equal_to_source" if carried else "bit_equal_to_second_draw"] += 1
     return counts
 

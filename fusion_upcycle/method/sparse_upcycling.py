@@ -1,4 +1,4 @@
-"""Sparse upcycling of Llama and Mistral to Mixtral, under FusionBench's own class names."""
+"""Sparse upcycling: any supported family, and Mixtral under FusionBench's own class names."""
 
 import logging
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from fusion_bench.mixins import auto_register_config
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fusion_upcycle.architectures import ARCHITECTURES, AUTO
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.convert import upcycle
 from fusion_upcycle.errors import UpcyclingError, unknown
@@ -31,13 +32,33 @@ log = logging.getLogger(__name__)
 
 
 @auto_register_config
-class _MixtralUpscaling(BaseAlgorithm):
-    """What both classes share; they differ in the models that they accept.
+class SparseUpcyclingAlgorithm(BaseAlgorithm):
+    """Sparse upcycling of a dense model, causal LM or backbone, to a Mixture-of-Experts model.
 
-    The decorator makes an attribute of every argument.
+    Args:
+        num_experts: experts per layer, N >= 2.
+        experts_per_token: top-k.
+        save_checkpoint: folder to write; None keeps the result in memory only.
+        target: MoE family, or `auto` to go by the source.
+        shared_expert: `auto`, `copy`, `zero` or `none`, for families that have one.
+        expert_init: `copy`, `noise`, `drop`, `permute`, or a config node with `_target_`.
+        router_init: `normal` or `zeros`, likewise.
+        dtype: of the result; None is the pool's, else the source's.
+        seed: of every random draw.
+        verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.upcycle`.
+        return_model: False skips loading a streamed result.
+        overwrite: replace an earlier output of ours at `save_checkpoint`.
+        max_shard_size: of the files.
+        ignore_config_fields: unknown source config fields known to be without effect.
+
+    Raises:
+        UpcyclingError: an option that cannot be used; `run` raises it for the model.
     """
 
-    _accepted: tuple[str, ...]
+    #: Classes of models that are accepted; None leaves that to the families.
+    _accepted: tuple[str, ...] | None = None
+    _targets: tuple[str, ...] = (AUTO, *ARCHITECTURES)
+    # FusionBench's decorator makes an attribute of every argument.
     save_checkpoint: str | None
     verify: str
     return_model: bool
@@ -48,6 +69,8 @@ class _MixtralUpscaling(BaseAlgorithm):
         experts_per_token: int,
         save_checkpoint: str | None = None,
         *,
+        target: str = "auto",
+        shared_expert: str = "auto",
         expert_init: Any = "copy",
         router_init: Any = "normal",
         dtype: str | None = None,
@@ -63,9 +86,13 @@ class _MixtralUpscaling(BaseAlgorithm):
             if name not in ("_recursive_", "_usage_", "_version_"):  # FusionBench's own
                 raise unknown("option of the method:", name, self._config_mapping.values())
         super().__init__(**kwargs)
+        if target not in self._targets:
+            raise unknown(f"target of {type(self).__name__}:", str(target), self._targets)
         self._options = make_options(
             num_experts=num_experts,
             experts_per_token=experts_per_token,
+            target=target,
+            shared_expert=shared_expert,
             expert_init=_initialiser(expert_init),
             router_init=_initialiser(router_init),
             dtype=dtype,
@@ -81,7 +108,7 @@ class _MixtralUpscaling(BaseAlgorithm):
             )
 
     def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel | None":
-        """Upcycle `_pretrained_` of a pool, or a model, to Mixtral.
+        """Upcycle `_pretrained_` of a pool, or a model.
 
         With `save_checkpoint`, and a pool that names a folder or Hub id, the conversion streams
         from folder to folder, and the result is loaded only if `return_model`.
@@ -145,7 +172,7 @@ class _MixtralUpscaling(BaseAlgorithm):
         return moe
 
     def _check_class(self, name: str) -> None:
-        if name not in self._accepted:
+        if self._accepted is not None and name not in self._accepted:
             raise UpcyclingError(
                 f"{type(self).__name__} takes a {' or '.join(self._accepted)}, not a {name}. "
                 "Backbones go into MixtralUpscalingAlgorithm, causal language models into "
@@ -166,37 +193,18 @@ class _MixtralUpscaling(BaseAlgorithm):
             log.info("Run record: %s", path)
 
 
-class MixtralForCausalLMUpscalingAlgorithm(_MixtralUpscaling):
-    """Sparse upcycling of a dense causal LM: Llama or Mistral to `MixtralForCausalLM`.
-
-    Args:
-        num_experts: experts per layer, N >= 2.
-        experts_per_token: top-k.
-        save_checkpoint: folder to write; None keeps the result in memory only.
-        expert_init: `copy`, `noise`, `drop`, `permute`, or a config node with `_target_`.
-        router_init: `normal` or `zeros`, likewise.
-        dtype: of the result; None is the pool's, else the source's.
-        seed: of every random draw.
-        verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.upcycle`.
-        return_model: False skips loading a streamed result.
-        overwrite: replace an earlier output of ours at `save_checkpoint`.
-        max_shard_size: of the files.
-        ignore_config_fields: unknown source config fields known to be without effect.
-
-    Raises:
-        UpcyclingError: an option that cannot be used; `run` raises it for the model.
-    """
+class MixtralForCausalLMUpscalingAlgorithm(SparseUpcyclingAlgorithm):
+    """A dense causal LM, Llama or Mistral, to `MixtralForCausalLM`; options as in its base."""
 
     _accepted = ("LlamaForCausalLM", "MistralForCausalLM")
+    _targets = (AUTO, "mixtral")
 
 
-class MixtralUpscalingAlgorithm(_MixtralUpscaling):
-    """Sparse upcycling of a backbone: `LlamaModel` or `MistralModel` to `MixtralModel`.
-
-    Options as in `MixtralForCausalLMUpscalingAlgorithm`.
-    """
+class MixtralUpscalingAlgorithm(SparseUpcyclingAlgorithm):
+    """A backbone, `LlamaModel` or `MistralModel`, to `MixtralModel`; options as in its base."""
 
     _accepted = ("LlamaModel", "MistralModel")
+    _targets = (AUTO, "mixtral")
 
 
 def _save_companions(moe: "PreTrainedModel", pool: BaseModelPool | None, folder: Path) -> list[str]:

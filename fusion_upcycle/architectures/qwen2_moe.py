@@ -1,0 +1,88 @@
+"""Qwen2-MoE: softmax, top-k, renormalised if `norm_topk_prob`; a gated shared expert beside.
+
+The block adds `sigmoid(shared_expert_gate . h) * shared_expert(h)` to the routed experts. With a
+zero gate the factor is 1/2, so a shared copy of the FFN takes half of the function, and the routed
+experts' `down_proj` is scaled by 1/2 (exact: a power of two). Biases of q, k and v are carried;
+each layer keeps its own kind of attention.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fusion_upcycle.architectures.base import (
+    LLAMA_LAYOUT,
+    QWEN_EXPERT_NAMES,
+    Architecture,
+    SharedExpert,
+    carry_fields,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fusion_upcycle.options import UpcyclingOptions
+
+_NO_BIAS = "Qwen2-MoE has biases on q, k and v only; this model has one on the output or the FFN."
+
+
+def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "PreTrainedConfig":
+    """The Qwen2-MoE config whose MoE computes the dense `source` (Qwen2 or Llama) at step 0.
+
+    Raises:
+        UpcyclingError: a field means something that Qwen2-MoE cannot express.
+    """
+    from transformers import Qwen2MoeConfig
+
+    is_llama = source.model_type == "llama"
+    fields = carry_fields(
+        source,
+        target="Qwen2-MoE",
+        carried={"max_window_layers"},
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
+        | ({"sliding_window": (None, "Llama ignores it: remove it.")} if is_llama else {}),
+        no_effect={"layer_types", "sliding_window", "use_sliding_window", "pretraining_tp"},
+        ignored=options.ignore_config_fields,
+    )
+    shared = options.shared_expert != "none"
+    return Qwen2MoeConfig(
+        **fields,
+        **_attention(source),
+        qkv_bias=not is_llama,
+        num_experts=options.num_experts,
+        num_experts_per_tok=options.experts_per_token,
+        moe_intermediate_size=source.intermediate_size,
+        shared_expert_intermediate_size=source.intermediate_size if shared else 0,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    )
+
+
+def _attention(source: "PreTrainedConfig") -> dict[str, Any]:
+    """Which layers have a window. Said layer by layer: the class's own default pattern differs."""
+    count = source.num_hidden_layers
+    kinds = getattr(source, "layer_types", None) or ["full_attention"] * count
+    if "sliding_attention" not in kinds:
+        return {"use_sliding_window": False, "layer_types": kinds}
+    window = source.sliding_window
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+
+
+QWEN2_MOE = Architecture(
+    name="qwen2_moe",
+    dense={"qwen2": LLAMA_LAYOUT, "llama": LLAMA_LAYOUT},
+    convert_config=convert_config,
+    expert_names=QWEN_EXPERT_NAMES,
+    router_name="mlp.gate.weight",
+    experts_field="num_experts",
+    experts_module="mlp.experts",
+    router_module="mlp.gate",
+    shared=SharedExpert(
+        names={
+            "gate_proj_FD": "mlp.shared_expert.gate_proj.weight",
+            "up_proj_FD": "mlp.shared_expert.up_proj.weight",
+            "down_proj_DF": "mlp.shared_expert.down_proj.weight",
+        },
+        gate_name="mlp.shared_expert_gate.weight",
+    ),
+    remapped_fields=frozenset({"sliding_window", "use_sliding_window"}),
+)

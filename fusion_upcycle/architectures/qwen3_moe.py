@@ -1,0 +1,63 @@
+"""Qwen3-MoE: softmax over all experts, top-k, renormalised if `norm_topk_prob`; no shared expert.
+
+`norm_topk_prob` is written as true (the class default is false): then the top-k weights sum to 1
+and N copies of an expert compute that expert's function for any router, with no scale.
+"""
+
+from typing import TYPE_CHECKING
+
+from fusion_upcycle.architectures.base import (
+    LLAMA_LAYOUT,
+    QWEN_EXPERT_NAMES,
+    Architecture,
+    carry_fields,
+    one_window,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fusion_upcycle.options import UpcyclingOptions
+
+
+def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "PreTrainedConfig":
+    """The Qwen3-MoE config whose MoE computes the dense Qwen3 `source` at step 0.
+
+    Raises:
+        UpcyclingError: a field means something that Qwen3-MoE cannot express.
+    """
+    from transformers import Qwen3MoeConfig
+
+    fields = carry_fields(
+        source,
+        target="Qwen3-MoE",
+        carried={"attention_bias"},
+        # What these say together is one window for all layers, or none: see `one_window`.
+        no_effect={"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
+        ignored=options.ignore_config_fields,
+    )
+    window = one_window(source, "Qwen3-MoE")
+    return Qwen3MoeConfig(
+        **fields,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        num_experts=options.num_experts,
+        num_experts_per_tok=options.experts_per_token,
+        moe_intermediate_size=source.intermediate_size,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    )
+
+
+QWEN3_MOE = Architecture(
+    name="qwen3_moe",
+    dense={"qwen3": LLAMA_LAYOUT},
+    convert_config=convert_config,
+    expert_names=QWEN_EXPERT_NAMES,
+    router_name="mlp.gate.weight",
+    experts_field="num_experts",
+    experts_module="mlp.experts",
+    router_module="mlp.gate",
+    remapped_fields=frozenset({"sliding_window", "use_sliding_window"}),
+)

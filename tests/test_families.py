@@ -1,0 +1,162 @@
+"""Every family: the same function, the same bits from both sinks, loadable, refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    ROPES,
+    assert_same_bits,
+    dense_folder,
+    dense_model,
+    edit_config,
+    load,
+    logits_of,
+    tensors_of,
+)
+
+from fusion_upcycle import SparseUpcyclingAlgorithm, upcycle
+from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.errors import UpcyclingError
+
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+WINDOW = {"use_sliding_window": True, "sliding_window": 12}
+
+#: (source, its fields, target, options of the conversion)
+MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("llama", {}, "mixtral", {}),
+    ("mistral", {"tie_word_embeddings": True}, "mixtral", {}),
+    ("llama", {"rope": "llama3", "head_dim": 12}, "qwen2_moe", {"shared_expert": "copy"}),
+    ("qwen2", {}, "qwen2_moe", {"shared_expert": "copy"}),
+    ("qwen2", {"tie_word_embeddings": True}, "qwen2_moe", {"shared_expert": "zero"}),
+    ("qwen2", {"rope": "yarn"}, "qwen2_moe", {"shared_expert": "none"}),
+    # one layer of each kind of attention
+    ("qwen2", WINDOW | {"max_window_layers": 1}, "qwen2_moe", {}),
+    ("qwen3", {"head_dim": 12, "attention_bias": True}, "qwen3_moe", {}),
+    ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, "rope": "linear"}, "qwen3_moe", {}),
+    ("qwen3", WINDOW | {"head_dim": 8, "max_window_layers": 0}, "qwen3_moe", {}),
+    ("olmo2", {}, "flex_olmo", {}),
+    ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}, "flex_olmo", {}),
+    ("olmo2", {"rope": "yarn"}, "flex_olmo", {}),
+]
+families = pytest.mark.parametrize(("family", "fields", "target", "options"), MATRIX, ids=str)
+
+
+def test_every_family_and_every_source_of_it_is_in_the_matrix() -> None:
+    pairs = {(target, source) for source, _, target, _ in MATRIX}
+    assert pairs == {(name, dense) for name, a in ARCHITECTURES.items() for dense in a.dense}
+
+
+@families
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_the_function_is_kept_and_the_output_loads(
+    dtype: torch.dtype,
+    family: str,
+    fields: dict[str, Any],
+    target: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    source = dense_folder(tmp_path / "dense", family, dtype=dtype, **fields)
+    proof = upcycle(source, tmp_path / "moe", target=target, progress=False, **options).proof
+    assert proof.holds
+    # Independently of our proof: transformers' own forward passes, longer than the window.
+    moe, info = load_with_info(tmp_path / "moe")
+    assert moe.config.model_type == target
+    assert not any(info.values()), info
+    reference = logits_of(load(source))
+    if dtype is FP32:
+        difference = (logits_of(moe) - reference).abs().max()
+        assert difference <= 1e-4 * reference.abs().max()
+
+
+@families
+def test_a_zero_router_is_exact_in_float64(
+    family: str, fields: dict[str, Any], target: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense", family, dtype=FP64, **fields)
+    options = options | {"router_init": "zeros", "dtype": FP64, "progress": False}
+    upcycle(source, tmp_path / "moe", target=target, **options)
+    moe = load(tmp_path / "moe")
+    moe.set_experts_implementation("eager")  # the default one has no float64
+    reference = logits_of(load(source))
+    assert (logits_of(moe) - reference).abs().max() <= 1e-9 * reference.abs().max()
+
+
+@families
+@pytest.mark.parametrize("expert_init", ["copy", "noise"])
+def test_the_live_model_has_the_bits_of_the_streamed_one(
+    expert_init: str,
+    family: str,
+    fields: dict[str, Any],
+    target: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    options = options | {"target": target, "expert_init": expert_init, "verify": "layers"}
+    source = dense_folder(tmp_path / "dense", family, **fields)
+    upcycle(source, tmp_path / "moe", progress=False, **options)
+    live = SparseUpcyclingAlgorithm(4, 2, **options).run(load(source))
+    assert live is not None
+    assert_same_bits(load(tmp_path / "moe").state_dict(), live.state_dict())
+    live.save_pretrained(tmp_path / "saved")
+    assert_same_bits(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "moe"))
+
+
+@pytest.mark.parametrize(("family", "target"), [("qwen3", "qwen3_moe"), ("olmo2", "flex_olmo")])
+def test_backbones_become_backbones(family: str, target: str) -> None:
+    dense = dense_model(family, backbone=True, **({"head_dim": 8} if family == "qwen3" else {}))
+    moe = SparseUpcyclingAlgorithm(4, 2).run(dense)
+    assert type(moe).__name__.endswith("Model")
+    assert moe is not None and moe.config.model_type == target
+
+
+def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "qwen3", head_dim=8)
+    upcycle(source, tmp_path / "moe", progress=False)
+    written = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert written["num_experts"] == written["num_local_experts"] == 4
+    assert written["norm_topk_prob"] is True
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "options", "match"),
+    [
+        ("llama", {"attention_bias": True}, {"target": "qwen2_moe"}, "attention_bias=True"),
+        ("qwen2", {}, {"target": "mixtral"}, "'qwen2'.* to mixtral.*llama, mistral"),
+        ("llama", {}, {"target": "mixtrall"}, "Did you mean 'mixtral'"),
+        ("llama", {}, {"shared_expert": "copy"}, "mixtral has no shared expert"),
+        ("qwen2", {}, {"shared_expert": "half"}, "Unknown shared_expert 'half'"),
+        (
+            "qwen3",
+            WINDOW | {"head_dim": 8, "max_window_layers": 1},
+            {},
+            "layer_types mixes.*full_attention.*sliding_attention",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_family_cannot_express_is_refused_by_name(
+    family: str, fields: dict[str, Any], options: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense", family, **fields)
+    with pytest.raises(UpcyclingError, match=match):
+        upcycle(source, tmp_path / "moe", progress=False, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2"])
+def test_an_unknown_rope_type_is_refused(family: str, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", family)
+    edit_config(source, rope_parameters=ROPES["default"] | {"rope_type": "longrope"})
+    with pytest.raises(UpcyclingError, match="longrope"):
+        upcycle(source, tmp_path / "moe", progress=False)
+
+
+def load_with_info(folder: Path) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return model.eval(), {key: info[key] for key in ("missing_keys", "unexpected_keys")}
