@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fusion_upcycle.architectures import ARCHITECTURES, AUTO
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expert_init import EXPERT_INITS, FUNCTION_PRESERVING, ExpertInit
 from fusion_upcycle.experts import Expert, generator_for
@@ -21,7 +20,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
-SHARED_EXPERTS = ("auto", "copy", "zero", "none")
+#: The value of an option that leaves the choice to the source and its family.
+AUTO = "auto"
+
+SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
 
 #: name, {"name": ..., option: value}, or a function (functools.partial for options)
 InitSpec = str | Mapping[str, Any] | Callable[..., Any]
@@ -50,7 +52,7 @@ class UpcyclingOptions:
     target: str = AUTO
     num_experts: int = 4
     experts_per_token: int = 2
-    shared_expert: str = "auto"
+    shared_expert: str = AUTO
     expert_init: InitSpec = "copy"
     router_init: InitSpec = "normal"
     dtype: str | torch.dtype | None = None
@@ -72,8 +74,6 @@ class UpcyclingOptions:
                 f"experts_per_token={self.experts_per_token} must be 1 to "
                 f"num_experts={self.num_experts}."
             )
-        if self.target not in (AUTO, *ARCHITECTURES):
-            raise unknown("target", str(self.target), [AUTO, *ARCHITECTURES])
         if self.shared_expert not in SHARED_EXPERTS:
             raise unknown("shared_expert", str(self.shared_expert), SHARED_EXPERTS)
         if isinstance(self.ignore_config_fields, str):

@@ -140,6 +140,8 @@ def test_zero_router_is_recognised() -> None:
 def test_the_record_holds_every_option_with_its_default() -> None:
     options = make_options(expert_init="drop", dtype="torch.bfloat16", ignore_config_fields=["a"])
     assert options.to_json() == {
+        "target": "auto",
+        "shared_expert": "auto",
         "num_experts": 4,
         "experts_per_token": 2,
         "expert_init": {"name": "drop", "drop_ratio": 0.5, "paired": True},

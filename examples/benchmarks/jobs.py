@@ -80,8 +80,15 @@ def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    shared = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-    shared += ("num_key_value_heads", "vocab_size", "max_position_embeddings")
+    shared = [
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ]
     config = MixtralConfig(
         **{name: getattr(dense.config, name) for name in shared},
         num_local_experts=num_experts,

@@ -5,15 +5,13 @@ from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
 from fusion_upcycle.architectures.mixtral import MIXTRAL
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.options import AUTO
 
 #: In the order in which `auto` looks for a family that takes the source.
 ARCHITECTURES: dict[str, Architecture] = {
     family.name: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO)
 }
-
-#: The option value that leaves the choice of the family to the source.
-AUTO = "auto"
 
 
 def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
@@ -26,6 +24,8 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     Raises:
         UpcyclingError: lists what the target, or any target, takes.
     """
+    if target not in (AUTO, *ARCHITECTURES):
+        raise unknown("target", str(target), [AUTO, *ARCHITECTURES])
     candidates = list(ARCHITECTURES.values()) if target == AUTO else [ARCHITECTURES[target]]
     for architecture in candidates:
         if dense_type in architecture.dense:

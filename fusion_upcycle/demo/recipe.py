@@ -31,3 +31,4 @@ class Recipe:
     other_learning_rate: float = 6e-3  # Adam
     warmup_share: float = 0.05
     seed: int = 0
+    version: int = 2  # raised when the training code changes what it makes: part of the cache key

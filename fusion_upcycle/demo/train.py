@@ -52,7 +52,7 @@ def train(model: LlamaForCausalLM, name: str, recipe: Recipe) -> None:
         trainer = L.Trainer(
             accelerator="cpu",  # the same models on every machine, and tiny ones gain little
             devices=1,
-            max_steps=steps,
+            max_steps=2 * steps,  # Lightning counts the steps of each optimizer
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,

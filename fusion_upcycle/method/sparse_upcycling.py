@@ -12,13 +12,13 @@ from fusion_bench.mixins import auto_register_config
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fusion_upcycle.architectures import ARCHITECTURES, AUTO
+from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.convert import upcycle
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.live import build_live, plan_live, save_live
 from fusion_upcycle.method.pool import pooled_folder, require_pretrained, tokenizer_file
-from fusion_upcycle.options import make_options
+from fusion_upcycle.options import AUTO, make_options
 from fusion_upcycle.output import OutputOptions
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.verification import resolve_mode

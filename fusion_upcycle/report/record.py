@@ -145,7 +145,10 @@ def _hydra_output_folder() -> str | None:
     hydra = sys.modules.get("hydra.core.hydra_config")
     if hydra is None or not hydra.HydraConfig.initialized():
         return None
-    return str(hydra.HydraConfig.get().runtime.output_dir)
+    runtime = hydra.HydraConfig.get().runtime
+    if "output_dir" not in runtime:  # composed by hand, not run by Hydra: nowhere to write
+        return None
+    return str(runtime.output_dir)
 
 
 def _peak_rss_bytes() -> int:
