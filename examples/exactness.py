@@ -1,7 +1,7 @@
 """How exact is each initialiser at step 0, in each dtype?
 
 Question: how far is the upcycled model from its dense source before any training?
-Command:  python examples/exactness.py --record examples/results  (about 2 minutes on two cores)
+Command:  python examples/exactness.py --record examples/results  (10 s on two cores)
           python examples/exactness.py --table examples/results   (prints the table again)
 Expected: copy and permute within 1e-4 of the largest logit in float32 arithmetic; bit-identical
           logits in bfloat16 with a zero router; noise and drop off by what they change.
@@ -110,6 +110,10 @@ def random_models(folder: Path) -> None:
         model.save_pretrained(folder / name)
 
 
+def relative(found: dict[str, float]) -> str:
+    return f"{found['max_abs'] / found['scale']:.1e}" if found["max_abs"] else "0 (bit-identical)"
+
+
 def table(record: dict) -> Table:
     rows = []
     for row in record[SECTION]["rows"]:
@@ -120,8 +124,8 @@ def table(record: dict) -> Table:
                 f"{row['source']}, {row['dtype']}",
                 row["expert_init"],
                 row["router_init"],
-                f"{function['max_abs'] / function['scale']:.1e}",
-                f"{own['max_abs'] / own['scale']:.1e}" if own["max_abs"] else "0 (bit-identical)",
+                relative(function),
+                relative(own),
                 f"{function['kl_nats']:.1e}" if function["kl_nats"] else "0",
                 f"{function['argmax_agreement']:.1%}",
                 {True: "exact", None: "approximate"}[row["proof"].get("holds")],

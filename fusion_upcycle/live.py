@@ -91,7 +91,9 @@ def save_live(
     def prove_written(folder: Path) -> Proof:
         check_written_config(folder, upcycling.config)
         if proof.mode != "none":
-            check_tensors(upcycling, CheckpointReader(folder), progress=options.progress)
+            check_tensors(
+                upcycling, CheckpointReader(folder, read_once=True), progress=options.progress
+            )
         return proof
 
     return write_output(

@@ -17,6 +17,7 @@ def test_the_conversion_benchmark_measures_every_row(tmp_path: Path) -> None:
     ).stdout
     for row in (
         "plain write, 8 MiB pieces",
+        "the same, page cache given back",
         "fusion_upcycle: plan to rename",
         "fusion_upcycle: imports",
         "fusion_upcycle: proof, verify=layers",

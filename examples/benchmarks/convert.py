@@ -23,9 +23,9 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fusion_upcycle.report.record import RECORD_NAME, write_run_record
+from fusion_upcycle.report.tables import Table
 
 JOBS = Path(__file__).with_name("jobs.py")
 SHAPE = {
@@ -47,33 +47,30 @@ SCALING_COLUMNS = ["layers", "experts", "GB", "peak RSS MiB, conversion", "with 
 def main() -> None:
     options = _options()
     if options.table:
-        record = json.loads(options.table.read_text(encoding="utf-8"))["convert"]
-        for columns, rows in (
-            (COLUMNS, comparison_rows(record)),
-            (SCALING_COLUMNS, scaling_rows(record)),
-        ):
-            for row in (columns, ["---"] * len(columns), *rows):
-                print("|", " | ".join(row), "|")
-            print()
+        print(markdown(json.loads(options.table.read_text(encoding="utf-8"))))
         return
     options.work.mkdir(parents=True, exist_ok=True)
     record = measure(options)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for title, columns, rows in (
-        ("Conversion to 8 experts", COLUMNS, comparison_rows(record)),
-        ("Peak memory of our process", SCALING_COLUMNS, scaling_rows(record)),
-    ):
-        table = Table(title=title)
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for table in tables(record):
+        console.print(table.to_rich())
     if options.record:
         with tempfile.TemporaryDirectory() as folder:
             write_run_record("convert", record, folder)
             options.record.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(Path(folder) / RECORD_NAME, options.record)
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    return [
+        Table("Conversion to 8 experts", COLUMNS, comparison_rows(record)),
+        Table("Peak memory of our process", SCALING_COLUMNS, scaling_rows(record)),
+    ]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Both tables of a run record."""
+    return "\n\n".join(table.to_markdown() for table in tables(record["convert"]))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,8 +84,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ours = run_job("fusion_upcycle", task, source)
         nbytes = ours["bytes"]
         runs.setdefault("fusion_upcycle", []).append(ours)
-        write = {"output": str(output), "nbytes": nbytes}
-        runs.setdefault("plain_write", []).append(run_job("plain_write", write, source))
+        for name, give_back in (("plain_write", False), ("plain_write_given_back", True)):
+            write = {"output": str(output), "nbytes": nbytes, "give_back": give_back}
+            runs.setdefault(name, []).append(run_job("plain_write", write, source))
         if options.mergekit:
             for name, flags in (("mergekit", []), ("mergekit_1B", ["--out-shard-size", "1B"])):
                 command = _mergekit(options.mergekit, options.work, source, output, flags)
@@ -189,6 +187,7 @@ def comparison_rows(record: dict[str, Any]) -> list[list[str]]:
     parts = {part: [run[part] for run in ours] for part in ("conversion", "imports", "proof")}
     rows = [
         row("plain write, 8 MiB pieces", runs["plain_write"], nbytes),
+        row("the same, page cache given back", runs["plain_write_given_back"], nbytes),
         row("fusion_upcycle: plan to rename", parts["conversion"], nbytes),
         row("fusion_upcycle: imports", parts["imports"], None),
         row("fusion_upcycle: proof, verify=layers", parts["proof"], None),

@@ -30,14 +30,21 @@ def make_source(folder: str, config: dict[str, int]) -> dict[str, Any]:
     return {}
 
 
-def plain_write(output: str, nbytes: int) -> dict[str, Any]:
-    """The floor: the same number of bytes in sequence, and on the disk at the end."""
+def plain_write(output: str, nbytes: int, give_back: bool = False) -> dict[str, Any]:
+    """The floor: the same number of bytes in sequence, and on the disk at the end.
+
+    With `give_back` the file's pages leave the page cache as they reach the disk, as our writer
+    does it: on a virtual machine whose memory is backed on first use, fresh pages cost more than
+    the writing.
+    """
     piece = memoryview(os.urandom(PIECE_BYTES))
     Path(output).mkdir()
     descriptor = os.open(f"{output}/bytes", os.O_CREAT | os.O_WRONLY)
     left = nbytes
     while left:
         left -= os.write(descriptor, piece[:left])
+        if give_back:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.fdatasync(descriptor)
     os.close(descriptor)
     return {}
