@@ -25,7 +25,7 @@ class Recipe:
     batch_size: int = 8  # windows of context_length
     base_steps: int = 540
     base_mix: tuple[float, float, float] = (0.4, 0.4, 0.2)
-    finetune_steps: int = 120
+    finetune_steps: int = 100
     finetune_share: float = 0.5  # of the base's learning rates
     matrix_learning_rate: float = 0.02  # Muon
     other_learning_rate: float = 6e-3  # Adam

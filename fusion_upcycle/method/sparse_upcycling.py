@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.convert import upcycle
 from fusion_upcycle.errors import UpcyclingError, unknown
@@ -158,7 +159,15 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
         )
         if output is None:
             log.info("Upcycled in memory; %s", proof)
-            self._record({"parameters": upcycling.parameters, "proof": proof.to_json()})
+            self._record(
+                {
+                    "class": class_name(upcycling.config),
+                    "dtype": str(upcycling.dtype).removeprefix("torch."),
+                    "options": upcycling.options.to_json(),
+                    "parameters": upcycling.parameters,
+                    "proof": proof.to_json(),
+                }
+            )
             return moe
         converted = save_live(
             upcycling,
@@ -181,14 +190,12 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
 
     def _report(self, converted: "Converted") -> None:
         log.info("Upcycled to %s; %s", converted.output, converted.proof)
-        record = {key: converted.record[key] for key in ("source", "parameters", "proof", "bytes")}
+        kept = ("class", "source", "dtype", "options", "parameters", "bytes", "proof")
+        record = {key: converted.record[key] for key in kept}
         self._record(record | {"output": str(converted.output), "costs": converted.costs})
 
     def _record(self, record: dict[str, Any]) -> None:
-        path = write_run_record(
-            "method",
-            {"algorithm": type(self).__name__, "options": self._options.to_json()} | record,
-        )
+        path = write_run_record("method", {"algorithm": type(self).__name__} | record)
         if path is not None:
             log.info("Run record: %s", path)
 
