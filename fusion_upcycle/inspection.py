@@ -4,7 +4,7 @@ from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.writer import plan_shards
 from fusion_upcycle.convert import plan_folder
-from fusion_upcycle.options import UpcyclingOptions
+from fusion_upcycle.options import UpcyclingOptions, dtype_name
 from fusion_upcycle.upcycling import Upcycling
 
 
@@ -29,7 +29,7 @@ def inspection_rows(upcycling: Upcycling) -> list[tuple[str, str, str]]:
     """Label, source, result."""
     before, after, counts = upcycling.source_config, upcycling.config, upcycling.parameters
     source_bytes = sum(spec.nbytes for spec in upcycling.source.specs.values())
-    source_dtypes = sorted({str(spec.dtype) for spec in upcycling.source.specs.values()})
+    source_dtypes = sorted({dtype_name(spec.dtype) for spec in upcycling.source.specs.values()})
     return [
         ("class", class_name(before), class_name(after)),
         ("layers", f"{before.num_hidden_layers}", f"{after.num_hidden_layers}"),
@@ -41,8 +41,8 @@ def inspection_rows(upcycling: Upcycling) -> list[tuple[str, str, str]]:
         ("parameters, active", f"{counts['dense']:,}", f"{counts['active']:,}"),
         (
             "dtype",
-            ", ".join(dtype.removeprefix("torch.") for dtype in source_dtypes),
-            str(upcycling.dtype).removeprefix("torch."),
+            ", ".join(source_dtypes),
+            dtype_name(upcycling.dtype),
         ),
         ("tensors", f"{len(upcycling.source.specs):,}", f"{len(upcycling.specs):,}"),
         ("bytes", f"{source_bytes:,}", f"{upcycling.total_bytes:,}"),

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from fusion_upcycle.architectures.layout import class_name, file_layout
+from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.tensors import StateDictSource
@@ -52,7 +52,7 @@ def build_live(
             config, dtype=upcycling.dtype, attn_implementation=dense.config._attn_implementation
         )
     moe.tie_weights()  # skipped together with the initialisation
-    live = LiveTensors(moe, upcycling.architecture, file_layout(upcycling.config))
+    live = LiveTensors(moe, upcycling.architecture, upcycling.specs)
     # Nothing is initialised: what is not filled below would be uninitialised memory.
     assert sum(s.numel for s in live.specs.values()) == sum(p.numel() for p in moe.parameters())
     with torch.no_grad():

@@ -34,7 +34,8 @@ class UpcyclingOptions:
     """What decides the result of a sparse upcycling, bit for bit.
 
     Attributes:
-        target: MoE family (`mixtral`, `qwen3_moe`, `flex_olmo`); `auto` goes by the source.
+        target: MoE family (`mixtral`, `qwen2_moe`, `qwen3_moe`, `flex_olmo`); `auto` goes by the
+            source.
         num_experts: experts per MoE layer, N >= 2.
         experts_per_token: top-k, 1 <= k <= N.
         shared_expert: for families that have one: `copy` of the FFN, which takes half of the
@@ -116,7 +117,7 @@ class UpcyclingOptions:
             "shared_expert": self.shared_expert,
             "expert_init": _describe(self.initialise_expert, EXPERT_INITS),
             "router_init": _describe(self.initialise_router_row, ROUTER_INITS),
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "dtype": None if self.dtype is None else dtype_name(self.dtype),
             "seed": self.seed,
             "ignore_config_fields": list(self.ignore_config_fields),
         }
@@ -157,10 +158,15 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A supported floating-point dtype from its name (`bfloat16`, `torch.bfloat16`) or itself."""
     if dtype is None or dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
     return DTYPES[name]
+
+
+def dtype_name(dtype: object) -> str:
+    """`bfloat16` for `torch.bfloat16`, as in options, records and config.json."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _initialiser(

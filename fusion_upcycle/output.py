@@ -18,6 +18,7 @@ from fusion_upcycle.checkpoint.writer import (
     write_shards,
 )
 from fusion_upcycle.model_card import model_card
+from fusion_upcycle.options import dtype_name
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.upcycling import Upcycling
@@ -89,7 +90,7 @@ def write_output(
         "method": "sparse upcycling",
         "source": source,
         "class": class_name(upcycling.config),
-        "dtype": str(upcycling.dtype).removeprefix("torch."),
+        "dtype": dtype_name(upcycling.dtype),
         "options": upcycling.options.to_json(),
         "plan": upcycling.plan.to_json(),
         "parameters": upcycling.parameters,
@@ -115,9 +116,5 @@ def write_output(
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, default=_dtype_name) + "\n", encoding="utf-8")
-
-
-def _dtype_name(value: Any) -> str:
-    """config.json holds one thing that is not JSON: the dtype."""
-    return str(value).removeprefix("torch.")
+    # config.json holds one thing that is not JSON: the dtype.
+    path.write_text(json.dumps(data, indent=2, default=dtype_name) + "\n", encoding="utf-8")

@@ -47,7 +47,8 @@ def plan_upcycling(
     config.dtype = dtype
     plan = DuplicationPlan.from_dense(config.num_hidden_layers, options.num_experts)
 
-    used, ffn_names, rules = _ffn_rules(source, source_config, architecture, options)
+    ffn_names, rules = _ffn_rules(source, source_config, architecture, options)
+    used = {name for names in ffn_names.values() for name in names.values()}
     derived = architecture.dense[source_config.model_type].derived
     used |= {name for name in source.specs if name.endswith(derived)}
     layout = file_layout(config)
@@ -82,8 +83,8 @@ def _ffn_rules(
     source_config: "PreTrainedConfig",
     architecture: Architecture,
     options: UpcyclingOptions,
-) -> tuple[set[str], dict[int, dict[str, str]], dict[str, Rule]]:
-    """Rules of all experts and routers, and the dense FFN tensors that they use."""
+) -> tuple[dict[int, dict[str, str]], dict[str, Rule]]:
+    """The dense FFN tensors of each layer, and the rules of what is made of them."""
     layout = architecture.dense[source_config.model_type]
     prefix = "model." if class_name(source_config).endswith("ForCausalLM") else ""
     # A shared copy behind a sigmoid gate at zero computes half of the function.
@@ -116,7 +117,7 @@ def _ffn_rules(
                 rules[at + name] = Zeros() if zero else Carried(ffn_names[layer][part])
             rules[at + architecture.shared.gate_name] = Zeros()
         rules[at + architecture.router_name] = RouterRows(layer)
-    return {name for names in ffn_names.values() for name in names.values()}, ffn_names, rules
+    return ffn_names, rules
 
 
 def _shared_expert(architecture: Architecture, options: UpcyclingOptions) -> str:

@@ -1,7 +1,7 @@
 """What one MoE family is: accepted dense models, config mapping, tensor names, routing."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.errors import UpcyclingError
@@ -55,6 +55,8 @@ class SharedExpert:
 class Architecture:
     """One MoE family. All names are those of the checkpoint *files*, relative to a decoder layer.
 
+    Defaults are the layout that most families share.
+
     Attributes:
         name: the family's `model_type`.
         dense: accepted dense `model_type` -> layout of its files.
@@ -74,11 +76,11 @@ class Architecture:
     name: str
     dense: Mapping[str, DenseLayout]
     convert_config: Callable[["PreTrainedConfig", "UpcyclingOptions"], "PreTrainedConfig"]
-    expert_names: Mapping[str, str]
-    router_name: str
-    experts_field: str
-    experts_module: str
-    router_module: str
+    expert_names: Mapping[str, str] = field(default_factory=lambda: QWEN_EXPERT_NAMES)
+    router_name: str = "mlp.gate.weight"
+    experts_field: str = "num_experts"
+    experts_module: str = "mlp.experts"
+    router_module: str = "mlp.gate"
     shared: SharedExpert | None = None
     remapped_fields: frozenset[str] = frozenset()
 
@@ -120,7 +122,8 @@ def carry_fields(
 
     Args:
         carried: fields copied under the same name, beside `CARRIED`.
-        required: field -> (the only value that `target` can express, remedy); before `carried`.
+        required: field -> (the only value that `target` can express, remedy); before `carried`,
+            beside `REQUIRED` and `STRAY`.
         no_effect: fields that change no forward pass, beside `NO_EFFECT`.
         ignored: fields that the user declares to be without effect.
 
@@ -129,7 +132,7 @@ def carry_fields(
         nothing) and the classes' defaults differ, None is said.
     """
     family = source.model_type
-    required = REQUIRED | dict(required or {})
+    required = REQUIRED | STRAY.get(family, {}) | dict(required or {})
     result: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     for name, value in source.to_dict().items():
         if value is None:
@@ -233,6 +236,9 @@ REQUIRED = {
     ),
 }
 
+
+#: Dense `model_type` -> fields that it ignores itself, but that a target would obey.
+STRAY = {"llama": {"sliding_window": (None, "Llama ignores it: remove it.")}}
 
 #: Noise of every transformers config: no reader of a causal LM looks at it.
 _NOT_WRITTEN = frozenset(

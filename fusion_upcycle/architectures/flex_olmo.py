@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
-    QWEN_EXPERT_NAMES,
     Architecture,
     carry_fields,
 )
@@ -42,9 +41,4 @@ FLEX_OLMO = Architecture(
     name="flex_olmo",
     dense={"olmo2": LLAMA_LAYOUT},
     convert_config=convert_config,
-    expert_names=QWEN_EXPERT_NAMES,
-    router_name="mlp.gate.weight",
-    experts_field="num_experts",
-    experts_module="mlp.experts",
-    router_module="mlp.gate",
 )

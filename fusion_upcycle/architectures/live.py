@@ -1,12 +1,11 @@
 """A live MoE model seen through the names of its checkpoint files: to read, and to fill."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fusion_upcycle.architectures.base import Architecture
-from fusion_upcycle.architectures.layout import FileLayout
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSpec
 
 if TYPE_CHECKING:
@@ -19,15 +18,15 @@ class LiveTensors:
     Tensors are views of the parameters: writing to them fills the model.
     """
 
-    def __init__(self, model: "PreTrainedModel", architecture: Architecture, layout: FileLayout):
+    def __init__(self, model: "PreTrainedModel", architecture: Architecture, names: Iterable[str]):
         self._architecture = architecture
         self._parameters = dict(model.named_parameters())
         packed = next(n for n in self._parameters if n.endswith("experts.gate_up_proj"))
         self._intermediate_size = self._parameters[packed].shape[1] // 2
-        self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(self.tensor(name).dtype, shape)
-            for name, shape in layout.shapes.items()
-        }
+        self.specs: dict[str, TensorSpec] = {}
+        for name in names:
+            tensor = self.tensor(name)
+            self.specs[name] = TensorSpec(tensor.dtype, tuple(tensor.shape))
 
     def tensor(self, name: str) -> Tensor:
         parameter, index = self._architecture.live_slot(name, self._intermediate_size)

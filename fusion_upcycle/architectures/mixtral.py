@@ -27,14 +27,11 @@ def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "
     """
     from transformers import MixtralConfig
 
-    # A sliding window in a Llama config is a stray field that Llama itself ignores.
-    stray = {"sliding_window": (None, "Llama ignores it: remove it.")}
     fields = carry_fields(
         source,
         target="Mixtral",
         carried={"sliding_window"},
-        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
-        | (stray if source.model_type == "llama" else {}),
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
         # pretraining_tp once split the matmuls of Llama 1 and 2; transformers 5 ignores it.
         no_effect={"pretraining_tp"},
         ignored=options.ignore_config_fields,
@@ -57,6 +54,4 @@ MIXTRAL = Architecture(
     },
     router_name="block_sparse_moe.gate.weight",
     experts_field="num_local_experts",
-    experts_module="mlp.experts",
-    router_module="mlp.gate",
 )

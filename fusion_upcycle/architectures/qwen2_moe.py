@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
-    QWEN_EXPERT_NAMES,
     Architecture,
     SharedExpert,
     carry_fields,
@@ -32,13 +31,11 @@ def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "
     """
     from transformers import Qwen2MoeConfig
 
-    is_llama = source.model_type == "llama"
     fields = carry_fields(
         source,
         target="Qwen2-MoE",
         carried={"max_window_layers"},
-        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
-        | ({"sliding_window": (None, "Llama ignores it: remove it.")} if is_llama else {}),
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
         no_effect={"layer_types", "sliding_window", "use_sliding_window", "pretraining_tp"},
         ignored=options.ignore_config_fields,
     )
@@ -46,7 +43,7 @@ def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "
     return Qwen2MoeConfig(
         **fields,
         **_attention(source),
-        qkv_bias=not is_llama,
+        qkv_bias=source.model_type == "qwen2",
         num_experts=options.num_experts,
         num_experts_per_tok=options.experts_per_token,
         moe_intermediate_size=source.intermediate_size,
@@ -71,11 +68,6 @@ QWEN2_MOE = Architecture(
     name="qwen2_moe",
     dense={"qwen2": LLAMA_LAYOUT, "llama": LLAMA_LAYOUT},
     convert_config=convert_config,
-    expert_names=QWEN_EXPERT_NAMES,
-    router_name="mlp.gate.weight",
-    experts_field="num_experts",
-    experts_module="mlp.experts",
-    router_module="mlp.gate",
     shared=SharedExpert(
         names={
             "gate_proj_FD": "mlp.shared_expert.gate_proj.weight",

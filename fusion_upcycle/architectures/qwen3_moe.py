@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
-    QWEN_EXPERT_NAMES,
     Architecture,
     carry_fields,
     one_window,
@@ -54,10 +53,5 @@ QWEN3_MOE = Architecture(
     name="qwen3_moe",
     dense={"qwen3": LLAMA_LAYOUT},
     convert_config=convert_config,
-    expert_names=QWEN_EXPERT_NAMES,
-    router_name="mlp.gate.weight",
-    experts_field="num_experts",
-    experts_module="mlp.experts",
-    router_module="mlp.gate",
     remapped_fields=frozenset({"sliding_window", "use_sliding_window"}),
 )

@@ -251,7 +251,7 @@ def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
     """Keep a left-over staging folder of the same conversion; else start with an empty one."""
     text = json.dumps(fingerprint, indent=2, sort_keys=True)
     record = staging / _FINGERPRINT_FILE
-    if staging.exists() and any(staging.iterdir()) and not record.is_file():
+    if any(staging.iterdir()) and not record.is_file():
         raise UpcyclingError(f"{staging} exists and was not made here. Remove or rename it.")
     if record.is_file() and record.read_text() != text:
         for path in staging.iterdir():

@@ -6,7 +6,7 @@ from typing import Any
 
 from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CausalLMPool
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError
 
@@ -42,9 +42,9 @@ def pooled_folder(pool: BaseModelPool) -> PooledFolder | None:
     """
     if not isinstance(pool, CausalLMPool):
         return None
-    entry, kwargs = pool._models["_pretrained_"], _plain(pool.model_kwargs)
+    entry, kwargs = pool._models["_pretrained_"], plain(pool.model_kwargs)
     if isinstance(entry, DictConfig | dict):
-        entry = _plain(entry)
+        entry = dict(plain(entry))
         if entry.pop("_target_", None) not in _LOADERS:
             return None
         source = entry.pop("pretrained_model_name_or_path", None)
@@ -79,5 +79,7 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
     return Path(folder).expanduser() / "tokenizer.json" if isinstance(folder, str) else None
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return dict(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
+def plain(value: Any) -> Any:
+    """Plain Python for a config node; anything else as it is."""
+    is_config = isinstance(value, DictConfig | ListConfig)
+    return OmegaConf.to_container(value, resolve=True) if is_config else value

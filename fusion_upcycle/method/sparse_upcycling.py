@@ -10,7 +10,7 @@ import transformers
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import auto_register_config
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import class_name
@@ -18,8 +18,14 @@ from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.convert import upcycle
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.live import build_live, plan_live, save_live
-from fusion_upcycle.method.pool import pooled_folder, require_pretrained, tokenizer_file
-from fusion_upcycle.options import AUTO, make_options
+from fusion_upcycle.method.pool import (
+    PooledFolder,
+    plain,
+    pooled_folder,
+    require_pretrained,
+    tokenizer_file,
+)
+from fusion_upcycle.options import AUTO, dtype_name, make_options
 from fusion_upcycle.output import OutputOptions
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.verification import resolve_mode
@@ -98,7 +104,7 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             router_init=_initialiser(router_init),
             dtype=dtype,
             seed=seed,
-            ignore_config_fields=_plain(ignore_config_fields),
+            ignore_config_fields=plain(ignore_config_fields),
         )
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = OutputOptions(overwrite, max_shard_size)
@@ -123,13 +129,11 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
         if not isinstance(modelpool, BaseModelPool):
             return self._run_live(modelpool, output, pool=None)
         require_pretrained(modelpool)
-        if output is not None and pooled_folder(modelpool) is not None:
-            return self._run_streaming(modelpool, output)
+        if output is not None and (found := pooled_folder(modelpool)) is not None:
+            return self._run_streaming(found, output)
         return self._run_live(modelpool.load_model("_pretrained_"), output, pool=modelpool)
 
-    def _run_streaming(self, pool: BaseModelPool, output: Path) -> "PreTrainedModel | None":
-        found = pooled_folder(pool)
-        assert found is not None
+    def _run_streaming(self, found: PooledFolder, output: Path) -> "PreTrainedModel | None":
         for name in read_config(locate(found.source)).architectures or ():
             self._check_class(name)
         converted = upcycle(
@@ -162,7 +166,7 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             self._record(
                 {
                     "class": class_name(upcycling.config),
-                    "dtype": str(upcycling.dtype).removeprefix("torch."),
+                    "dtype": dtype_name(upcycling.dtype),
                     "options": upcycling.options.to_json(),
                     "parameters": upcycling.parameters,
                     "proof": proof.to_json(),
@@ -228,9 +232,4 @@ def _initialiser(spec: Any) -> Any:
     """A Hydra node with `_target_` becomes a function; names and functions stay."""
     if isinstance(spec, DictConfig | dict) and "_target_" in spec:
         return instantiate(spec, _partial_=True)
-    return _plain(spec)
-
-
-def _plain(value: Any) -> Any:
-    is_config = isinstance(value, DictConfig | ListConfig)
-    return OmegaConf.to_container(value, resolve=True) if is_config else value
+    return plain(spec)

@@ -53,7 +53,7 @@ def check_names(upcycling: Upcycling) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, class_name(config))._from_config(config)
-    ours = LiveTensors(model, upcycling.architecture, file_layout(config))
+    ours = LiveTensors(model, upcycling.architecture, file_layout(config).shapes)
     theirs = revert_weight_conversion(model, model.state_dict())
     for name in ours.specs:
         if not torch.equal(ours.tensor(name), theirs[name]):
