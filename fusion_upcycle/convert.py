@@ -85,7 +85,7 @@ def upcycle(
     return write_output(
         upcycling,
         output,
-        source=describe_source(source, upcycling),
+        source=describe_source(source, folder),
         companions=partial(copy_companions, folder),
         prove=prove_staged,
         options=writing,
@@ -197,10 +197,9 @@ def load_model(
     return model
 
 
-def describe_source(source: str | Path, upcycling: Upcycling) -> dict[str, Any]:
+def describe_source(source: str | Path, folder: Path) -> dict[str, Any]:
     """Identity of the source for the record: enough to notice that it has changed."""
-    assert isinstance(upcycling.source, CheckpointReader)
-    files = upcycling.source.files
+    files = CheckpointReader(folder).files
     return {
         "name": str(source),
         "from_hub": not Path(source).expanduser().exists(),

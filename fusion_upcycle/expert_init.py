@@ -91,15 +91,50 @@ def permute(expert: Expert, generator: Generator) -> Expert:
     )
 
 
+def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int) -> Expert:
+    """Expert e keeps neurons `[e*F/N, (e+1)*F/N)`, and zeros elsewhere: a partition of the FFN.
+
+    `down_proj` is scaled by N, so that the mean of all experts is the dense FFN: exact where every
+    expert is used with equal weight (k = N, zero router), else approximate.
+
+    Args:
+        index, num_experts: e and N, given by the conversion.
+    """
+    neurons = expert.gate_proj_FD.shape[0]
+    kept = slice(index * neurons // num_experts, (index + 1) * neurons // num_experts)
+    made = expert.map(torch.zeros_like)
+    made.gate_proj_FD[kept] = expert.gate_proj_FD[kept]
+    made.up_proj_FD[kept] = expert.up_proj_FD[kept]
+    made.down_proj_DF[:, kept] = expert.down_proj_DF[:, kept] * num_experts
+    return made
+
+
+def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> Expert:
+    """Qwen2's fine-grained experts (arXiv 2407.10671, section 2.2.2): half of each is drawn anew.
+
+    What it is given is a shard: the FFN is copied as often as the experts need, every copy is
+    shuffled along its neurons, and experts are cut from them one after the other.
+
+    Args:
+        drop_ratio: share of neurons that is re-initialised, as in `drop`.
+    """
+    return drop(expert, generator, drop_ratio=drop_ratio)
+
+
 EXPERT_INITS: dict[str, Callable[..., Expert]] = {
     "copy": copy,
     "noise": noise,
     "drop": drop,
     "permute": permute,
+    "subset": subset,
+    "qwen2": qwen2,
 }
 
 #: Initialisers whose experts compute the same function as their source expert.
 FUNCTION_PRESERVING: frozenset[Callable[..., Expert]] = frozenset({copy, permute})
+
+#: Initialisers whose experts are cut from shuffled copies of the FFN.
+SHUFFLED_SHARDS: frozenset[Callable[..., Expert]] = frozenset({qwen2})
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

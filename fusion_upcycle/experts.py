@@ -4,7 +4,7 @@ Shape suffixes: E experts, F intermediate size (neurons), D hidden size.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +45,9 @@ class DuplicationPlan:
     source_experts: Mapping[int, tuple[int, ...]]
 
     @classmethod
-    def from_dense(cls, num_layers: int, num_experts: int) -> "DuplicationPlan":
-        """The plan that copies each of `num_layers` dense FFNs into `num_experts` experts."""
-        return cls({layer: (0,) * num_experts for layer in range(num_layers)})
+    def from_dense(cls, layers: Iterable[int], num_experts: int) -> "DuplicationPlan":
+        """The plan that copies the dense FFN of each of `layers` into `num_experts` experts."""
+        return cls({layer: (0,) * num_experts for layer in layers})
 
     def to_json(self) -> dict[str, list[int]]:
         """JSON form, layer index (as text) -> source experts."""

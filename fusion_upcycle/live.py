@@ -9,10 +9,10 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.architectures.layout import class_name, with_kept_dtypes
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.checkpoint.tensors import StateDictSource, aligned
 from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.output import Converted, OutputOptions, write_output
 from fusion_upcycle.planning import plan_upcycling
@@ -51,13 +51,17 @@ def build_live(
         moe = model_class._from_config(
             config, dtype=upcycling.dtype, attn_implementation=dense.config._attn_implementation
         )
+    for name, tensor in with_kept_dtypes(moe).items():
+        module, _, attribute = name.rpartition(".")
+        getattr(moe.get_submodule(module), attribute).data = tensor
     moe.tie_weights()  # skipped together with the initialisation
     live = LiveTensors(moe, upcycling.architecture, upcycling.specs)
     # Nothing is initialised: what is not filled below would be uninitialised memory.
-    assert sum(s.numel for s in live.specs.values()) == sum(p.numel() for p in moe.parameters())
+    whole = {t.data_ptr(): t.numel() for t in moe.state_dict().values()}  # tied tensors once
+    assert sum(s.numel for s in live.specs.values()) == sum(whole.values())
     with torch.no_grad():
         for name in upcycling.specs:
-            for made, place in zip(upcycling.chunks(name), live.chunks(name), strict=True):
+            for made, place in aligned(upcycling.chunks(name), live.chunks(name)):
                 place.copy_(made)
     if dense.can_generate():
         moe.generation_config = copy.deepcopy(dense.generation_config)

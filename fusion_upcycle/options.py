@@ -1,7 +1,6 @@
 """The options of sparse upcycling: one home for names, defaults and checks."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -9,8 +8,20 @@ from typing import Any
 import torch
 
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.expert_init import EXPERT_INITS, FUNCTION_PRESERVING, ExpertInit
+from fusion_upcycle.expert_init import (
+    EXPERT_INITS,
+    FUNCTION_PRESERVING,
+    SHUFFLED_SHARDS,
+    ExpertInit,
+)
 from fusion_upcycle.experts import Expert, generator_for
+from fusion_upcycle.initialisers import (
+    InitSpec,
+    bare_function,
+    describe,
+    make_initialiser,
+    positioned,
+)
 from fusion_upcycle.router_init import ROUTER_INITS, RouterInit, zeros
 
 DTYPES = {
@@ -24,9 +35,7 @@ DTYPES = {
 AUTO = "auto"
 
 SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
-
-#: name, {"name": ..., option: value}, or a function (functools.partial for options)
-InitSpec = str | Mapping[str, Any] | Callable[..., Any]
+SCALINGS = ("exact", "megatron")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +43,28 @@ class UpcyclingOptions:
     """What decides the result of a sparse upcycling, bit for bit.
 
     Attributes:
-        target: MoE family (`mixtral`, `qwen2_moe`, `qwen3_moe`, `flex_olmo`); `auto` goes by the
-            source.
+        target: MoE family, a key of `fusion_upcycle.architectures.ARCHITECTURES`; `auto` goes by
+            the source.
         num_experts: experts per MoE layer, N >= 2.
         experts_per_token: top-k, 1 <= k <= N.
+        granularity: G, the number of shards that each FFN is cut into (arXiv 2410.07524): expert e
+            is shard `e mod G`, and the G experts of a group share a router row, so that top-k takes
+            whole groups. N and k must be multiples of G for the function to be kept.
+        expert_intermediate_size: width of an expert; None is the dense FFN's, divided by G. Another
+            width than a whole fraction needs `expert_init=qwen2`.
+        scaling: of the shards, whose sum is the dense FFN: `exact` scales `down_proj` alone;
+            `megatron` takes the cube root for all three matrices, as Megatron-Core does, which
+            SwiGLU does not forgive (4-24 % off).
+        moe_layers: which layers become MoE layers: `all`, `every_N` (layers N-1, 2N-1, ...),
+            `last_N`, or a list of indices; where the family's config can say it.
+        normalize_topk_prob: whether the top-k weights are divided by their sum. False is exact with
+            a zero router only, and refused where a family always does it.
         shared_expert: for families that have one: `copy` of the FFN, which takes half of the
-            function; `zero`, with a zero `down_proj`; `none`, of width 0. `auto` is `copy` there
-            and `none` elsewhere.
-        expert_init: `copy`, `noise`, `drop`, `permute`, with options as in
+            function; `zero`, with a zero `down_proj`; `none`, of width 0. `auto` is the family's
+            choice, `none` where it has none.
+        shared_expert_intermediate_size: width; None is the dense FFN's. A wider one repeats
+            neurons, their columns of `down_proj` divided by how often they are there.
+        expert_init: `copy`, `noise`, `drop`, `permute`, `subset`, `qwen2`, with options as in
             `{"name": "noise", "noise_std": 0.05}`, or a function of your own.
         router_init: `normal` or `zeros`, likewise.
         dtype: of the result; None keeps the source's (its config's `dtype`).
@@ -53,7 +76,13 @@ class UpcyclingOptions:
     target: str = AUTO
     num_experts: int = 4
     experts_per_token: int = 2
+    granularity: int = 1
+    expert_intermediate_size: int | None = None
+    scaling: str = "exact"
+    moe_layers: str | Sequence[int] = "all"
+    normalize_topk_prob: bool = True
     shared_expert: str = AUTO
+    shared_expert_intermediate_size: int | None = None
     expert_init: InitSpec = "copy"
     router_init: InitSpec = "normal"
     dtype: str | torch.dtype | None = None
@@ -61,10 +90,11 @@ class UpcyclingOptions:
     ignore_config_fields: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "experts_per_token", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise UpcyclingError(f"{name}={value!r} must be a whole number.")
+        for name in ("num_experts", "experts_per_token", "seed", "granularity"):
+            _require_whole(name, getattr(self, name))
+        for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
+            if (value := getattr(self, name)) is not None:
+                _require_whole(name, value, at_least=1)
         if not 2 <= self.num_experts <= 65536:
             raise UpcyclingError(
                 f"num_experts={self.num_experts} must be 2 to 65536: a model with one expert is "
@@ -75,8 +105,18 @@ class UpcyclingOptions:
                 f"experts_per_token={self.experts_per_token} must be 1 to "
                 f"num_experts={self.num_experts}."
             )
-        if self.shared_expert not in SHARED_EXPERTS:
-            raise unknown("shared_expert", str(self.shared_expert), SHARED_EXPERTS)
+        if self.granularity < 1 or self.num_experts % self.granularity:
+            raise UpcyclingError(
+                f"granularity={self.granularity} must be at least 1 and divide "
+                f"num_experts={self.num_experts}: every group of experts holds one of each shard."
+            )
+        for name, choices in (("shared_expert", SHARED_EXPERTS), ("scaling", SCALINGS)):
+            if getattr(self, name) not in choices:
+                raise unknown(name, str(getattr(self, name)), choices)
+        if not isinstance(self.normalize_topk_prob, bool):  # the text "false" would count as true
+            raise UpcyclingError(
+                f"normalize_topk_prob={self.normalize_topk_prob!r} must be true or false."
+            )
         if isinstance(self.ignore_config_fields, str):
             raise UpcyclingError(
                 f"ignore_config_fields={self.ignore_config_fields!r} must be a list: "
@@ -85,14 +125,16 @@ class UpcyclingOptions:
         set_field = partial(object.__setattr__, self)
         set_field("ignore_config_fields", tuple(self.ignore_config_fields))
         set_field("dtype", parse_dtype(self.dtype))
-        set_field("expert_init", _initialiser(self.expert_init, EXPERT_INITS, "expert_init"))
-        set_field("router_init", _initialiser(self.router_init, ROUTER_INITS, "router_init"))
+        if not isinstance(self.moe_layers, str):
+            set_field("moe_layers", tuple(self.moe_layers))
+        set_field("expert_init", make_initialiser(self.expert_init, EXPERT_INITS, "expert_init"))
+        set_field("router_init", make_initialiser(self.router_init, ROUTER_INITS, "router_init"))
         self._rehearse()
 
-    @property
-    def initialise_expert(self) -> ExpertInit:
+    def expert_initialiser(self, index: int) -> ExpertInit:
+        """The initialiser of expert `index` of a layer."""
         assert callable(self.expert_init)
-        return self.expert_init
+        return positioned(self.expert_init, index, self.num_experts)
 
     @property
     def initialise_router_row(self) -> RouterInit:
@@ -101,24 +143,29 @@ class UpcyclingOptions:
 
     @property
     def preserves_function(self) -> bool:
-        """Whether each new expert computes its source expert's function."""
-        return _function(self.initialise_expert) in FUNCTION_PRESERVING
+        """Whether each new expert computes the function of what it is made from."""
+        return bare_function(self.expert_init) in FUNCTION_PRESERVING  # type: ignore[arg-type]
+
+    @property
+    def shuffles_shards(self) -> bool:
+        """Whether experts are cut from shuffled copies of the FFN."""
+        return bare_function(self.expert_init) in SHUFFLED_SHARDS  # type: ignore[arg-type]
 
     @property
     def zero_router(self) -> bool:
-        return _function(self.initialise_router_row) is zeros
+        return bare_function(self.initialise_router_row) is zeros
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to repeat the run, as plain data."""
-        return {
-            "target": self.target,
-            "num_experts": self.num_experts,
-            "experts_per_token": self.experts_per_token,
-            "shared_expert": self.shared_expert,
-            "expert_init": _describe(self.initialise_expert, EXPERT_INITS),
-            "router_init": _describe(self.initialise_router_row, ROUTER_INITS),
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        assert callable(self.expert_init)
+        return plain | {
+            "moe_layers": self.moe_layers
+            if isinstance(self.moe_layers, str)
+            else list(self.moe_layers),
+            "expert_init": describe(self.expert_init, EXPERT_INITS),
+            "router_init": describe(self.initialise_router_row, ROUTER_INITS),
             "dtype": None if self.dtype is None else dtype_name(self.dtype),
-            "seed": self.seed,
             "ignore_config_fields": list(self.ignore_config_fields),
         }
 
@@ -126,7 +173,7 @@ class UpcyclingOptions:
         """Run both initialisers once on toy tensors: bad options fail here, not hours later."""
         generator = generator_for(0, 0, 0, "rehearsal")
         toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
-        expert = self.initialise_expert(toy, generator)
+        expert = self.expert_initialiser(0)(toy, generator)
         if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
             raise UpcyclingError(
                 f"expert_init {self.expert_init} writes into the expert that it is given, which is "
@@ -169,53 +216,8 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _initialiser(
-    spec: InitSpec, registry: Mapping[str, Callable[..., Any]], kind: str
-) -> Callable[..., Any]:
-    """Resolve a spec to a function with its options bound; unknown names and options are errors."""
-    options: dict[str, Any] = {}
-    if callable(spec):
-        function = spec
-    else:
-        options = {"name": spec} if isinstance(spec, str) else dict(spec)
-        name = options.pop("name", None)
-        if not isinstance(name, str):
-            raise UpcyclingError(f"{kind}={spec!r} needs a 'name': one of {', '.join(registry)}.")
-        if name not in registry:
-            raise unknown(kind, name, registry)
-        function = registry[name]
-    options |= function.keywords if isinstance(function, partial) else {}
-    function = _function(function)
-    known = [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for option in options:
-        if option not in known:
-            raise unknown(f"option of {kind} {function.__name__}:", option, known or ["(none)"])
-    return partial(function, **options) if options else function
-
-
-def _function(initialiser: Callable[..., Any]) -> Callable[..., Any]:
-    return initialiser.func if isinstance(initialiser, partial) else initialiser
-
-
-def _describe(
-    initialiser: Callable[..., Any], registry: Mapping[str, Callable[..., Any]]
-) -> dict[str, Any]:
-    """Name and all options, defaults included, so that a record does not depend on our defaults."""
-    function = _function(initialiser)
-    name = next((name for name, known in registry.items() if known is function), None)
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    given = initialiser.keywords if isinstance(initialiser, partial) else {}
-    return {"name": name or _dotted_name(function)} | defaults | given
-
-
-def _dotted_name(function: Callable[..., Any]) -> str:
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+def _require_whole(name: str, value: object, *, at_least: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
+        bound = "" if at_least is None else f", {at_least} or more"
+        raise UpcyclingError(f"{name}={value!r} must be a whole number{bound}.")

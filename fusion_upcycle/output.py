@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fusion_upcycle.architectures.base import readable_config
+from fusion_upcycle.architectures.config import readable_config
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.writer import (
     RECORD_FILE,

@@ -5,7 +5,7 @@ comes from (`fusion_upcycle.planning` makes them). Nothing is read until a sink 
 folder or a live model, which so get the same bits.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, Tens
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
 from fusion_upcycle.options import UpcyclingOptions
+from fusion_upcycle.resolution import ResolvedOptions
+from fusion_upcycle.shards import repeat_neurons, take_neurons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -41,34 +43,56 @@ class Initialised:
     layer: int
     expert: int
     part: str
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Rule: one matrix of the dense FFN with its neurons repeated to `size`."""
+
+    source: str
+    part: str
+    size: int
     scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class RouterRows:
-    """Rule: the router of a layer, one fresh row for each expert."""
+    """Rule: the router of a layer, one fresh row for each group of experts."""
 
     layer: int
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """Rule: nothing from the source; a gate or output that starts at zero."""
+    """Rule: nothing from the source; a gate, bias or output that starts at zero."""
 
 
-Rule = Carried | Initialised | RouterRows | Zeros
+@dataclass(frozen=True)
+class Joined:
+    """Rule: what these rules make, one after the other, in one tensor.
+
+    Attributes:
+        rules: of the parts, which have the same number of elements.
+    """
+
+    rules: Sequence["Rule"]
+
+
+Rule = Carried | Initialised | Repeated | RouterRows | Zeros | Joined
 
 
 @dataclass
 class Upcycling:
-    """A planned conversion: the target's tensors as a mapping that is computed lazily.
+    """A planned conversion: the target's tensors as a `TensorSource` that is computed lazily.
 
     Attributes:
         source: where tensors come from.
         source_config: of the dense model, with `architectures` and `dtype` set.
         config: of the MoE.
+        options: what was asked for, and in `resolved` what it means here.
         rules: target tensor name -> where it comes from, in the order of writing.
         specs: target tensor name -> dtype and shape.
+        ffn_names: MoE layer -> for each source expert, part of `Expert` -> name in the source.
     """
 
     source: TensorSource
@@ -76,104 +100,150 @@ class Upcycling:
     config: "PreTrainedConfig"
     architecture: Architecture
     options: UpcyclingOptions
+    resolved: ResolvedOptions
     plan: DuplicationPlan
     dtype: torch.dtype
     rules: dict[str, Rule]
     specs: dict[str, TensorSpec]
-    _ffn_names: Mapping[int, Mapping[str, str]]
+    ffn_names: Mapping[int, Sequence[Mapping[str, str]]]
     _last_expert: tuple[tuple[int, int], Expert] | None = field(default=None, repr=False)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """The tensor as flat pieces in order, at most about 8 MiB resident for carried ones."""
-        rule = self.rules[name]
-        if isinstance(rule, Carried):
-            for chunk in self.source.chunks(rule.source):
-                yield _scaled(self._cast(chunk, rule.source), rule.scale)
-        else:
-            yield from self.tensor(name).reshape(-1).split(CHUNK_ELEMENTS)
+        end = self.specs[name].numel if stop is None else stop
+        return self._pieces(self.rules[name], self.specs[name], start, end)
 
     def tensor(self, name: str) -> Tensor:
         """One whole target tensor. Treat it as read-only: it may be a view of the source."""
-        rule = self.rules[name]
-        if isinstance(rule, Carried):
-            return _scaled(self._cast(self.source.tensor(rule.source), rule.source), rule.scale)
-        if isinstance(rule, Zeros):
-            return torch.zeros(self.specs[name].shape, dtype=self.dtype)
-        if isinstance(rule, Initialised):
-            made = getattr(self._expert(rule.layer, rule.expert), rule.part)
-            tensor = _scaled(made, rule.scale)
+        rule, spec = self.rules[name], self.specs[name]
+        if isinstance(rule, Joined):
+            return torch.cat(list(self.chunks(name))).view(spec.shape)
+        tensor = self._made(rule, spec)
+        assert tensor.shape == spec.shape, (name, tensor.shape, spec)
+        return tensor
+
+    def _pieces(self, rule: Rule, spec: TensorSpec, start: int, end: int) -> Iterator[Tensor]:
+        if isinstance(rule, Joined):
+            size = spec.numel // len(rule.rules)
+            for index, part in enumerate(rule.rules):
+                first, last = max(start - index * size, 0), min(end - index * size, size)
+                if first < last:
+                    yield from self._pieces(part, TensorSpec(spec.dtype, (size,)), first, last)
+        elif isinstance(rule, Carried):
+            for chunk in self.source.chunks(rule.source, start, end):
+                yield _scaled(self._cast(chunk, rule.source, spec.dtype), rule.scale)
         else:
-            tensor = torch.stack(
-                [
-                    self.options.initialise_router_row(
-                        self.config.hidden_size,
-                        generator_for(self.options.seed, rule.layer, expert, "router"),
-                    )
-                    for expert in range(len(self.plan.source_experts[rule.layer]))
-                ]
+            flat = self._made(rule, spec).reshape(-1)
+            assert flat.numel() == spec.numel, (rule, spec)
+            yield from flat[start:end].split(CHUNK_ELEMENTS)
+
+    def _made(self, rule: Rule, spec: TensorSpec) -> Tensor:
+        """What a rule other than `Joined` makes, in the dtype of `spec`."""
+        match rule:
+            case Carried():
+                source = self.source.tensor(rule.source)
+                return _scaled(self._cast(source, rule.source, spec.dtype), rule.scale)
+            case Repeated():
+                source = self._cast(self.source.tensor(rule.source), rule.source, spec.dtype)
+                return _scaled(repeat_neurons(rule.part, source, rule.size), rule.scale)
+            case Zeros():
+                return torch.zeros(spec.shape, dtype=spec.dtype)
+            case Initialised():
+                made = getattr(self._expert(rule.layer, rule.expert), rule.part)
+                scaled = _scaled(made, self.resolved.scales[rule.part])
+                return self._cast(scaled, f"of layer {rule.layer}'s FFN", spec.dtype)
+            case RouterRows():
+                return self._router(rule.layer).to(spec.dtype)
+        raise AssertionError(rule)
+
+    def _router(self, layer: int) -> Tensor:
+        """[E, D], the experts of a virtual group with the same row."""
+        group = self.resolved.sharding.granularity
+        rows = [
+            self.options.initialise_router_row(
+                self.config.hidden_size, generator_for(self.options.seed, layer, first, "router")
             )
-        return self._cast(tensor, name)
+            for first in range(0, self.options.num_experts, group)
+        ]
+        return torch.stack(rows).repeat_interleave(group, dim=0)
 
     def _expert(self, layer: int, expert: int) -> Expert:
         """The initialised expert; the last one is kept: its matrices are asked for in turn."""
         if self._last_expert is None or self._last_expert[0] != (layer, expert):
             self._last_expert = None  # free it before making the next
-            names = self._ffn_names[layer]
+            names = self.ffn_names[layer][self.plan.source_experts[layer][expert]]
             # Cast before, so that a source of another dtype and a model loaded in the asked-for
             # one give the same bits.
             source = Expert(
-                *(self._cast(self.source.tensor(names[part]), names[part]) for part in EXPERT_PARTS)
+                *(
+                    self._cast(self.source.tensor(names[part]), names[part], self.dtype)
+                    for part in EXPERT_PARTS
+                )
             )
+            if not self.resolved.sharding.whole:
+                neurons = self.resolved.sharding.neurons(self.options.seed, layer, expert)
+                source = take_neurons(source, neurons)
             generator = generator_for(self.options.seed, layer, expert, "expert")
-            made = self.options.initialise_expert(source, generator)
+            made = self.options.expert_initialiser(expert)(source, generator)
             self._last_expert = (layer, expert), made
             self.source.release(names.values())
         return self._last_expert[1]
 
-    def _cast(self, tensor: Tensor, name: str) -> Tensor:
-        if tensor.dtype == self.dtype:
+    def _cast(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        if tensor.dtype == dtype:
             return tensor
-        result = tensor.to(self.dtype)
+        result = tensor.to(dtype)
         if result.isinf().any() and not tensor.isinf().any():
             raise UpcyclingError(
                 f"Source tensor {name} has values up to {tensor.abs().max():.3g}, beyond the "
-                f"range of {self.dtype}. Choose dtype=bfloat16 or float32."
+                f"range of {dtype}. Choose dtype=bfloat16 or float32."
             )
         return result
 
     def release(self, names: Iterable[str]) -> None:
         """Give back what `tensor` read of the source for these."""
         rules = (self.rules[name] for name in names)
-        self.source.release(rule.source for rule in rules if isinstance(rule, Carried))
+        self.source.release(r.source for r in rules if isinstance(r, Carried | Repeated))
 
     def with_copied_experts(self) -> "Upcycling":
-        """The same conversion with plain copies as experts; exact wherever this one is sound."""
-        rules: dict[str, Rule] = {
-            name: Carried(self._ffn_names[rule.layer][rule.part], rule.scale)
-            if isinstance(rule, Initialised)
-            else rule
-            for name, rule in self.rules.items()
-        }
+        """The same conversion with plain copies as experts; exact wherever `resolved.exact`."""
         options = replace(self.options, expert_init="copy")
-        return replace(self, rules=rules, options=options, _last_expert=None)
+        return replace(
+            self,
+            options=options,
+            resolved=replace(self.resolved, asked=options),
+            _last_expert=None,
+        )
 
     @cached_property
     def claims_exact(self) -> bool:
         """Whether the result computes the dense function at step 0 (in exact arithmetic)."""
-        return self.options.preserves_function
+        return self.resolved.exact and self.options.preserves_function
 
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Parameters of the dense source and of the result, total and active per token."""
         total = sum(spec.numel for spec in self.specs.values())
-        ffn = {name for names in self._ffn_names.values() for name in names.values()}
-        used = ffn | {rule.source for rule in self.rules.values() if isinstance(rule, Carried)}
+        used = {name for rule in self.rules.values() for name in self._sources(rule)}
         idle = self.options.num_experts - self.options.experts_per_token
+        expert = 3 * self.resolved.expert_size * self.config.hidden_size
         return {
             "dense": sum(self.source.specs[name].numel for name in used),
             "total": total,
-            "active": total - idle * sum(self.source.specs[name].numel for name in ffn),
+            "active": total - idle * len(self.resolved.moe_layers) * expert,
         }
+
+    def _sources(self, rule: Rule) -> list[str]:
+        """Names of the source tensors that a rule reads."""
+        match rule:
+            case Carried() | Repeated():
+                return [rule.source]
+            case Initialised():
+                expert = self.plan.source_experts[rule.layer][rule.expert]
+                return [self.ffn_names[rule.layer][expert][rule.part]]
+            case Joined():
+                return [name for part in rule.rules for name in self._sources(part)]
+        return []
 
     @property
     def total_bytes(self) -> int:

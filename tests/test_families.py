@@ -22,6 +22,7 @@ from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.errors import UpcyclingError
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+LONGROPE = {"rope": "longrope", "original_max_position_embeddings": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 12}
 
 #: (source, its fields, target, options of the conversion)
@@ -40,6 +41,21 @@ MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("olmo2", {}, "flex_olmo", {}),
     ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}, "flex_olmo", {}),
     ("olmo2", {"rope": "yarn"}, "flex_olmo", {}),
+    ("phi3", {"sliding_window": 12}, "mixtral", {}),
+    ("phi3", LONGROPE, "mixtral", {}),
+    ("granite", {}, "granitemoe", {}),
+    ("granite", {"attention_bias": True, "tie_word_embeddings": True}, "granitemoe", {}),
+    ("llama", {"attention_bias": True, "head_dim": 12}, "granitemoe", {}),
+    ("ernie4_5", {}, "ernie4_5_moe", {}),
+    ("ernie4_5", {"tie_word_embeddings": True}, "ernie4_5_moe", {"shared_expert": "copy"}),
+    ("ernie4_5", {"rope": "linear"}, "ernie4_5_moe", {"shared_expert": "zero"}),
+    ("qwen3", {"head_dim": 12}, "glm4_moe", {}),
+    ("qwen2", {"tie_word_embeddings": True}, "glm4_moe", {"shared_expert": "copy"}),
+    ("llama", {"rope": "llama3"}, "glm4_moe", {"shared_expert": "zero"}),
+    ("youtu", {}, "deepseek_v3", {}),
+    ("youtu", {"q_lora_rank": None, "rope": "yarn"}, "deepseek_v3", {"shared_expert": "copy"}),
+    ("qwen3_5_text", {"rope": "mrope"}, "qwen3_5_moe_text", {}),
+    ("qwen3_5_text", {"attention_bias": True}, "qwen3_5_moe_text", {"shared_expert": "none"}),
 ]
 families = pytest.mark.parametrize(("family", "fields", "target", "options"), MATRIX, ids=str)
 

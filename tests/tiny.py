@@ -12,32 +12,36 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Olmo2Model,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-_CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, LlamaModel),
-    "mistral": (MistralConfig, MistralForCausalLM, MistralModel),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2Model),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3Model),
-    "olmo2": (Olmo2Config, Olmo2ForCausalLM, Olmo2Model),
+#: Families that have fields without a useful default at this size.
+_FIELDS: dict[str, dict[str, Any]] = {
+    # Mistral always has the field; its default window of 4096 would never be reached.
+    "mistral": {"sliding_window": 12},
+    "qwen3": {"head_dim": 8},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+    "youtu": {
+        "kv_lora_rank": 12,
+        "q_lora_rank": 10,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 10,
+        "num_key_value_heads": 4,
+        "pad_token_id": None,  # transformers zeroes that row of the embeddings when it loads Youtu
+    },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 LENGTH = 40
 WINDOW = 12
@@ -60,6 +64,21 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    # Phi-3's: factors for half the size of a head
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 3456.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.5, 2.0, 2.5, 3.0],
+    },
+    # Qwen3.5's: a quarter of the head is rotated
+    "mrope": {
+        "rope_type": "default",
+        "rope_theta": 3456.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
 }
 
 
@@ -73,10 +92,8 @@ def dense_model(
     **fields: Any,
 ) -> PreTrainedModel:
     """A random dense model of about 25,000 parameters; biases are random too."""
-    config_class, causal_lm, backbone_class = _CLASSES[family]
-    # Mistral always has the field; its default window of 4096 would never be reached.
-    window = {"sliding_window": WINDOW} if family == "mistral" else {}
-    config = config_class(
+    config = AutoConfig.for_model(
+        family,
         **{
             "vocab_size": 67,
             "hidden_size": 32,
@@ -93,10 +110,10 @@ def dense_model(
             "pad_token_id": 7,
             "initializer_range": 0.037,
         }
-        | window
-        | fields
+        | _FIELDS.get(family, {})
+        | fields,
     )
-    model = (backbone_class if backbone else causal_lm)(config)
+    model = (AutoModel if backbone else AutoModelForCausalLM).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -105,7 +122,7 @@ def dense_model(
             elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
-                scale = 1.5 * parameter.shape[1] ** -0.5
+                scale = 1.5 * parameter[0].numel() ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model.to(dtype).eval()
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.checkpoint.tensors import TensorSpec
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -32,11 +34,12 @@ class FileLayout:
     """What a checkpoint folder of a model holds, in transformers' classic per-expert names.
 
     Attributes:
-        shapes: tensor name -> shape, tied tensors once.
+        specs: tensor name -> dtype and shape, tied tensors once. A few tensors are float32 in a
+            model of half precision (selection biases, some routers).
         tied: second names of tied tensors -> first name (`lm_head.weight` -> the embeddings).
     """
 
-    shapes: dict[str, tuple[int, ...]]
+    specs: dict[str, TensorSpec]
     tied: dict[str, str]
 
 
@@ -51,8 +54,22 @@ def file_layout(config: "PreTrainedConfig") -> FileLayout:
             f"transformers cannot build {class_name(config)} from what config.json says: {error!r}"
         ) from error
     tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
-    tensors = revert_weight_conversion(model, model.state_dict())
-    return FileLayout({n: tuple(t.shape) for n, t in tensors.items() if n not in tied}, tied)
+    tensors = revert_weight_conversion(model, with_kept_dtypes(model))
+    specs = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items() if n not in tied}
+    return FileLayout(specs, tied)
+
+
+def with_kept_dtypes(model: "PreTrainedModel") -> dict[str, "Tensor"]:
+    """The model's state dict, cast where transformers keeps float32 when it loads a file."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    state = model.state_dict()
+    if plan := model._get_dtype_plan(model.dtype):
+        alternation, groups, _ = build_glob_alternation(list(plan))
+        for name in state:
+            if match := alternation.search(name):
+                state[name] = state[name].to(plan[groups[match.lastgroup or ""]])
+    return state
 
 
 def target_class(source: "PreTrainedConfig", target: "PreTrainedConfig") -> str:

@@ -20,7 +20,7 @@ class LiveTensors:
 
     def __init__(self, model: "PreTrainedModel", architecture: Architecture, names: Iterable[str]):
         self._architecture = architecture
-        self._parameters = dict(model.named_parameters())
+        self._parameters = model.state_dict(keep_vars=True)
         packed = next(n for n in self._parameters if n.endswith("experts.gate_up_proj"))
         self._intermediate_size = self._parameters[packed].shape[1] // 2
         self.specs: dict[str, TensorSpec] = {}
@@ -33,8 +33,8 @@ class LiveTensors:
         whole = self._parameters[parameter].detach()
         return whole[index] if index else whole
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        yield from self.tensor(name).view(-1).split(CHUNK_ELEMENTS)
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        yield from self.tensor(name).view(-1)[start:stop].split(CHUNK_ELEMENTS)
 
     def release(self, names: Iterable[str]) -> None:
         """Nothing to give back: the model owns its memory."""

@@ -6,46 +6,86 @@ function for any router and any k: no scale on `down_proj` is needed (scale 1, e
 
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture, carry_fields
+from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture, DenseLayout, Splits
+from fusion_upcycle.architectures.config import ROPE_TYPES, carry_fields
+from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.options import UpcyclingOptions
+    from fusion_upcycle.resolution import ResolvedOptions
 
 _NO_BIAS = (
-    "Mixtral has no biases. Where they are all zero, set the field to false and remove the bias "
-    "tensors; otherwise this model needs a family with biases, which is not supported yet."
+    "Mixtral has no biases. A Llama with attention biases fits target=granitemoe; where the biases "
+    "are all zero, set the field to false and remove the bias tensors."
 )
 
 
-def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "PreTrainedConfig":
-    """The Mixtral config whose MoE computes the dense `source` (Llama or Mistral) at step 0.
+def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+    """The Mixtral config whose MoE computes the dense `source` (Llama, Mistral, Phi-3) at step 0.
 
     Raises:
         UpcyclingError: a field means something that Mixtral cannot express.
     """
     from transformers import MixtralConfig
 
+    is_phi3 = source.model_type == "phi3"
     fields = carry_fields(
         source,
         target="Mixtral",
         carried={"sliding_window"},
-        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
+        | (_PHI3_REQUIRED if is_phi3 else {}),
         # pretraining_tp once split the matmuls of Llama 1 and 2; transformers 5 ignores it.
-        no_effect={"pretraining_tp"},
-        ignored=options.ignore_config_fields,
+        no_effect={"pretraining_tp"} | (_PHI3_NO_EFFECT if is_phi3 else set()),
+        rope_types=(*ROPE_TYPES, "longrope") if is_phi3 else ROPE_TYPES,
+        ignored=options.asked.ignore_config_fields,
     )
+    if is_phi3:
+        fields["head_dim"] = source.hidden_size // source.num_attention_heads
+        _require_full_rotation(source)
     return MixtralConfig(
-        **{"sliding_window": None} | fields,
-        num_local_experts=options.num_experts,
-        num_experts_per_tok=options.experts_per_token,
+        **{"sliding_window": None} | fields | {"intermediate_size": options.expert_size},
+        num_local_experts=options.asked.num_experts,
+        num_experts_per_tok=options.asked.experts_per_token,
     )
+
+
+_NO_DROPOUT = "Mixtral has no such dropout, which training would use. Set it to 0."
+_PHI3_REQUIRED = {"resid_pdrop": (0.0, _NO_DROPOUT), "embd_pdrop": (0.0, _NO_DROPOUT)}
+#: Said again in `rope_parameters`, whose values count.
+_PHI3_NO_EFFECT = {"original_max_position_embeddings", "partial_rotary_factor"}
+
+
+def _require_full_rotation(source: "PreTrainedConfig") -> None:
+    share = source.rope_parameters.get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        raise UpcyclingError(
+            f"config.json of the phi3 source: partial_rotary_factor={share} cannot be expressed by "
+            "Mixtral, which rotates whole heads. No remedy is known."
+        )
+
+
+def _phi3_splits(config: "PreTrainedConfig") -> Splits:
+    """q, k and v are one matrix in Phi-3's files, and gate and up another."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    rows = {"q": config.num_attention_heads * head_dim}
+    rows |= dict.fromkeys("kv", config.num_key_value_heads * head_dim)
+    return {
+        "self_attn.qkv_proj.weight": [(f"self_attn.{x}_proj.weight", n) for x, n in rows.items()],
+        "mlp.gate_up_proj.weight": [
+            (f"mlp.{x}_proj.weight", config.intermediate_size) for x in ("gate", "up")
+        ],
+    }
 
 
 MIXTRAL = Architecture(
     name="mixtral",
-    dense={"llama": LLAMA_LAYOUT, "mistral": LLAMA_LAYOUT},
+    dense={
+        "llama": LLAMA_LAYOUT,
+        "mistral": LLAMA_LAYOUT,
+        "phi3": DenseLayout(splits=_phi3_splits),
+    },
     convert_config=convert_config,
     expert_names={
         "gate_proj_FD": "block_sparse_moe.experts.{expert}.w1.weight",
@@ -54,4 +94,6 @@ MIXTRAL = Architecture(
     },
     router_name="block_sparse_moe.gate.weight",
     experts_field="num_local_experts",
+    live_names={"block_sparse_moe.gate.weight": "mlp.gate.weight"},
+    remapped_fields=frozenset({"intermediate_size"}),
 )

@@ -11,19 +11,31 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
     Architecture,
+    Routing,
     SharedExpert,
-    carry_fields,
+    dense_layers_field,
 )
+from fusion_upcycle.architectures.config import carry_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.options import UpcyclingOptions
+    from fusion_upcycle.resolution import ResolvedOptions
+
+#: Qwen's shared expert, behind a sigmoid gate.
+GATED_SHARED_EXPERT = SharedExpert(
+    names={
+        "gate_proj_FD": "mlp.shared_expert.gate_proj.weight",
+        "up_proj_FD": "mlp.shared_expert.up_proj.weight",
+        "down_proj_DF": "mlp.shared_expert.down_proj.weight",
+    },
+    gate_name="mlp.shared_expert_gate.weight",
+)
 
 _NO_BIAS = "Qwen2-MoE has biases on q, k and v only; this model has one on the output or the FFN."
 
 
-def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
     """The Qwen2-MoE config whose MoE computes the dense `source` (Qwen2 or Llama) at step 0.
 
     Raises:
@@ -37,20 +49,19 @@ def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "
         carried={"max_window_layers"},
         required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
         no_effect={"layer_types", "sliding_window", "use_sliding_window", "pretraining_tp"},
-        ignored=options.ignore_config_fields,
+        ignored=options.asked.ignore_config_fields,
     )
-    shared = options.shared_expert != "none"
     return Qwen2MoeConfig(
         **fields,
         **_attention(source),
         qkv_bias=source.model_type == "qwen2",
-        num_experts=options.num_experts,
-        num_experts_per_tok=options.experts_per_token,
-        moe_intermediate_size=source.intermediate_size,
-        shared_expert_intermediate_size=source.intermediate_size if shared else 0,
-        norm_topk_prob=True,
+        num_experts=options.asked.num_experts,
+        num_experts_per_tok=options.asked.experts_per_token,
+        moe_intermediate_size=options.expert_size,
+        shared_expert_intermediate_size=options.shared_size,
+        norm_topk_prob=options.asked.normalize_topk_prob,
         decoder_sparse_step=1,
-        mlp_only_layers=[],
+        **dense_layers_field(options.moe_layers, options.num_layers),
     )
 
 
@@ -68,13 +79,8 @@ QWEN2_MOE = Architecture(
     name="qwen2_moe",
     dense={"qwen2": LLAMA_LAYOUT, "llama": LLAMA_LAYOUT},
     convert_config=convert_config,
-    shared=SharedExpert(
-        names={
-            "gate_proj_FD": "mlp.shared_expert.gate_proj.weight",
-            "up_proj_FD": "mlp.shared_expert.up_proj.weight",
-            "down_proj_DF": "mlp.shared_expert.down_proj.weight",
-        },
-        gate_name="mlp.shared_expert_gate.weight",
-    ),
+    routing=Routing(normalised="optional"),
+    moe_layer_fields=dense_layers_field,
+    shared=GATED_SHARED_EXPERT,
     remapped_fields=frozenset({"sliding_window", "use_sliding_window"}),
 )

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
     Architecture,
-    carry_fields,
-    one_window,
+    Routing,
+    dense_layers_field,
 )
+from fusion_upcycle.architectures.config import carry_fields, one_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.options import UpcyclingOptions
+    from fusion_upcycle.resolution import ResolvedOptions
 
 
-def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
     """The Qwen3-MoE config whose MoE computes the dense Qwen3 `source` at step 0.
 
     Raises:
@@ -33,19 +34,19 @@ def convert_config(source: "PreTrainedConfig", options: "UpcyclingOptions") -> "
         carried={"attention_bias"},
         # What these say together is one window for all layers, or none: see `one_window`.
         no_effect={"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
-        ignored=options.ignore_config_fields,
+        ignored=options.asked.ignore_config_fields,
     )
     window = one_window(source, "Qwen3-MoE")
     return Qwen3MoeConfig(
         **fields,
         use_sliding_window=window is not None,
         sliding_window=window,
-        num_experts=options.num_experts,
-        num_experts_per_tok=options.experts_per_token,
-        moe_intermediate_size=source.intermediate_size,
-        norm_topk_prob=True,
+        num_experts=options.asked.num_experts,
+        num_experts_per_tok=options.asked.experts_per_token,
+        moe_intermediate_size=options.expert_size,
+        norm_topk_prob=options.asked.normalize_topk_prob,
         decoder_sparse_step=1,
-        mlp_only_layers=[],
+        **dense_layers_field(options.moe_layers, options.num_layers),
     )
 
 
@@ -53,5 +54,7 @@ QWEN3_MOE = Architecture(
     name="qwen3_moe",
     dense={"qwen3": LLAMA_LAYOUT},
     convert_config=convert_config,
+    routing=Routing(normalised="optional"),
+    moe_layer_fields=dense_layers_field,
     remapped_fields=frozenset({"sliding_window", "use_sliding_window"}),
 )

@@ -78,16 +78,17 @@ class CheckpointReader:
         spec, place = self.specs[name], self._places[name]
         return self._view(place, spec.dtype, place.start, spec.numel).view(spec.shape)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Flat pieces in order; each piece's pages are released when the next is asked for."""
         spec, place = self.specs[name], self._places[name]
-        for first in range(0, max(1, spec.numel), CHUNK_ELEMENTS):  # an empty one is one piece
-            start = place.start + first * spec.dtype.itemsize
-            count = min(CHUNK_ELEMENTS, spec.numel - first)
-            stop = start + count * spec.dtype.itemsize
-            self._read_ahead(place.file, stop)
-            yield self._view(place, spec.dtype, start, count)
-            self._release(place.file, start, stop)
+        end = spec.numel if stop is None else stop
+        for at in range(start, max(start + 1, end), CHUNK_ELEMENTS):  # an empty one is one piece
+            first = place.start + at * spec.dtype.itemsize
+            count = min(CHUNK_ELEMENTS, end - at)
+            last = first + count * spec.dtype.itemsize
+            self._read_ahead(place.file, last)
+            yield self._view(place, spec.dtype, first, count)
+            self._release(place.file, first, last)
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:

@@ -51,8 +51,8 @@ class TensorSource(Protocol):
         """The whole tensor, to be read only."""
         ...
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The tensor as flat pieces of `CHUNK_ELEMENTS` (the last one shorter), in order."""
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """The tensor, or a range of its elements, as flat pieces of at most `CHUNK_ELEMENTS`."""
         ...
 
     def release(self, names: Iterable[str]) -> None:
@@ -82,8 +82,25 @@ class StateDictSource:
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].cpu()
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        yield from self.tensor(name).reshape(-1).split(CHUNK_ELEMENTS)
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        yield from self.tensor(name).reshape(-1)[start:stop].split(CHUNK_ELEMENTS)
 
     def release(self, names: Iterable[str]) -> None:
         """Nothing to give back: the model owns its memory."""
+
+
+def aligned(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two flat tensors in pieces, cut at the same places.
+
+    Raises:
+        ValueError: they have different lengths.
+    """
+    left, right = (t for t in a if t.numel()), (t for t in b if t.numel())
+    x, y = next(left, None), next(right, None)
+    while x is not None and y is not None:
+        count = min(x.numel(), y.numel())
+        yield x[:count], y[:count]
+        x = x[count:] if count < x.numel() else next(left, None)
+        y = y[count:] if count < y.numel() else next(right, None)
+    if x is not None or y is not None:
+        raise ValueError("tensors of different lengths")

@@ -79,9 +79,18 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
 
 @torch.inference_mode()
 def compare_streamed(
-    upcycling: Upcycling, result: TensorSource, ids: Tensor, *, progress: bool = False
+    upcycling: Upcycling,
+    result: TensorSource,
+    ids: Tensor,
+    *,
+    dense_ffn: bool = False,
+    progress: bool = False,
 ) -> tuple[Distance, dict[str, Any]]:
     """Both models on the same tokens, one layer and one expert in memory, in float32.
+
+    Args:
+        dense_ffn: let the dense FFNs stand in for the MoE blocks: what is left to differ is
+            everything else.
 
     Returns:
         The distance of the outputs, and that of each FFN against its MoE block on the hidden
@@ -90,20 +99,23 @@ def compare_streamed(
     dtype = upcycling.dtype
     compute = torch.promote_types(dtype, torch.float32)
     dense = streamed_model(upcycling.source_config, upcycling.source, None, dtype, compute)
-    moe = streamed_model(upcycling.config, result, upcycling.architecture, dtype, compute)
+    moe = streamed_model(upcycling.config, result, upcycling.architecture, None, compute)
     layout = upcycling.architecture.dense[upcycling.source_config.model_type]
-    dense_ffn = layout.ffn["gate_proj_FD"].split(".")[0]
+    ffn_module = layout.ffn["gate_proj_FD"].split(".")[0]
     moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
     layers: list[Distance] = []
     count = 2 * upcycling.config.num_hidden_layers
     with progress_bar("Running both models", count, progress, unit="layer") as bar:
         for dense_layer, moe_layer in zip(_layers(dense), _layers(moe), strict=True):
-            ffn = dense_layer.get_submodule(dense_ffn)
+            ffn = dense_layer.get_submodule(ffn_module)
 
             def measure(_: nn.Module, args: Any, output: Tensor, ffn: nn.Module = ffn) -> None:
                 layers.append(distance(ffn(args[0]), output, logits=False))
 
-            moe_layer.get_submodule(moe_block).register_forward_hook(measure)
+            block = moe_layer.get_submodule(moe_block)
+            block.register_forward_hook(measure)
+            if dense_ffn:
+                block.forward = ffn.forward
             for layer in (dense_layer, moe_layer):
                 layer.register_forward_hook(lambda *_: bar.update(1) and None)
         outputs, is_logits = _output(moe, ids)

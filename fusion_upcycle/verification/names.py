@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from fusion_upcycle.architectures.base import NO_EFFECT
+from fusion_upcycle.architectures.config import NO_EFFECT
 from fusion_upcycle.architectures.layout import class_name, file_layout
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.source import read_config
@@ -30,6 +30,12 @@ _MICRO = {
     "head_dim": 8,
     "vocab_size": 32,
     "pad_token_id": None,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 1.0,
+        "mrope_section": [2, 1, 1],
+    },
 }
 
 
@@ -48,12 +54,16 @@ def check_names(upcycling: Upcycling) -> None:
     for name, value in _MICRO.items():
         if getattr(config, name, None):  # absent, or 0 for a shared expert that is not there
             setattr(config, name, value)
-    setattr(config, upcycling.architecture.experts_field, 3)
+    architecture = upcycling.architecture
+    setattr(config, architecture.experts_field, 3)
     config.num_experts_per_tok = 1
+    if architecture.moe_layer_fields is not None:
+        for name, value in (architecture.moe_layer_fields([0], 1) or {}).items():
+            setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, class_name(config))._from_config(config)
-    ours = LiveTensors(model, upcycling.architecture, file_layout(config).shapes)
+    ours = LiveTensors(model, architecture, file_layout(config).specs)
     theirs = revert_weight_conversion(model, model.state_dict())
     for name in ours.specs:
         if not torch.equal(ours.tensor(name), theirs[name]):
@@ -91,7 +101,10 @@ def _meaning(config: "PreTrainedConfig") -> dict[str, Any]:
     """The fields that decide the forward pass."""
     fields = {name: v for name, v in config.to_dict().items() if name not in NO_EFFECT}
     rope = fields.get("rope_parameters") or {}
-    return fields | {"rope_parameters": {k: v for k, v in rope.items() if k != "type"}}
+    # "type" is the old spelling; to rotate all of a head is what every class does if not told else
+    silent = {"type": rope.get("type"), "partial_rotary_factor": 1.0}
+    meant = {k: v for k, v in rope.items() if k not in silent or silent[k] != v}
+    return fields | {"rope_parameters": meant}
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:

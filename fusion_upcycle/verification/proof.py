@@ -117,9 +117,18 @@ def prove(
     if upcycling.claims_exact:
         _require_exact(judged, layers)
     else:
-        # Only the experts may differ: the same conversion with plain copies must be exact.
-        twin = upcycling.with_copied_experts()
-        _require_exact(*compare_streamed(twin, twin, tokens.ids, progress=progress))
+        # Only the experts may differ: the same conversion with plain copies must be exact, or,
+        # where no copies could be (shards that make no whole), with the dense FFNs themselves.
+        twin = upcycling.with_copied_experts() if upcycling.resolved.exact else None
+        _require_exact(
+            *compare_streamed(
+                twin or upcycling,
+                twin or result,
+                tokens.ids,
+                dense_ffn=twin is None,
+                progress=progress,
+            )
+        )
     check_shared_fields(upcycling)
     return Proof(
         mode=mode,

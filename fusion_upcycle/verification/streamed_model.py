@@ -8,7 +8,7 @@ bfloat16 arithmetic would hide what the proof looks for.
 
 import copy
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def streamed_model(
     config: "PreTrainedConfig",
     source: TensorSource,
     architecture: Architecture | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     compute_dtype: torch.dtype,
 ) -> "PreTrainedModel":
     """transformers' own model of `config` whose weights stay in `source`.
@@ -37,7 +37,7 @@ def streamed_model(
     Args:
         config: with `architectures` set.
         source: the weights, in the file layout of `architecture` (None for a dense model).
-        dtype: that the weights have, or would be cast to, before use.
+        dtype: that the weights would be cast to before use; None as they are.
         compute_dtype: of the forward pass.
     """
     config = copy.deepcopy(config)
@@ -45,43 +45,54 @@ def streamed_model(
     config._experts_implementation = "eager"
     weights = _Weights(source, dtype, compute_dtype)
     model = empty_model(config).eval()
+    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
+
+    def file_name(live: str) -> str:
+        live = tied.get(live, live)
+        return architecture.file_name(live) if architecture else live
+
     single: nn.Module | None = None
     for name, module in list(model.named_modules()):
-        names = {p: f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)}
-        if architecture and name.endswith(architecture.experts_module):
+        if architecture and name.endswith("." + architecture.experts_module):
             prefix = name.removesuffix(architecture.experts_module)
             single = single or _single_expert(module, config, architecture, compute_dtype)
-            experts = _StreamedExperts(single, config, architecture, prefix, weights)
-            model.set_submodule(name, experts)
-        elif architecture and name.endswith(architecture.router_module):
-            prefix = name.removesuffix(architecture.router_module)
-            _stream(module, {"weight": prefix + architecture.router_name}, weights, model)
-        elif names:
-            _stream(module, names, weights, model)
+            model.set_submodule(
+                name, _StreamedExperts(single, config, architecture, prefix, weights)
+            )
+        elif isinstance(module, nn.Embedding):
+            table = file_name(f"{name}.weight")
+            module.forward = _reading(_embed, table, weights)  # type: ignore[method-assign, assignment]
+        elif isinstance(module, nn.Linear):
+            names = {p: file_name(f"{name}.{p}") for p, _ in module.named_parameters()}
+            module.forward = _reading(_linear, names, weights)  # type: ignore[method-assign, assignment]
+    layers = [m for n, m in model.named_modules() if n.rpartition(".")[0].endswith("layers")]
+    for owner in (*layers, model):
+        _hold_small_ones(owner, model, file_name, weights)
     return model
 
 
 class _Weights:
     """Weights as the forward pass wants them: cast to the checkpoint's dtype, then to compute."""
 
-    def __init__(self, source: TensorSource, dtype: torch.dtype, compute_dtype: torch.dtype):
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None, compute_dtype: torch.dtype):
         self.source, self.dtype, self.compute_dtype = source, dtype, compute_dtype
         self._place = torch.empty(0, dtype=compute_dtype)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype).to(self.compute_dtype)
+        return tensor.to(self.dtype or tensor.dtype).to(self.compute_dtype)
 
     def cast_block(self, block: Tensor) -> Tensor:
         """Cast into the one place that all blocks use in turn: new ones fragment the heap."""
         if self._place.numel() < block.numel():
             self._place = torch.empty(max(CHUNK_ELEMENTS, block.numel()), dtype=self.compute_dtype)
-        return self._place[: block.numel()].view(block.shape).copy_(block.to(self.dtype))
+        place = self._place[: block.numel()].view(block.shape)
+        return place.copy_(block.to(self.dtype or block.dtype))
 
-    def read_into(self, place: Tensor, name: str) -> None:
-        """Read and cast a whole tensor, piece by piece, into contiguous memory."""
+    def read_into(self, place: Tensor, name: str, start: int) -> None:
+        """Read and cast a range of a tensor, piece by piece, into contiguous memory."""
         flat, filled = place.view(-1), 0
-        for chunk in self.source.chunks(name):
-            flat[filled : filled + chunk.numel()] = chunk.to(self.dtype)
+        for chunk in self.source.chunks(name, start, start + flat.numel()):
+            flat[filled : filled + chunk.numel()] = chunk.to(self.dtype or chunk.dtype)
             filled += chunk.numel()
         assert filled == flat.numel(), (name, filled, flat.numel())
 
@@ -92,32 +103,52 @@ class _Weights:
         self.source.release([name])
 
 
-def _stream(
-    module: nn.Module, names: dict[str, str], weights: _Weights, model: "PreTrainedModel"
+def _reading(
+    function: Callable[[Tensor, Any, "_Weights"], Tensor], names: Any, weights: "_Weights"
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(x, names, weights)
+
+
+def _hold_small_ones(
+    owner: nn.Module,
+    model: "PreTrainedModel",
+    file_name: Callable[[str], str],
+    weights: "_Weights",
 ) -> None:
-    """Make `module` read its parameters (attribute -> tensor name) when it runs."""
-    tied = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
-    names = {attribute: tied.get(name, name) for attribute, name in names.items()}
-    if isinstance(module, nn.Embedding):
-        module.forward = lambda ids: _embed(ids, names["weight"], weights)  # type: ignore[method-assign, assignment]
-    elif isinstance(module, nn.Linear):
-        module.forward = lambda x: _linear(x, names, weights)  # type: ignore[method-assign, assignment]
-    else:  # small: norms and routers
+    """Hold the norms, routers, biases, ... of a layer, or of what is outside, while it runs.
 
-        def load(module: nn.Module, args: Any) -> None:
-            for attribute, name in names.items():
-                with weights.borrow(name) as tensor:
-                    value = weights.cast(tensor).clone()
-                setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+    Not for each module by itself: some look into the parameters of their children.
+    """
+    inside = {id(module) for module in owner.modules()}
+    if owner is model:
+        layers = model.base_model.get_submodule("layers")
+        inside -= {id(module) for module in layers.modules()}
+    small: list[tuple[nn.Module, str, str]] = []
+    saved = model.state_dict()  # parameters and those buffers that are in files
+    for name, module in model.named_modules():
+        if id(module) in inside and not isinstance(module, nn.Embedding | nn.Linear):
+            own = (*module._parameters, *module._buffers)
+            full = {attribute: f"{name}.{attribute}" if name else attribute for attribute in own}
+            small += [(module, a, file_name(n)) for a, n in full.items() if n in saved]
 
-        def unload(module: nn.Module, args: Any, output: Any) -> None:
-            for attribute in names:
-                empty = getattr(module, attribute).to("meta")
-                setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
-            _trim_heap()  # here, because every layer has norms
+    def load(*_: Any) -> None:
+        for module, attribute, name in small:
+            with weights.borrow(name) as tensor:
+                _replace(module, attribute, weights.cast(tensor).clone())
 
-        module.register_forward_pre_hook(load)
-        module.register_forward_hook(unload)
+    def unload(*_: Any) -> None:
+        for module, attribute, _name in small:
+            _replace(module, attribute, getattr(module, attribute).to("meta"))
+        _trim_heap()
+
+    owner.register_forward_pre_hook(load)
+    owner.register_forward_hook(unload)
+
+
+def _replace(module: nn.Module, attribute: str, value: Tensor) -> None:
+    if attribute in module._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, attribute, value)
 
 
 def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
@@ -125,7 +156,7 @@ def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
         return weights.cast(F.embedding(ids, table))
 
 
-def _linear(x: Tensor, names: dict[str, str], weights: _Weights) -> Tensor:
+def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
     with weights.borrow(names["weight"]) as weight:
         rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
@@ -160,23 +191,25 @@ class _StreamedExperts(nn.Module):
     ):
         super().__init__()
         self.num_experts = getattr(config, architecture.experts_field)
-        self.single = single
-        self.names = {p: prefix + architecture.expert_names[p] for p in EXPERT_PARTS}
+        self._shared = (single,)  # a tuple, so that it is not one of this layer's modules
+        self.prefix, self.architecture = prefix, architecture
         self.weights = weights
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden)
         # Weights are cast into the memory of the last expert: new memory costs more than the sums.
-        gate_up, down = (self.single.get_parameter(n)[0] for n in ("gate_up_proj", "down_proj"))
+        (single,) = self._shared
+        gate_up, down = (single.get_parameter(n)[0] for n in ("gate_up_proj", "down_proj"))
         places = (*gate_up.chunk(2), down)
         for expert in range(self.num_experts):
             tokens, slots = torch.where(top_k_index == expert)
             if len(tokens) == 0:
                 continue
-            for part, place in zip(EXPERT_PARTS, places, strict=True):
-                self.weights.read_into(place, self.names[part].format(expert=expert))
+            for part, memory in zip(EXPERT_PARTS, places, strict=True):
+                place = self.architecture.place(expert, part, memory.numel())
+                self.weights.read_into(memory, self.prefix + place.name, place.start)
             index = torch.zeros_like(tokens)[:, None]
-            found = self.single(hidden[tokens], index, top_k_weights[tokens, slots][:, None])
+            found = single(hidden[tokens], index, top_k_weights[tokens, slots][:, None])
             output.index_add_(0, tokens, found)
         return output
 

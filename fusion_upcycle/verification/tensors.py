@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.upcycling import Carried, Upcycling
+from fusion_upcycle.upcycling import Carried, Joined, Upcycling
 
 
 def check_tensors(
@@ -33,14 +33,15 @@ def check_tensors(
         for name, spec in upcycling.specs.items():
             if result.specs[name] != spec:
                 raise ProofError(f"Tensor {name} is {result.specs[name]}, not {spec}.")
-            for made, found in zip(upcycling.chunks(name), result.chunks(name), strict=True):
+            for made, found in aligned(upcycling.chunks(name), result.chunks(name)):
                 if not _same_bits(made, found):
                     raise ProofError(
                         f"Tensor {name} differs from its origin: the output is damaged."
                     )
                 bar.update(found.nbytes)
             rule = upcycling.rules[name]
-            carried = isinstance(rule, Carried) and rule.scale == 1.0
+            parts = rule.rules if isinstance(rule, Joined) else [rule]
+            carried = all(isinstance(part, Carried) and part.scale == 1.0 for part in parts)
             counts["bit_equal_to_source" if carried else "bit_equal_to_second_draw"] += 1
     return counts
 

@@ -1,0 +1,81 @@
+"""DeepSeek-V3: latent attention, sigmoid scores with a selection bias.
+
+Takes Youtu-LLM, whose dense layers are DeepSeek-V3's. Written with one routing group,
+`routed_scaling_factor` 1, a zero selection bias and no multi-token prediction; routing as in
+`glm4_moe`. When transformers 5.23 loads a Youtu model it zeroes the embedding of `pad_token_id`,
+whatever the file says; the MoE has the file's, so the two differ there if that is not zero.
+"""
+
+from typing import TYPE_CHECKING
+
+from fusion_upcycle.architectures.base import (
+    LLAMA_LAYOUT,
+    Architecture,
+    Routing,
+    first_dense_field,
+    ungated_shared_experts,
+)
+from fusion_upcycle.architectures.config import carry_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fusion_upcycle.resolution import ResolvedOptions
+
+_LATENT_ATTENTION = {
+    "attention_bias",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rope_interleave",
+    "v_head_dim",
+}
+
+
+def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+    """The DeepSeek-V3 config whose MoE computes the dense Youtu `source` at step 0.
+
+    Raises:
+        UpcyclingError: a field means something that DeepSeek-V3 cannot express.
+    """
+    from transformers import DeepseekV3Config
+
+    fields = carry_fields(
+        source,
+        target="DeepSeek-V3",
+        carried=_LATENT_ATTENTION,
+        # The first follows from the others; the second is for models that are made anew.
+        no_effect={"qk_head_dim", "embedding_initializer_range"},
+        ignored=options.asked.ignore_config_fields,
+    )
+    layers = first_dense_field(options.moe_layers, options.num_layers)
+    assert layers is not None
+    return DeepseekV3Config(
+        **{"q_lora_rank": None} | fields,
+        **layers,
+        n_routed_experts=options.asked.num_experts,
+        num_experts_per_tok=options.asked.experts_per_token,
+        moe_intermediate_size=options.expert_size,
+        n_shared_experts=options.shared_size // options.expert_size,
+        norm_topk_prob=options.asked.normalize_topk_prob,
+        routed_scaling_factor=1.0,
+        n_group=1,
+        topk_group=1,
+        num_mtp_layers=0,
+    )
+
+
+DEEPSEEK_V3 = Architecture(
+    name="deepseek_v3",
+    dense={"youtu": LLAMA_LAYOUT},
+    convert_config=convert_config,
+    experts_field="n_routed_experts",
+    routing=Routing(
+        scores="sigmoid",
+        normalised="optional",
+        selection_bias="mlp.gate.e_score_correction_bias",
+    ),
+    shared=ungated_shared_experts(),
+    moe_layer_fields=first_dense_field,
+)

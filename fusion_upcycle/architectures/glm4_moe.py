@@ -1,0 +1,88 @@
+"""GLM-4.5 MoE: sigmoid scores, a selection bias, renormalised if `norm_topk_prob`.
+
+The sigmoid family for Llama, Qwen2 and Qwen3: of those that transformers knows, it alone has both
+biases on q, k and v and norms on q and k. Written with one routing group, `routed_scaling_factor` 1
+and a zero selection bias, which loss-free balancing can move later; the bias stays float32 in a
+model of half precision. Top-k weights then sum to 1, so N copies of an expert compute that expert's
+function for any router. The shared experts have no gate: a copy takes half of the function by its
+scale; without one they have width 0.
+"""
+
+from typing import TYPE_CHECKING
+
+from fusion_upcycle.architectures.base import (
+    LLAMA_LAYOUT,
+    Architecture,
+    Routing,
+    first_dense_field,
+    ungated_shared_experts,
+)
+from fusion_upcycle.architectures.config import carry_fields, no_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fusion_upcycle.resolution import ResolvedOptions
+
+_NO_BIAS = "GLM-4.5 MoE has biases on q, k and v only; this model has one elsewhere."
+
+
+def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+    """The GLM-4.5 MoE config whose MoE computes the dense `source` (Llama, Qwen2, Qwen3) at step 0.
+
+    Raises:
+        UpcyclingError: a field means something that GLM-4.5 MoE cannot express.
+    """
+    from transformers import Glm4MoeConfig
+
+    fields = carry_fields(
+        source,
+        target="GLM-4.5 MoE",
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
+        no_effect={
+            "layer_types",
+            "max_window_layers",
+            "pretraining_tp",
+            "sliding_window",
+            "use_sliding_window",
+        },
+        ignored=options.asked.ignore_config_fields,
+    )
+    no_window(source, "GLM-4.5 MoE")
+    # Said on purpose: the class rotates half of each head otherwise, and finds the size of a head
+    # in a field that it does not list.
+    fields["rope_parameters"] = fields["rope_parameters"] | {"partial_rotary_factor": 1.0}
+    fields.setdefault("head_dim", source.hidden_size // source.num_attention_heads)
+    layers = first_dense_field(options.moe_layers, options.num_layers)
+    assert layers is not None
+    return Glm4MoeConfig(
+        **fields,
+        **layers,
+        attention_bias=source.model_type == "qwen2",
+        use_qk_norm=source.model_type == "qwen3",
+        n_routed_experts=options.asked.num_experts,
+        num_experts_per_tok=options.asked.experts_per_token,
+        moe_intermediate_size=options.expert_size,
+        n_shared_experts=options.shared_size // options.expert_size,
+        norm_topk_prob=options.asked.normalize_topk_prob,
+        routed_scaling_factor=1.0,
+        n_group=1,
+        topk_group=1,
+        num_mtp_layers=0,
+    )
+
+
+GLM4_MOE = Architecture(
+    name="glm4_moe",
+    dense={"qwen3": LLAMA_LAYOUT, "qwen2": LLAMA_LAYOUT, "llama": LLAMA_LAYOUT},
+    convert_config=convert_config,
+    experts_field="n_routed_experts",
+    routing=Routing(
+        scores="sigmoid",
+        normalised="optional",
+        selection_bias="mlp.gate.e_score_correction_bias",
+    ),
+    shared=ungated_shared_experts(),
+    moe_layer_fields=first_dense_field,
+    remapped_fields=frozenset({"attention_bias"}),
+)

@@ -1,0 +1,75 @@
+"""Initialisers as options: from a name, mapping or function to a function, and back to words."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from fusion_upcycle.errors import UpcyclingError, unknown
+
+#: name, {"name": ..., option: value}, or a function (functools.partial for options)
+InitSpec = str | Mapping[str, Any] | Callable[..., Any]
+
+#: Keyword parameters that the conversion gives to an expert initialiser that has them.
+POSITION = ("index", "num_experts")
+
+
+def make_initialiser(
+    spec: InitSpec, registry: Mapping[str, Callable[..., Any]], kind: str
+) -> Callable[..., Any]:
+    """Resolve a spec to a function with its options bound; unknown names and options are errors."""
+    options: dict[str, Any] = {}
+    if callable(spec):
+        function = spec
+    else:
+        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise UpcyclingError(f"{kind}={spec!r} needs a 'name': one of {', '.join(registry)}.")
+        if name not in registry:
+            raise unknown(kind, name, registry)
+        function = registry[name]
+    options |= function.keywords if isinstance(function, partial) else {}
+    function = bare_function(function)
+    known = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in POSITION
+    ]
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of {kind} {function.__name__}:", option, known or ["(none)"])
+    return partial(function, **options) if options else function
+
+
+def bare_function(initialiser: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without the options that are bound to it."""
+    return initialiser.func if isinstance(initialiser, partial) else initialiser
+
+
+def positioned(initialiser: Callable[..., Any], index: int, num_experts: int) -> Callable[..., Any]:
+    """`initialiser` told which of how many experts it makes, where it wants to know."""
+    known = inspect.signature(bare_function(initialiser)).parameters
+    position = {"index": index, "num_experts": num_experts}
+    wanted = {name: value for name, value in position.items() if name in known}
+    return partial(initialiser, **wanted) if wanted else initialiser
+
+
+def describe(
+    initialiser: Callable[..., Any], registry: Mapping[str, Callable[..., Any]]
+) -> dict[str, Any]:
+    """Name and all options, defaults included, so that a record does not depend on our defaults."""
+    function = bare_function(initialiser)
+    name = next((name for name, known in registry.items() if known is function), None)
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in POSITION
+    }
+    given = initialiser.keywords if isinstance(initialiser, partial) else {}
+    return {"name": name or _dotted_name(function)} | defaults | given
+
+
+def _dotted_name(function: Callable[..., Any]) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
