@@ -1,5 +1,6 @@
 """Sparse upcycling from folder to folder, streaming: neither model is ever in memory."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -189,7 +190,11 @@ def load_model(
     """
     with loading_bars(progress):
         model, info = getattr(transformers, class_name(config)).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
+            folder,
+            # A result must say itself what it is; a source may be read in another family's words.
+            config=None if complete else copy.deepcopy(config),
+            dtype=dtype,
+            output_loading_info=True,
         )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if complete and info[problem]:

@@ -55,6 +55,7 @@ def plan_upcycling(
     config.architectures = [target_class(source_config, config)]
     dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
     config.dtype = dtype
+    resolved.check_rows(dtype)
     plan = DuplicationPlan.from_dense(resolved.moe_layers, options.num_experts)
     dense = architecture.dense[source_config.model_type]
     if dense.splits is not None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.options import AUTO, UpcyclingOptions
@@ -43,6 +45,20 @@ class ResolvedOptions:
     def expert_size(self) -> int:
         """Width of a routed expert."""
         return self.sharding.expert_size
+
+    def check_rows(self, dtype: torch.dtype) -> None:
+        """Refuse experts of a chosen width that torch's grouped matrix product cannot run.
+
+        Raises:
+            UpcyclingError: rows of `down_proj` are no multiple of 16 bytes.
+        """
+        if not self.sharding.whole and self.expert_size * dtype.itemsize % 16:
+            raise UpcyclingError(
+                f"Experts of width {self.expert_size} in {dtype} have rows of "
+                f"{self.expert_size * dtype.itemsize} bytes; transformers' default experts code "
+                "(grouped_mm) needs a multiple of 16. Choose an expert_intermediate_size or "
+                f"granularity that gives a multiple of {16 // dtype.itemsize}."
+            )
 
 
 def resolve(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import EXPERT_INITS, copy, drop, noise, permute
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
+from fusion_upcycle.initialisers import positioned
 
 NEURONS, HIDDEN = 201, 150  # odd, so that floor(r * F) is not r * F
 #: Mean and standard deviation of gate, up and down: all different.
@@ -53,7 +54,10 @@ def equal(a: Expert, b: Expert) -> bool:
     return all(torch.equal(getattr(a, part), getattr(b, part)) for part in EXPERT_PARTS)
 
 
-every_init = pytest.mark.parametrize("init", EXPERT_INITS.values(), ids=EXPERT_INITS)
+#: Expert 1 of 4, for those that want to know.
+every_init = pytest.mark.parametrize(
+    "init", [positioned(init, 1, 4) for init in EXPERT_INITS.values()], ids=EXPERT_INITS
+)
 
 
 @every_init

@@ -50,8 +50,8 @@ def test_draws_do_not_depend_on_the_order_of_conversion() -> None:
 
 
 def test_a_dense_plan_copies_the_only_expert_everywhere() -> None:
-    plan = DuplicationPlan.from_dense(num_layers=3, num_experts=4)
-    assert plan.source_experts == {0: (0, 0, 0, 0), 1: (0, 0, 0, 0), 2: (0, 0, 0, 0)}
+    plan = DuplicationPlan.from_dense([0, 2], num_experts=4)
+    assert plan.source_experts == {0: (0, 0, 0, 0), 2: (0, 0, 0, 0)}
 
 
 def test_a_plan_as_json_names_layers_as_text() -> None:

@@ -171,6 +171,61 @@ def test_an_unknown_rope_type_is_refused(family: str, tmp_path: Path) -> None:
         upcycle(source, tmp_path / "moe", progress=False)
 
 
+MINICPM = {
+    "model_type": "minicpm",
+    "architectures": ["MiniCPMForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 8,
+}
+
+
+def minicpm_folder(folder: Path) -> Path:
+    """A MiniCPM checkpoint: Llama's tensors, a config of its own."""
+    dense_folder(folder, "llama", tie_word_embeddings=True)
+    edit_config(folder, **MINICPM, attention_bias=None, mlp_bias=None, pretraining_tp=None)
+    return folder
+
+
+def test_minicpm_is_read_as_granite(tmp_path: Path) -> None:
+    """Against MiniCPM's equations, written down here: transformers has no class of it."""
+    source = minicpm_folder(tmp_path / "dense")
+    proof = upcycle(source, tmp_path / "moe", progress=False).proof
+    assert proof.holds
+    moe = load(tmp_path / "moe")
+    assert moe.config.model_type == "granitemoe"
+    llama = dense_model("llama", tie_word_embeddings=True)
+    scale = 1.4 / 2**0.5  # of both branches in each of two layers
+    for layer in llama.model.layers:
+        for module in (layer.self_attn, layer.mlp):
+            module.register_forward_hook(
+                lambda _, __, out: (
+                    (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
+                )
+            )
+    llama.model.embed_tokens.register_forward_hook(lambda _, __, out: out * 12)
+    llama.model.norm.register_forward_hook(lambda _, __, out: out / (32 / 8))
+    reference = logits_of(llama)
+    assert (logits_of(moe) - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"scale_emb": None}, "scale_emb is missing"),
+        ({"num_experts": 8}, "MoE already"),
+        ({"novel": 1}, "unknown field novel=1"),
+    ],
+    ids=str,
+)
+def test_what_a_minicpm_config_must_say(fields: dict[str, Any], match: str, tmp_path: Path) -> None:
+    source = minicpm_folder(tmp_path / "dense")
+    edit_config(source, **fields)
+    with pytest.raises(UpcyclingError, match=match):
+        upcycle(source, tmp_path / "moe", progress=False)
+
+
 def load_with_info(folder: Path) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 

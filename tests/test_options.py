@@ -21,7 +21,7 @@ def negate(expert: Expert, generator: Generator, *, sign: float = -1.0) -> Exper
 def test_the_defaults_are_four_exact_copies_of_which_two_are_used() -> None:
     options = UpcyclingOptions()
     assert (options.num_experts, options.experts_per_token) == (4, 2)
-    assert options.initialise_expert is expert_init.copy
+    assert options.expert_initialiser(3) is expert_init.copy
     assert options.preserves_function
 
 
@@ -49,6 +49,13 @@ def test_the_defaults_are_four_exact_copies_of_which_two_are_used() -> None:
         ({"expert_init": {"name": "drop", "paired": "no"}}, "paired"),
         ({"router_init": {"name": "normal", "std": "small"}}, "std"),
         ({"router_init": {"name": "normal", "std": 0}}, "router_init=zeros"),
+        ({"granularity": 0}, "granularity=0"),
+        ({"granularity": 3}, "granularity=3.*divide num_experts=4"),
+        ({"expert_intermediate_size": 0}, "expert_intermediate_size=0.*1 or more"),
+        ({"shared_expert_intermediate_size": 2.5}, "shared_expert_intermediate_size=2.5"),
+        ({"scaling": "exakt"}, "Did you mean 'exact'"),
+        ({"normalize_topk_prob": "false"}, "normalize_topk_prob='false'"),
+        ({"expert_init": {"name": "subset", "index": 1}}, "index"),
     ],
     ids=str,
 )
@@ -82,14 +89,14 @@ def test_an_initialiser_is_named_with_options() -> None:
     expert = Expert(torch.eye(8), torch.eye(8), torch.eye(8))
     generator = torch.Generator().manual_seed(0)
     expected = expert_init.noise(expert, torch.Generator().manual_seed(0), noise_std=0.5)
-    made = options.initialise_expert(expert, generator)
+    made = options.expert_initialiser(0)(expert, generator)
     assert torch.equal(made.up_proj_FD, expected.up_proj_FD)
 
 
 def test_a_function_of_ones_own_is_used() -> None:
     options = make_options(expert_init=partial(negate, sign=-2.0))
     expert = Expert(torch.eye(4), torch.eye(4), torch.eye(4))
-    made = options.initialise_expert(expert, torch.Generator())
+    made = options.expert_initialiser(0)(expert, torch.Generator())
     assert torch.equal(made.down_proj_DF, -2 * torch.eye(4))
     assert not options.preserves_function
 
@@ -144,6 +151,12 @@ def test_the_record_holds_every_option_with_its_default() -> None:
         "shared_expert": "auto",
         "num_experts": 4,
         "experts_per_token": 2,
+        "granularity": 1,
+        "expert_intermediate_size": None,
+        "scaling": "exact",
+        "moe_layers": "all",
+        "normalize_topk_prob": True,
+        "shared_expert_intermediate_size": None,
         "expert_init": {"name": "drop", "drop_ratio": 0.5, "paired": True},
         "router_init": {"name": "normal", "std": 0.02},
         "dtype": "bfloat16",

@@ -73,7 +73,8 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     } | {
         f"fusion_upcycle/{path.relative_to(REPOSITORY)}"
-        for path in (REPOSITORY / "config").rglob("*.yaml")
+        for path in (REPOSITORY / "config").rglob("*")
+        if path.is_file()
     }
     names = set(zipfile.ZipFile(wheel).namelist())
     assert expected <= names

@@ -85,10 +85,13 @@ def test_measured_tells_waiting_from_working_and_counts_memory_in_bytes() -> Non
         time.sleep(0.2)
     assert waiting.wall_seconds >= 0.2 > 2 * waiting.cpu_seconds
     with Measured() as working:
-        sum(range(3_000_000))
         block = bytearray(300 * 2**20)
         block[::4096] = b"x" * len(block[::4096])
-    assert working.cpu_seconds > 0.5 * working.wall_seconds > 0
+        started = time.process_time()
+        while time.process_time() < started + 0.1:
+            pass
+    assert working.wall_seconds > 0
+    assert working.cpu_seconds >= 0.1
     assert 300 * 2**20 < working.peak_rss_bytes < 2**40
     assert working.as_record().keys() == {"wall_seconds", "cpu_seconds", "peak_rss_bytes"}
 

@@ -105,14 +105,18 @@ def test_the_result_computes_the_dense_function(
     assert relative_difference(source, tmp_path / "out") < 1e-4
 
 
+#: The others of tiny.py are those of single families.
+LLAMA_ROPES = {*ROPES} - {"longrope", "mrope"}
+
+
 def test_the_matrix_reaches_every_family_dtype_and_rope_type() -> None:
     families, dtypes, ropes, _ = zip(*MATRIX, strict=True)
     assert {*families} == {"llama", "mistral"}
     assert {*dtypes} == {FP32, BF16, FP16}
-    assert {*ropes} == {*ROPES}
+    assert {*ropes} == LLAMA_ROPES
 
 
-@pytest.mark.parametrize("rope", [name for name in ROPES if name != "default"])
+@pytest.mark.parametrize("rope", sorted(LLAMA_ROPES - {"default"}))
 def test_the_rope_types_of_the_matrix_change_the_tiny_model(rope: str) -> None:
     """Otherwise a rope that gets lost would go unnoticed above."""
     assert not torch.allclose(logits_of(dense_model(rope=rope)), logits_of(dense_model()))
@@ -505,12 +509,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
     "class of another family": ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
     "no class": ({"architectures": None}, "architectures"),
-    "gpt2": ({"model_type": "gpt2"}, "gpt2.*Supported: llama, mistral"),
-    "already an MoE": ({"model_type": "mixtral"}, "mixtral.*Supported: llama, mistral"),
+    "gpt2": ({"model_type": "gpt2"}, "gpt2.*Supported: .*llama, mistral"),
+    "already an MoE": ({"model_type": "mixtral"}, "mixtral.*Supported: .*llama, mistral"),
     "no model type": ({"model_type": None}, "model_type"),
     "fewer layers": ({"num_hidden_layers": 1}, "layers.1"),
     "more layers": ({"num_hidden_layers": 3}, "layers.2.*incomplete"),
-    "another width": ({"hidden_size": 64, "head_dim": 8}, r"shape \[67, 32\].*\[67, 64\]"),
+    "another width": ({"hidden_size": 64, "head_dim": 8}, r"shape \[48, 32\].*\[48, 64\]"),
     "another FFN width": ({"intermediate_size": 50}, r"\[48, 32\].*\[50, 32\]"),
     "another vocabulary": ({"vocab_size": 70}, r"\[67, 32\].*\[70, 32\]"),
     "tied, but not equal": ({"tie_word_embeddings": True}, "tie_word_embeddings=true.*lm_head"),

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 
 from fusion_upcycle import UpcyclingOptions, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.architectures.base import readable_config
+from fusion_upcycle.architectures.config import readable_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.writer import write_shards
 from fusion_upcycle.cli import main

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.checkpoint.minicpm import granite_fields
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -74,13 +75,18 @@ def read_config(folder: Path) -> "PreTrainedConfig":
             + " Give a Hugging Face model folder."
         )
     try:
-        model_type = json.loads(path.read_bytes())["model_type"]
+        data = json.loads(path.read_bytes())
+        model_type = data["model_type"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GraniteConfig
 
     try:
+        if model_type == "minicpm":
+            return GraniteConfig(**granite_fields(data))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UpcyclingError:
+        raise
     except Exception as error:  # transformers' checks raise a class of their own for each field
         raise UpcyclingError(
             f"transformers refuses {path} (model_type {model_type}): {error}"

@@ -47,8 +47,14 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
         experts_per_token: top-k.
         save_checkpoint: folder to write; None keeps the result in memory only.
         target: MoE family, or `auto` to go by the source.
+        granularity, expert_intermediate_size, scaling: fine-grained experts; these and the next
+            three are explained in `fusion_upcycle.UpcyclingOptions`.
+        moe_layers: `all`, `every_N`, `last_N` or a list, where the family can say it.
+        normalize_topk_prob: whether top-k weights are divided by their sum.
         shared_expert: `auto`, `copy`, `zero` or `none`, for families that have one.
-        expert_init: `copy`, `noise`, `drop`, `permute`, or a config node with `_target_`.
+        shared_expert_intermediate_size: its width; None is the dense FFN's.
+        expert_init: `copy`, `noise`, `drop`, `permute`, `subset`, `qwen2`, or a config node with
+            `_target_`.
         router_init: `normal` or `zeros`, likewise.
         dtype: of the result; None is the pool's, else the source's.
         seed: of every random draw.
@@ -77,7 +83,13 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
         save_checkpoint: str | None = None,
         *,
         target: str = "auto",
+        granularity: int = 1,
+        expert_intermediate_size: int | None = None,
+        scaling: str = "exact",
+        moe_layers: str | Sequence[int] = "all",
+        normalize_topk_prob: bool = True,
         shared_expert: str = "auto",
+        shared_expert_intermediate_size: int | None = None,
         expert_init: Any = "copy",
         router_init: Any = "normal",
         dtype: str | None = None,
@@ -99,7 +111,13 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             num_experts=num_experts,
             experts_per_token=experts_per_token,
             target=target,
+            granularity=granularity,
+            expert_intermediate_size=expert_intermediate_size,
+            scaling=scaling,
+            moe_layers=plain(moe_layers),
+            normalize_topk_prob=normalize_topk_prob,
             shared_expert=shared_expert,
+            shared_expert_intermediate_size=shared_expert_intermediate_size,
             expert_init=_initialiser(expert_init),
             router_init=_initialiser(router_init),
             dtype=dtype,
