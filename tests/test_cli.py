@@ -1,16 +1,24 @@
 """The command line: what it prints, what it leaves, and its exit codes."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import assert_same_bits, dense_folder, edit_config, files_of, tensors_of
 
 from fusion_upcycle import upcycle
+from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.cli import main
+from fusion_upcycle.flags import TARGETS, add_planning, planning_options
+from fusion_upcycle.options import UpcyclingOptions, make_options
+from fusion_upcycle.recipes import RECIPES, recipe_options
 
 QUICK_HELP = """
 import sys
@@ -64,6 +72,75 @@ def test_the_module_is_the_command_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+# --- planning options ---------------------------------------------------------------------------
+
+
+def planning_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_planning(parser)
+    return parser
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    return planning_options(planning_parser().parse_args(arguments))
+
+
+def test_every_planning_option_has_a_flag_and_every_default_one_home() -> None:
+    names = {action.dest for action in planning_parser()._actions} - {"help", "recipe"}
+    assert names == {field.name for field in fields(UpcyclingOptions)}
+    assert planned() == {}
+
+
+def test_help_says_the_true_defaults() -> None:
+    said = {
+        action.dest: match[1]
+        for action in planning_parser()._actions
+        if (match := re.search(r"\(default: (\w+)", action.help or ""))
+    }
+    for option in ("expert_intermediate_size", "shared_expert_intermediate_size", "dtype"):
+        assert said.pop(option) in ("the", "FFN")
+    defaults = {field.name: field.default for field in fields(UpcyclingOptions)}
+    assert said == {name: str(defaults[name]).lower() for name in said}
+    assert len(said) == len(defaults) - 4  # those three, and fields to ignore: none
+
+
+def test_help_lists_all_targets_and_recipes() -> None:
+    assert list(TARGETS) == list(ARCHITECTURES)
+    text = " ".join(planning_parser().format_help().split())
+    for name in (*TARGETS, *RECIPES):
+        assert name in text.replace("- ", "-")
+
+
+def test_planning_flags_are_understood() -> None:
+    shards = ["--num-experts", "64", "--experts-per-token", "8", "--granularity", "8"]
+    shared = ["--shared-expert", "copy", "--shared-expert-intermediate-size", "80"]
+    assert planned(
+        *shards, *shared, "--scaling", "megatron", "--expert-intermediate-size", "6"
+    ) == {
+        "num_experts": 64,
+        "experts_per_token": 8,
+        "granularity": 8,
+        "shared_expert": "copy",
+        "shared_expert_intermediate_size": 80,
+        "scaling": "megatron",
+        "expert_intermediate_size": 6,
+    }
+    assert planned("--no-normalize-topk-prob") == {"normalize_topk_prob": False}
+    assert planned("--normalize-topk-prob") == {"normalize_topk_prob": True}
+    assert planned("--moe-layers", "0,2,11") == {"moe_layers": [0, 2, 11]}
+    assert planned("--moe-layers", "last_2") == {"moe_layers": "last_2"}
+    assert planned("--target", "glm4_moe") == {"target": "glm4_moe"}
+
+
+def test_a_recipe_is_a_start_that_flags_replace() -> None:
+    flags = ["--num-experts", "32", "--expert-init", "copy", "--no-normalize-topk-prob"]
+    replaced = {"num_experts": 32, "expert_init": "copy", "normalize_topk_prob": False}
+    for given, expected in (([], {}), (flags, replaced)):
+        found = make_options(**planned("--recipe", "qwen2_57b_a14b", *given))
+        wanted = make_options(**recipe_options("qwen2_57b_a14b") | expected)
+        assert found.to_json() == wanted.to_json()
 
 
 # --- upcycle ----------------------------------------------------------------------------------
@@ -141,6 +218,8 @@ def test_upcycle_overwrites_only_when_told(source: Path, tmp_path: Path) -> None
         (["--dtype", "bf16"], "Did you mean 'bfloat16'"),
         (["--verify", "logit"], "Did you mean 'logits'"),
         (["--max-shard-size", "big"], "max_shard_size='big'"),
+        (["--recipe", "mixtral"], "Did you mean 'mixtral_8x7b'"),
+        (["--moe-layers", "0,2,"], "moe_layers='0,2,'"),
     ],
     ids=str,
 )
@@ -157,6 +236,12 @@ def test_a_wrong_option_is_named_with_exit_2_and_writes_nothing(
     assert error.startswith("error: ")
     assert message in error
     assert files_of(tmp_path) == before
+
+
+def test_upcycle_follows_a_recipe(source: Path, tmp_path: Path) -> None:
+    main(["upcycle", str(source), str(tmp_path / "out"), "--quiet", "--recipe", "skywork_moe"])
+    options = json.loads((tmp_path / "out" / "upcycling.json").read_text())["options"]
+    assert (options["target"], options["num_experts"]) == ("mixtral", 16)
 
 
 def test_options_before_the_folders_are_understood(source: Path, tmp_path: Path) -> None:
@@ -223,6 +308,87 @@ def test_inspect_refuses_what_upcycle_refuses(
     edit_config(source, attention_bias=True)
     assert fails("inspect", source) == 2
     assert "attention_bias" in capsys.readouterr().err
+
+
+def test_inspect_needs_no_weights_for_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", "--recipe", "mixtral_8x7b"])
+    out = capsys.readouterr().out
+    for shown in ("mistral_7b", "7,241,732,096", "46,702,792,704", "12,879,925,248"):
+        assert shown in out
+    assert "Published: 46.7B total, 12.9B active" in out
+
+
+def test_inspect_says_what_training_costs_in_rows_of_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["inspect", "--recipe", "mixtral_8x7b", "--tokens", "1.5T", "--context-length", "8192"])
+    out = capsys.readouterr().out
+    assert "training on 1.500T tokens in sequences of 8192" in out
+    rows = {
+        cells[0]: cells[1:]
+        for line in out.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) == 7
+    }
+    # by hand: 2 x (parameters - 32000 x 4096), and 32 layers of 32 heads of width 128, which
+    # attend to 3072.25 positions on the mean (window 4096)
+    scores = 32 * 2 * 32 * 2 * 128 * (4096 - 4096 * 4095 / (2 * 8192))
+    dense, moe = (2 * (n - 131072000) + scores for n in (7241732096, 12879925248))
+    assert rows["dense"] == (
+        ["7.242B", "7.242B", "14.48GB", f"{dense:.2e}", f"{3 * dense * 1.5e12:.2e}", "1.00"]
+    )
+    cost = [f"{moe:.2e}", f"{3 * moe * 1.5e12:.2e}", f"{moe / dense:.2f}"]
+    assert rows["upcycled"] == rows["fresh MoE"] == ["46.70B", "12.88B", "93.41GB", *cost]
+    assert rows["wider dense"] == ["12.88B", "12.88B", "25.76GB", *cost]
+    assert "arXiv 2212.05055" in out
+
+
+def test_inspect_plans_a_recipe_for_another_source(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(source), "--recipe", "nemotron_e8g8t8", "--seed", "9"])
+    out = capsys.readouterr().out
+    assert "64 experts" in out
+    assert "6 per expert" in out  # an eighth of 48 neurons
+    assert "seed 9" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "mixtral8x7"], "Did you mean 'mixtral_8x7b'"),
+        (["--recipe", "mixtral_8x7b", "--tokens", "many"], "--tokens many"),
+        (["--recipe", "mixtral_8x7b", "--tokens", "0B"], "--tokens 0B"),
+        (["--recipe", "mixtral_8x7b", "--context-length", "0"], "context_length=0"),
+        (["--recipe", "minicpm_moe", "--target", "mixtral"], "granite"),
+    ],
+    ids=str,
+)
+def test_inspect_names_what_is_wrong_with_a_recipe(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails("inspect", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_inspect_without_source_and_recipe_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails("inspect") == 2
+    assert "a SOURCE, a --recipe, or both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "claim"),
+    [
+        ([], "exact, up to rounding"),
+        (["--expert-init", "noise"], "the initialiser changes weights"),
+        (["--scaling", "megatron", "--granularity", "2"], "these shards and this routing"),
+    ],
+    ids=str,
+)
+def test_inspect_says_whether_the_function_is_kept(
+    options: list[str], claim: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(source), *options])
+    assert claim in " ".join(capsys.readouterr().out.split())
 
 
 # --- verify -----------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,12 @@ def exactness_table() -> str:
     return str(example("exactness.py").table(record).to_markdown())
 
 
+def families_table(kind: str) -> str:
+    families = example("families.py")
+    record = read_run_record(ROOT / "examples" / "results" / "families")
+    return str(getattr(families, f"{kind}_table")(record).to_markdown())
+
+
 def convert_tables() -> str:
     record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "convert.json").read_text())
     return str(example("benchmarks/convert.py").markdown(record))
@@ -41,12 +49,24 @@ def convert_tables() -> str:
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    [("demo", demo_table), ("exactness", exactness_table), ("convert", convert_tables)],
+    [
+        ("demo", demo_table),
+        ("exactness", exactness_table),
+        ("convert", convert_tables),
+        ("pairs", partial(families_table, "pairs")),
+        ("shards", partial(families_table, "shards")),
+    ],
 )
 def test_table_is_that_of_the_record(name: str, make: Callable[[], str]) -> None:
     found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
     assert found is not None, f"README.md has no table {name}"
     assert found[1] == make()
+
+
+def test_the_families_of_the_record_are_all_families() -> None:
+    record = read_run_record(ROOT / "examples" / "results" / "families")
+    measured = {(row["target"], row["source"]) for row in record["families"]["pairs"]}
+    assert measured == {(name, dense) for name, a in ARCHITECTURES.items() for dense in a.dense}
 
 
 def test_every_file_and_folder_that_the_readme_names_exists() -> None:
