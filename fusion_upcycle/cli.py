@@ -1,29 +1,47 @@
 """`python -m fusion_upcycle`: upcycle, inspect and verify folders without FusionBench."""
 
 import argparse
-import json
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.flags import add_planning, planning_options
 
 DESCRIPTION = """\
 Turn a dense language model into a sparse Mixture-of-Experts model.
 
-  inspect   what a checkpoint is and what it would become; writes nothing
+  inspect   what a checkpoint or recipe is and would become, and its cost; writes nothing
   upcycle   dense folder or Hub id -> Mixture-of-Experts folder, proven to be the same function
   verify    prove an output folder again, against its source
 """
 
 EXAMPLES = """\
 examples:
+  python -m fusion_upcycle inspect  --recipe mixtral_8x7b
   python -m fusion_upcycle inspect  ./llama-1b --num-experts 8
   python -m fusion_upcycle upcycle  ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
   python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle verify   ./llama-8x1b
 
 Inside FusionBench: fusion_bench method=mixtral_moe_upscaling modelpool=... (see the README).
+"""
+
+INSPECT = """\
+What a dense model is and would become: class, sizes, total and active parameters, bytes, files,
+whether the result computes the same function; and what it costs per token and to train, next to the
+dense model, a MoE from scratch and a dense model of equal active size. Only headers are read.
+
+With --recipe and no source, the published dense model is taken from its config: no weights needed.
+With both, the recipe's options are planned for your source; further options replace the recipe's.
+"""
+
+INSPECT_EXAMPLES = """\
+examples:
+  python -m fusion_upcycle inspect --recipe qwen2_57b_a14b
+  python -m fusion_upcycle inspect --recipe mixtral_8x7b --num-experts 16 --tokens 1T
+  python -m fusion_upcycle inspect ./mistral-7b --recipe mixtral_8x7b
+  python -m fusion_upcycle inspect ./llama-1b --num-experts 64 --experts-per-token 8 --granularity 8
 """
 
 
@@ -55,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     upcycle = commands.add_parser("upcycle", help="dense folder -> Mixture-of-Experts folder")
     upcycle.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")
     upcycle.add_argument("output", help="folder to make; appears only when complete and proven")
-    _add_planning(upcycle)
+    add_planning(upcycle)
     upcycle.add_argument(
         "--verify",
         default="auto",
@@ -66,10 +84,31 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--quiet", action="store_true", help="no progress bars")
     upcycle.set_defaults(run=_upcycle)
 
-    inspect = commands.add_parser("inspect", help="what a checkpoint is and would become")
-    inspect.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")
-    _add_planning(inspect)
-    inspect.set_defaults(run=_inspect)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint or recipe is and would become, and its cost",
+        description=INSPECT,
+        epilog=INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument(
+        "source", nargs="?", help="local folder or Hugging Face Hub id (safetensors)"
+    )
+    add_planning(inspect)
+    inspect.add_argument(
+        "--tokens",
+        default="100B",
+        metavar="N",
+        help="of continued training, as in 20B or 1.5T (default: 100B)",
+    )
+    inspect.add_argument(
+        "--context-length",
+        type=int,
+        default=4096,
+        metavar="T",
+        help="tokens of a sequence, for the cost of attention (default: 4096)",
+    )
+    inspect.set_defaults(run=_inspect, usage=inspect)
 
     verify = commands.add_parser("verify", help="prove an output folder against its source")
     verify.add_argument("output", help="a folder made by upcycle")
@@ -80,70 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_planning(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--target",
-        default="auto",
-        help="MoE family: mixtral | qwen2_moe | qwen3_moe | flex_olmo | auto (default: by source)",
-    )
-    add("--num-experts", type=int, default=4, metavar="N", help="per layer (default: 4)")
-    add("--experts-per-token", type=int, default=2, metavar="K", help="top-k (default: 2)")
-    add(
-        "--expert-init",
-        default="copy",
-        metavar="NAME[,OPTION=VALUE...]",
-        help="copy | noise,noise_std=0.01 | drop,drop_ratio=0.5,paired=true | permute",
-    )
-    add(
-        "--router-init",
-        default="normal",
-        metavar="NAME[,OPTION=VALUE]",
-        help="normal,std=0.02 | zeros",
-    )
-    add(
-        "--shared-expert",
-        default="auto",
-        help="copy | zero | none, where the family has one (default: copy there)",
-    )
-    add("--dtype", help="float32 | bfloat16 | float16 | float64 (default: the source's)")
-    add("--seed", type=int, default=0, help="of every random draw (default: 0)")
-    add(
-        "--ignore-config-fields",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="FIELD[,FIELD...]",
-        help="unknown fields of the source's config.json that you know to be without effect",
-    )
-
-
-def _options(parsed: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "target": parsed.target,
-        "num_experts": parsed.num_experts,
-        "experts_per_token": parsed.experts_per_token,
-        "shared_expert": parsed.shared_expert,
-        "expert_init": _initialiser(parsed.expert_init),
-        "router_init": _initialiser(parsed.router_init),
-        "dtype": parsed.dtype,
-        "seed": parsed.seed,
-        "ignore_config_fields": parsed.ignore_config_fields,
-    }
-
-
-def _initialiser(text: str) -> dict[str, Any]:
-    """`noise,noise_std=0.02` as `{"name": "noise", "noise_std": 0.02}`."""
-    name, *words = text.split(",")
-    spec: dict[str, Any] = {"name": name}
-    for word in words:
-        option, equals, value = word.partition("=")
-        try:
-            spec[option] = json.loads(value)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise UpcyclingError(f"{word!r} is not OPTION=VALUE with a number, true or false.")
-    return spec
+def _count(text: str) -> float:
+    """`1.5T` as a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text)
+    if match is None or not float(match[1]):
+        raise UpcyclingError(f"--tokens {text} must be a number above 0, as in 5000, 20B or 1.5T.")
+    return float(match[1]) * 1000.0 ** " KMBT".index(match[2] or " ")
 
 
 def _upcycle(parsed: argparse.Namespace) -> None:
@@ -156,7 +137,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
         progress=not parsed.quiet,
-        **_options(parsed),
+        **planning_options(parsed),
     )
     counts, write = converted.record["parameters"], converted.costs["write"]
     print(f"{converted.proof}")
@@ -169,10 +150,18 @@ def _upcycle(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
+    if parsed.source is None and parsed.recipe is None:
+        parsed.usage.error("name a SOURCE, a --recipe, or both")
     from fusion_upcycle.inspection import print_inspection
     from fusion_upcycle.options import make_options
 
-    print_inspection(parsed.source, make_options(**_options(parsed)))
+    print_inspection(
+        parsed.source,
+        make_options(**planning_options(parsed)),
+        recipe=parsed.recipe,
+        tokens=_count(parsed.tokens),
+        context_length=parsed.context_length,
+    )
 
 
 def _verify(parsed: argparse.Namespace) -> None:

@@ -151,6 +151,19 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
             {},
             "layer_types mixes.*full_attention.*sliding_attention",
         ),
+        ("phi3", {"resid_pdrop": 0.1}, {}, "resid_pdrop=0.1"),
+        ("phi3", {"partial_rotary_factor": 0.75}, {}, "partial_rotary_factor=0.75"),
+        ("granite", {"mlp_bias": True}, {}, "mlp_bias=True"),
+        ("llama", {"mlp_bias": True}, {"target": "granitemoe"}, "mlp_bias=True"),
+        ("ernie4_5", {"use_bias": True}, {}, "use_bias=True"),
+        ("qwen3", {"attention_bias": True}, {"target": "glm4_moe"}, "attention_bias=True"),
+        ("qwen2", WINDOW | {"max_window_layers": 1}, {"target": "glm4_moe"}, "layer_types mixes"),
+        (
+            "qwen2",
+            WINDOW | {"max_window_layers": 0},
+            {"target": "glm4_moe"},
+            "sliding window of 12.*another target|sliding window of 12",
+        ),
     ],
     ids=str,
 )
@@ -163,12 +176,30 @@ def test_what_a_family_cannot_express_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2"])
-def test_an_unknown_rope_type_is_refused(family: str, tmp_path: Path) -> None:
+PAIRS = sorted({(source, target) for source, _, target, _ in MATRIX})
+every_pair = pytest.mark.parametrize(("family", "target"), PAIRS)
+
+
+@every_pair
+def test_an_unknown_field_is_refused_by_every_family(
+    family: str, target: str, tmp_path: Path
+) -> None:
     source = dense_folder(tmp_path / "dense", family)
-    edit_config(source, rope_parameters=ROPES["default"] | {"rope_type": "longrope"})
+    edit_config(source, novel_scale=2.0)
+    with pytest.raises(UpcyclingError, match="unknown field novel_scale=2.0"):
+        upcycle(source, tmp_path / "moe", target=target, progress=False)
+
+
+@every_pair
+def test_an_unknown_rope_type_is_refused_by_every_family(
+    family: str, target: str, tmp_path: Path
+) -> None:
+    if family == "phi3":  # whose config class knows two types only, and we know both
+        return
+    source = dense_folder(tmp_path / "dense", family)
+    edit_config(source, rope_parameters=ROPES["longrope"])
     with pytest.raises(UpcyclingError, match="longrope"):
-        upcycle(source, tmp_path / "moe", progress=False)
+        upcycle(source, tmp_path / "moe", target=target, progress=False)
 
 
 MINICPM = {

@@ -11,10 +11,8 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "upcycle.ipynb"
 
 def words(cell: Any) -> str:
     """All text that a cell printed or returned."""
-    return "".join(
-        output.get("text", "") + output.get("data", {}).get("text/markdown", "")
-        for output in cell.get("outputs", [])
-    )
+    outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+    return "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
 
 
 def table_of(cells: list[Any]) -> dict[str, str]:

@@ -42,6 +42,11 @@ def families_table(kind: str) -> str:
     return str(getattr(families, f"{kind}_table")(record).to_markdown())
 
 
+def recipes_table() -> str:
+    record = read_run_record(ROOT / "examples" / "results" / "recipes")
+    return str(example("recipes.py").table(record).to_markdown())
+
+
 def convert_tables() -> str:
     record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "convert.json").read_text())
     return str(example("benchmarks/convert.py").markdown(record))
@@ -53,6 +58,7 @@ def convert_tables() -> str:
         ("demo", demo_table),
         ("exactness", exactness_table),
         ("convert", convert_tables),
+        ("recipes", recipes_table),
         ("pairs", partial(families_table, "pairs")),
         ("shards", partial(families_table, "shards")),
     ],
