@@ -12,30 +12,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusion_upcycle.convert import upcycle
     from fusion_upcycle.experts import DuplicationPlan, Expert
+    from fusion_upcycle.merging.folders import merge_into_moe
     from fusion_upcycle.method import (
+        ContinuedPretrainingAlgorithm,
+        MixtralForCausalLMMergingAlgorithm,
         MixtralForCausalLMUpscalingAlgorithm,
+        MixtralMoEMergingAlgorithm,
         MixtralUpscalingAlgorithm,
+        MoEMergingAlgorithm,
         SparseUpcyclingAlgorithm,
+        UpcycleAndTrainAlgorithm,
     )
     from fusion_upcycle.options import UpcyclingOptions
 
 _HOME = {
+    "ContinuedPretrainingAlgorithm": "fusion_upcycle.method",
     "DuplicationPlan": "fusion_upcycle.experts",
     "Expert": "fusion_upcycle.experts",
+    "MixtralForCausalLMMergingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMUpscalingAlgorithm": "fusion_upcycle.method",
+    "MixtralMoEMergingAlgorithm": "fusion_upcycle.method",
     "MixtralUpscalingAlgorithm": "fusion_upcycle.method",
+    "MoEMergingAlgorithm": "fusion_upcycle.method",
     "SparseUpcyclingAlgorithm": "fusion_upcycle.method",
+    "UpcycleAndTrainAlgorithm": "fusion_upcycle.method",
     "UpcyclingOptions": "fusion_upcycle.options",
+    "merge_into_moe": "fusion_upcycle.merging.folders",
     "upcycle": "fusion_upcycle.convert",
 }
 
 __all__ = [
+    "ContinuedPretrainingAlgorithm",
     "DuplicationPlan",
     "Expert",
+    "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",
+    "MixtralMoEMergingAlgorithm",
     "MixtralUpscalingAlgorithm",
+    "MoEMergingAlgorithm",
     "SparseUpcyclingAlgorithm",
+    "UpcycleAndTrainAlgorithm",
     "UpcyclingOptions",
+    "merge_into_moe",
     "upcycle",
 ]
 

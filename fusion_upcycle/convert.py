@@ -130,6 +130,8 @@ def _read_record(output: Path) -> tuple[str, UpcyclingOptions]:
         raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
     try:
         record = json.loads(path.read_bytes())
+        if "sources" in record:
+            raise TypeError("a merge of several models is proven when it is made, and only then")
         name, options = record["source"]["name"], {**record["options"], "dtype": record["dtype"]}
         if not isinstance(name, str):
             raise TypeError(f"source {name!r}")

@@ -3,11 +3,15 @@
 A specification is one of:
 
 - the path of a ``.txt`` (one document), ``.jsonl`` or ``.parquet`` file, or a list of such paths;
-- ``{path, name, split, data_files, column}`` as ``datasets.load_dataset`` takes them;
+- ``{path, name, split, data_files, column, streaming}`` as ``datasets.load_dataset`` takes them;
 - ``{_target_: package.function, ...arguments}``, a function that returns a string or a list.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,23 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-_DATASET_KEYS = ("path", "name", "split", "data_files", "column")
+_DATASET_KEYS = ("path", "name", "split", "data_files", "column", "streaming")
 _COLUMN = "text"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that are read as they are asked for.
+
+    Attributes:
+        texts: the documents, in order; iterate once or more.
+        fingerprint: changes with their contents, as far as that is known without reading them: the
+            contents of what a function gives, `datasets`' own fingerprint of files and data sets,
+            and the specification alone of a data set that is streamed.
+    """
+
+    texts: Iterable[str]
+    fingerprint: str
 
 
 def load_documents(specification: Any, where: str) -> list[str]:
@@ -28,6 +47,11 @@ def load_documents(specification: Any, where: str) -> list[str]:
     ``where`` names the specification in errors, e.g. ``taskpool.texts.prose``. ValueError for what
     cannot be read as text.
     """
+    return list(open_documents(specification, where).texts)
+
+
+def open_documents(specification: Any, where: str) -> Documents:
+    """As `load_documents`, for more text than fits in memory."""
     if isinstance(specification, str):
         return _file_documents(specification, where)
     if isinstance(specification, Mapping):
@@ -35,14 +59,17 @@ def load_documents(specification: Any, where: str) -> list[str]:
             return _function_documents(specification, where)
         return _dataset_documents(specification, where)
     if isinstance(specification, Sequence) and all(isinstance(p, str) for p in specification):
-        return [document for path in specification for document in _file_documents(path, where)]
+        files = [_file_documents(path, where) for path in specification]
+        return Documents(
+            _Chained([file.texts for file in files]), " ".join(file.fingerprint for file in files)
+        )
     raise ValueError(
         f"{where} is {specification!r}: give a file, a list of files, {{path, split, ...}} of a "
         "data set, or {_target_: function}"
     )
 
 
-def _file_documents(path: str, where: str) -> list[str]:
+def _file_documents(path: str, where: str) -> Documents:
     file = Path(path).expanduser()
     if file.suffix not in _BUILDERS:
         raise ValueError(
@@ -56,7 +83,7 @@ def _file_documents(path: str, where: str) -> list[str]:
     return _column_documents(builder, arguments, _COLUMN, where)
 
 
-def _dataset_documents(specification: Mapping[str, Any], where: str) -> list[str]:
+def _dataset_documents(specification: Mapping[str, Any], where: str) -> Documents:
     for key in specification:
         if key not in _DATASET_KEYS:
             raise unknown(f"key in {where}:", str(key), _DATASET_KEYS)
@@ -68,30 +95,62 @@ def _dataset_documents(specification: Mapping[str, Any], where: str) -> list[str
     return _column_documents(arguments.pop("path"), arguments, column, where)
 
 
-def _column_documents(path: str, arguments: dict[str, Any], column: str, where: str) -> list[str]:
+def _column_documents(path: str, arguments: dict[str, Any], column: str, where: str) -> Documents:
     from datasets import load_dataset
 
     table = load_dataset(path, **arguments)
-    if column not in table.column_names:
+    # A stream may not know its columns before its first row.
+    columns = table.column_names or list(next(iter(table), {}))
+    if column not in columns:
         raise ValueError(
-            f"{where}: {path!r} has no column {column!r} but {', '.join(table.column_names)}: "
+            f"{where}: {path!r} has no column {column!r} but {', '.join(columns)}: "
             "name one as {path, split, column}"
         )
-    return _checked(table[column], where)
+    if arguments.get("streaming"):
+        fingerprint = json.dumps([path, column, arguments], sort_keys=True, default=str)
+    else:
+        fingerprint = f"{table._fingerprint}/{column}"
+    return Documents(_Checked(table, column, where), fingerprint)
 
 
-def _function_documents(specification: Mapping[str, Any], where: str) -> list[str]:
+def _function_documents(specification: Mapping[str, Any], where: str) -> Documents:
     from hydra.utils import instantiate
 
     result = instantiate(dict(specification), _convert_="all")
-    return _checked([result] if isinstance(result, str) else result, where)
+    documents = list(_checked([result] if isinstance(result, str) else result, where))
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(hashlib.sha256(document.encode()).digest())
+    return Documents(documents, digest.hexdigest())
 
 
-def _checked(values: Any, where: str) -> list[str]:
-    documents = list(values)
-    for index, document in enumerate(documents):
+@dataclass(frozen=True)
+class _Chained:
+    """Several iterables as one that can be iterated again."""
+
+    parts: Sequence[Iterable[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self.parts)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """One column of a table, read row by row."""
+
+    table: Any
+    column: str
+    where: str
+
+    def __iter__(self) -> Iterator[str]:
+        rows = self.table.select_columns(self.column)
+        return _checked((row[self.column] for row in rows), self.where)
+
+
+def _checked(values: Iterable[Any], where: str) -> Iterator[str]:
+    for index, document in enumerate(values):
         if not isinstance(document, str):
             raise ValueError(
                 f"{where}: document {index} is a {type(document).__name__}, not a string"
             )
-    return documents
+        yield document

@@ -19,6 +19,11 @@ def make_initialiser(
 ) -> Callable[..., Any]:
     """Resolve a spec to a function with its options bound; unknown names and options are errors."""
     options: dict[str, Any] = {}
+    if not isinstance(spec, str | Mapping) and not callable(spec):
+        raise UpcyclingError(
+            f"{kind}={spec!r} must be a name ({', '.join(registry)}), a mapping "
+            "{name: ..., option: value}, or a function."
+        )
     if callable(spec):
         function = spec
     else:
@@ -31,12 +36,18 @@ def make_initialiser(
         function = registry[name]
     options |= function.keywords if isinstance(function, partial) else {}
     function = bare_function(function)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise UpcyclingError(
+            f"{kind}={spec!r} tells nothing of its parameters. Wrap it in a Python function."
+        ) from error
     known = [
         p.name
-        for p in inspect.signature(function).parameters.values()
+        for p in parameters
         if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in POSITION
     ]
-    for option in options:
+    for option in map(str, options):
         if option not in known:
             raise unknown(f"option of {kind} {function.__name__}:", option, known or ["(none)"])
     return partial(function, **options) if options else function

@@ -1,7 +1,7 @@
-"""Sparse upcycling in memory: from a live dense model to a live Mixture-of-Experts model."""
+"""Upcycling and merging in memory: from live dense models to a live Mixture-of-Experts model."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,15 @@ from fusion_upcycle.architectures.layout import class_name, with_kept_dtypes
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.tensors import StateDictSource, aligned
+from fusion_upcycle.merging.calibration import route
+from fusion_upcycle.merging.options import MergingOptions
+from fusion_upcycle.merging.plan import DenseModel, Merging, plan_merging
 from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.output import Converted, OutputOptions, write_output
 from fusion_upcycle.planning import plan_upcycling
 from fusion_upcycle.upcycling import Upcycling
-from fusion_upcycle.verification import Proof, prove, sample_tokens
+from fusion_upcycle.verification import Proof, prove, resolve_mode, sample_tokens
+from fusion_upcycle.verification.merging import prove_merging
 from fusion_upcycle.verification.names import check_written_config
 from fusion_upcycle.verification.tensors import check_tensors
 
@@ -27,10 +31,15 @@ if TYPE_CHECKING:
 
 def plan_live(dense: "PreTrainedModel", options: UpcyclingOptions) -> Upcycling:
     """Plan the conversion of a live model; its tensors' dtype counts, not that of its config."""
+    model = _dense_model(dense)
+    return plan_upcycling(model.source, model.config, options)
+
+
+def _dense_model(dense: "PreTrainedModel") -> DenseModel:
     config = copy.deepcopy(dense.config)
     config.architectures = [type(dense).__name__]
     config.dtype = None
-    return plan_upcycling(StateDictSource(dense.state_dict()), config, options)
+    return DenseModel(config, StateDictSource(dense.state_dict()))
 
 
 def build_live(
@@ -45,6 +54,49 @@ def build_live(
         tokenizer_file: `tokenizer.json` for the proof's tokens.
     """
     tokens = sample_tokens(tokenizer_file, upcycling.config)
+    moe, live = fill_live(upcycling, dense)
+    proof = prove(
+        upcycling,
+        live,
+        mode=mode,
+        tokens=tokens,
+        models=lambda: (dense, moe),
+    )
+    return moe, proof
+
+
+def merge_live(
+    models: Mapping[str, "PreTrainedModel"],
+    options: MergingOptions,
+    *,
+    texts: Mapping[str, Sequence[str]],
+    mode: str,
+    tokenizer_file: Path | None = None,
+) -> tuple[Merging, "PreTrainedModel", Proof, dict[str, Any]]:
+    """Merge live models into a live MoE, and prove it.
+
+    Args:
+        models: name -> model; the result gets device, mode and generation config of the first.
+        texts: for `router_init=prototype`, model -> documents.
+        mode: of the proof, `auto` included.
+        tokenizer_file: `tokenizer.json` for calibration and for the proof's tokens.
+
+    Returns:
+        The plan, the MoE, the proof, and what the record says of the texts.
+    """
+    merging = plan_merging({name: _dense_model(model) for name, model in models.items()}, options)
+    merging, calibrated = route(merging, texts, tokenizer_file)
+    tokens = sample_tokens(tokenizer_file, merging.upcycling.config)
+    mode = resolve_mode(mode, streaming=False, total_bytes=merging.upcycling.total_bytes)
+    moe, live = fill_live(merging.upcycling, next(iter(models.values())))
+    proof = prove_merging(merging, live, mode=mode, tokens=tokens, moe=lambda: moe)
+    return merging, moe, proof, calibrated
+
+
+def fill_live(
+    upcycling: Upcycling, dense: "PreTrainedModel"
+) -> tuple["PreTrainedModel", LiveTensors]:
+    """transformers' own class with the planned tensors; device, mode and the like from `dense`."""
     model_class = getattr(transformers, class_name(upcycling.config))
     config = copy.deepcopy(upcycling.config)
     with no_init_weights(), dense.device:
@@ -66,14 +118,7 @@ def build_live(
     if dense.can_generate():
         moe.generation_config = copy.deepcopy(dense.generation_config)
     moe.train(dense.training)
-    proof = prove(
-        upcycling,
-        live,
-        mode=mode,
-        tokens=tokens,
-        models=lambda: (dense, moe),
-    )
-    return moe, proof
+    return moe, live
 
 
 def save_live(
@@ -84,12 +129,14 @@ def save_live(
     source: dict[str, Any],
     companions: Callable[[Path], list[str]],
     options: OutputOptions,
+    about: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Write the folder of a live conversion, through the same writer as a streamed one.
 
     Args:
         proof: of the live model; every tensor of the folder is compared with it again.
         companions: writes tokenizer and generation files into the folder, returns their names.
+        about: what the record says beside and instead of the usual.
     """
 
     def prove_written(folder: Path) -> Proof:
@@ -108,4 +155,5 @@ def save_live(
         prove=prove_written,
         options=options,
         resumable=False,  # nothing tells one live model from another
+        about=about,
     )

@@ -117,11 +117,9 @@ class UpcyclingOptions:
             raise UpcyclingError(
                 f"normalize_topk_prob={self.normalize_topk_prob!r} must be true or false."
             )
-        if isinstance(self.ignore_config_fields, str):
-            raise UpcyclingError(
-                f"ignore_config_fields={self.ignore_config_fields!r} must be a list: "
-                f"[{self.ignore_config_fields}]."
-            )
+        _require_list("ignore_config_fields", self.ignore_config_fields, str, "[FIELD, ...]")
+        if not isinstance(self.moe_layers, str):
+            _require_list("moe_layers", self.moe_layers, int, "all, every_N, last_N or [0, 2, ...]")
         set_field = partial(object.__setattr__, self)
         set_field("ignore_config_fields", tuple(self.ignore_config_fields))
         set_field("dtype", parse_dtype(self.dtype))
@@ -221,3 +219,8 @@ def _require_whole(name: str, value: object, *, at_least: int | None = None) -> 
     if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
         bound = "" if at_least is None else f", {at_least} or more"
         raise UpcyclingError(f"{name}={value!r} must be a whole number{bound}.")
+
+
+def _require_list(name: str, value: object, kind: type, example: str) -> None:
+    if not isinstance(value, list | tuple) or any(type(item) is not kind for item in value):
+        raise UpcyclingError(f"{name}={value!r} must be {example}.")

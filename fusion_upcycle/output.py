@@ -1,7 +1,7 @@
 """An output folder: shards, config, companions, record and model card, all or nothing."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def write_output(
     prove: Callable[[Path], Proof],
     options: OutputOptions,
     resumable: bool = True,
+    about: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
 
@@ -81,6 +82,7 @@ def write_output(
         prove: staged folder -> proof; an error leaves no output.
         resumable: whether `source` tells exactly what is converted, so that the shards of a killed
             run can be kept.
+        about: what the record says beside and instead of the usual.
     """
     output = output.resolve()
     shards = plan_shards(upcycling.specs, options.max_shard_size)
@@ -97,6 +99,7 @@ def write_output(
         "bytes": total,
         "shards": [shard.file for shard in shards],
         "versions": versions(),
+        **(about or {}),
     }
     fingerprint = record if resumable else record | {"run": uuid4().hex}
     with staging_folder(
@@ -117,4 +120,6 @@ def write_output(
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     # config.json holds one thing that is not JSON: the dtype.
-    path.write_text(json.dumps(data, indent=2, default=dtype_name) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(data, indent=2, default=dtype_name, allow_nan=False) + "\n", encoding="utf-8"
+    )

@@ -4,31 +4,31 @@ Decided from names and shapes alone; nothing is read but what may be tied. Compl
 optional: every source tensor is used or refused by name, every target tensor is made exactly once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from fusion_upcycle import expert_init
-from fusion_upcycle.architectures import architecture_for
-from fusion_upcycle.architectures.base import LLAMA_FFN, Architecture, SharedExpert
-from fusion_upcycle.architectures.layout import class_name, file_layout, target_class
+from fusion_upcycle.architectures.base import LLAMA_FFN, SharedExpert
+from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec, aligned
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan
-from fusion_upcycle.options import UpcyclingOptions, parse_dtype
-from fusion_upcycle.resolution import ResolvedOptions, resolve
-from fusion_upcycle.upcycling import (
+from fusion_upcycle.frame import Frame, plan_frame
+from fusion_upcycle.options import UpcyclingOptions
+from fusion_upcycle.resolution import ResolvedOptions
+from fusion_upcycle.rules import (
     Carried,
     Initialised,
     Joined,
     Repeated,
     RouterRows,
     Rule,
-    Upcycling,
     Zeros,
 )
+from fusion_upcycle.upcycling import Upcycling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -49,92 +49,112 @@ def plan_upcycling(
     Raises:
         UpcyclingError: unsupported family, config field, tensor, shape or dtype.
     """
-    architecture = architecture_for(source_config.model_type, options.target)
-    resolved = resolve(options, architecture, source_config)
-    config = architecture.convert_config(source_config, resolved)
-    config.architectures = [target_class(source_config, config)]
-    dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
-    config.dtype = dtype
-    resolved.check_rows(dtype)
-    plan = DuplicationPlan.from_dense(resolved.moe_layers, options.num_experts)
-    dense = architecture.dense[source_config.model_type]
-    if dense.splits is not None:
-        source = SplitSource(source, dense.splits(source_config))
+    frame = plan_frame(source, source_config, options)
+    plan = DuplicationPlan.from_dense(frame.resolved.moe_layers, options.num_experts)
+    return plan_tensors(frame, source, plan, lambda name: [name])
 
-    ffn_names = _ffn_names(source, source_config, dense.ffn)
+
+def plan_tensors(
+    frame: Frame,
+    source: TensorSource,
+    plan: DuplicationPlan,
+    expert_sources: Callable[[str], Sequence[str]],
+) -> Upcycling:
+    """Decide every target tensor's origin, given which source expert each expert comes from.
+
+    Args:
+        source: tensors of the dense model, or of several.
+        plan: of the MoE layers.
+        expert_sources: name of a tensor of an MoE layer's FFN, as in a dense model -> its name in
+            `source` for each source expert of the plan.
+
+    Raises:
+        UpcyclingError: a tensor that is missing, left over, or of another shape.
+    """
+    config, dense = frame.source_config, frame.dense
+    if dense.splits is not None:
+        source = SplitSource(source, dense.splits(config))
+    if dense.zeroed_padding and config.pad_token_id is not None:
+        _check_padding(source, config.pad_token_id)
+    ffn_names: dict[int, list[dict[str, str]]] = {}
     rules: dict[str, Rule] = {}
-    for layer, names in ffn_names.items():
-        prefix = names[EXPERT_PARTS[0]].removesuffix(dense.ffn[EXPERT_PARTS[0]])
+    for layer in range(config.num_hidden_layers):
+        prefix = layer_prefix(config, layer)
+        names = {part: [prefix + name] for part, name in dense.ffn.items()}
+        if is_moe := layer in plan.source_experts:
+            names = {part: list(expert_sources(name)) for part, (name,) in names.items()}
+        experts = zip(*names.values(), strict=True)
+        ffn_names[layer] = [dict(zip(names, expert, strict=True)) for expert in experts]
+        for expert in ffn_names[layer]:
+            _check_ffn(source, config, expert)
         made = (
-            _moe_rules(architecture, resolved, source_config.hidden_size, layer, names)
-            if layer in plan.source_experts
-            else {LLAMA_FFN[part]: Carried(name) for part, name in names.items()}
+            _moe_rules(frame, layer, plan.source_experts[layer], ffn_names[layer])
+            if is_moe
+            else {LLAMA_FFN[part]: Carried(name) for part, (name,) in names.items()}
         )
         rules |= {prefix + name: rule for name, rule in made.items()}
-    used = {name for names in ffn_names.values() for name in names.values()}
+        rules |= {prefix + name: Zeros() for name in dense.zeros}
+    used = {name for layer in ffn_names.values() for names in layer for name in names.values()}
     used |= {name for name in source.specs if name.endswith(dense.derived)}
-    layout = file_layout(config)
-    used |= _check_tied(source, layout.tied)
+    used |= _check_tied(source, frame.layout.tied)
     for name in source.specs:
         if name not in used:
-            if name not in layout.specs:
+            if name not in frame.layout.specs:
                 raise UpcyclingError(
                     f"Source tensor {name} {list(source.specs[name].shape)} has no place in "
-                    f"{class_name(config)}: the model has something that config.json does not "
-                    "say. Remove the tensor if it is unused; otherwise this model cannot be "
+                    f"{class_name(frame.config)}: the model has something that config.json does "
+                    "not say. Remove the tensor if it is unused; otherwise this model cannot be "
                     "upcycled without changing what it computes."
                 )
             rules[name] = Carried(name)
     return Upcycling(
         source=source,
-        source_config=source_config,
-        config=config,
-        architecture=architecture,
-        options=options,
-        resolved=resolved,
+        source_config=config,
+        config=frame.config,
+        architecture=frame.architecture,
+        options=frame.options,
+        resolved=frame.resolved,
         plan=plan,
-        dtype=dtype,
-        rules=(ordered := _check_complete(source, rules, layout.specs)),
-        specs={name: layout.specs[name] for name in ordered},
-        ffn_names={layer: [ffn_names[layer]] for layer in plan.source_experts},
+        dtype=frame.dtype,
+        rules=(ordered := _check_complete(source, rules, frame.layout.specs)),
+        specs={name: frame.layout.specs[name] for name in ordered},
+        ffn_names={layer: ffn_names[layer] for layer in plan.source_experts},
     )
 
 
-def _ffn_names(
-    source: TensorSource, config: "PreTrainedConfig", ffn: Mapping[str, str]
-) -> dict[int, dict[str, str]]:
-    """Layer -> part of `Expert` -> the source's tensor, with the shape that the config says."""
-    prefix = "model." if class_name(config).endswith("ForCausalLM") else ""
-    names: dict[int, dict[str, str]] = {}
-    for layer in range(config.num_hidden_layers):
-        names[layer] = {part: f"{prefix}layers.{layer}.{name}" for part, name in ffn.items()}
-        for part, name in names[layer].items():
-            if name not in source.specs:
-                raise UpcyclingError(
-                    f"The source lacks tensor {name}: its config.json says "
-                    f"{config.num_hidden_layers} layers of {config.model_type}. "
-                    "The checkpoint is incomplete, or the config belongs to another model."
-                )
-            wide, narrow = config.intermediate_size, config.hidden_size
-            shape = (narrow, wide) if part == "down_proj_DF" else (wide, narrow)
-            _check_shape(name, source.specs[name].shape, shape)
-    return names
+def layer_prefix(config: "PreTrainedConfig", layer: int) -> str:
+    """What the names of a decoder layer's tensors start with."""
+    return ("model." if class_name(config).endswith("ForCausalLM") else "") + f"layers.{layer}."
+
+
+def _check_ffn(source: TensorSource, config: "PreTrainedConfig", names: Mapping[str, str]) -> None:
+    """Part of `Expert` -> the source's tensor: they exist, with the shape that the config says."""
+    wide, narrow = config.intermediate_size, config.hidden_size
+    for part, name in names.items():
+        if name not in source.specs:
+            raise UpcyclingError(
+                f"The source lacks tensor {name}: its config.json says "
+                f"{config.num_hidden_layers} layers of {config.model_type}. "
+                "The checkpoint is incomplete, or the config belongs to another model."
+            )
+        shape = (narrow, wide) if part == "down_proj_DF" else (wide, narrow)
+        _check_shape(name, source.specs[name].shape, shape)
 
 
 def _moe_rules(
-    architecture: Architecture,
-    resolved: ResolvedOptions,
-    hidden_size: int,
+    frame: Frame,
     layer: int,
-    names: Mapping[str, str],
+    source_experts: Sequence[int],
+    ffn_names: Sequence[Mapping[str, str]],
 ) -> dict[str, Rule]:
     """The rules of one MoE layer, by target name relative to the layer."""
+    architecture, resolved = frame.architecture, frame.resolved
     # A plain copy is carried straight through, without holding an expert in memory.
     straight = resolved.asked.expert_init is expert_init.copy and resolved.sharding.whole
-    elements = resolved.expert_size * hidden_size
+    elements = resolved.expert_size * frame.source_config.hidden_size
     made: dict[str, dict[int, Rule]] = {}
-    for expert in range(resolved.asked.num_experts):
-        for part, source in names.items():
+    for expert, origin in enumerate(source_experts):
+        for part, source in ffn_names[origin].items():
             place = architecture.place(expert, part, elements)
             made.setdefault(place.name, {})[place.start] = (
                 Carried(source, resolved.scales[part])
@@ -151,7 +171,7 @@ def _moe_rules(
     if architecture.shared is not None and (
         resolved.shared_size or not architecture.shared.optional
     ):
-        rules |= _shared_rules(architecture.shared, resolved, names)
+        rules |= _shared_rules(architecture.shared, resolved, ffn_names[0])
     return rules
 
 
@@ -174,6 +194,17 @@ def _shared_rules(
     if shared.gate_name is not None:
         rules[shared.gate_name] = Zeros()
     return rules
+
+
+def _check_padding(source: TensorSource, token: int) -> None:
+    """The embedding of the padding token is zero in the file, as transformers makes it."""
+    name = next(name for name in source.specs if name.endswith("embed_tokens.weight"))
+    if source.tensor(name)[token].any():
+        raise UpcyclingError(
+            f"Row {token} (pad_token_id) of source tensor {name} is not zero, but "
+            "transformers loads this family with zeros there, so that file and model differ. Zero "
+            "it in the file, or set pad_token_id to null in config.json."
+        )
 
 
 def _check_tied(source: TensorSource, tied: Mapping[str, str]) -> set[str]:
@@ -229,21 +260,3 @@ def _writing_order(name: str) -> tuple[int, list[int], str]:
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     section = 1 if numbers else 0 if "embed" in name else 2
     return section, numbers, name
-
-
-def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtype:
-    """The dtype in which transformers would load the source: its config's, else its tensors'."""
-    if config.dtype is not None:
-        try:
-            dtype = parse_dtype(config.dtype)
-        except UpcyclingError as error:
-            raise UpcyclingError(f"config.json of the source, dtype: {error}") from error
-        assert dtype is not None
-        return dtype
-    dtypes = {spec.dtype for spec in source.specs.values()}
-    if len(dtypes) > 1:
-        raise UpcyclingError(
-            f"The source mixes dtypes ({', '.join(sorted(map(str, dtypes)))}) and its config.json "
-            "names none. Choose one with dtype=."
-        )
-    return dtypes.pop()

@@ -1,5 +1,6 @@
 """What the options mean for one dense model and one family: every `auto` and default decided."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ class ResolvedOptions:
     def expert_size(self) -> int:
         """Width of a routed expert."""
         return self.sharding.expert_size
+
+    @property
+    def scales_are_powers_of_two(self) -> bool:
+        """Whether scaling rounds nothing, in any dtype."""
+        factors = list(self.scales.values())
+        if self.shared_expert == "copy":  # neurons there once or twice, or twice or thrice, ...
+            dense = self.sharding.dense_size
+            factors += [self.shared_size // dense, -(-self.shared_size // dense)]
+        return all(math.frexp(factor)[0] == 0.5 for factor in factors)
 
     def check_rows(self, dtype: torch.dtype) -> None:
         """Refuse experts of a chosen width that torch's grouped matrix product cannot run.
@@ -104,11 +114,12 @@ def _exact(asked: UpcyclingOptions, sharding: Sharding, *, softmax: bool) -> boo
     if sharding.granularity > 1:
         # A zero router ties all experts, and which of them top-k takes is nobody's promise.
         whole_groups = asked.experts_per_token % sharding.granularity == 0
+        all_experts = asked.experts_per_token == asked.num_experts
         return (
             whole_groups
             and asked.normalize_topk_prob
             and asked.scaling == "exact"
-            and not asked.zero_router
+            and (all_experts or not asked.zero_router)
         )
     all_experts = softmax and asked.experts_per_token == asked.num_experts
     return asked.normalize_topk_prob or asked.zero_router or all_experts
@@ -123,7 +134,7 @@ def _sharding(asked: UpcyclingOptions, dense_size: int) -> Sharding:
                 "shards: say their width with expert_intermediate_size, and leave granularity at 1."
             )
         return Sharding(dense_size, size, asked.num_experts, shuffled=True)
-    if dense_size % size or asked.granularity not in (1, dense_size // size):
+    if size == 0 or dense_size % size or asked.granularity not in (1, dense_size // size):
         raise UpcyclingError(
             f"The dense FFN has {dense_size} neurons: granularity={asked.granularity}, "
             f"expert_intermediate_size={asked.expert_intermediate_size} do not cut it into equal "

@@ -14,71 +14,24 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures.base import Architecture
-from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, TensorSpec
+from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, TensorSpec, cast
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
 from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.resolution import ResolvedOptions
+from fusion_upcycle.rules import (
+    Carried,
+    Initialised,
+    Joined,
+    Repeated,
+    RouterRows,
+    Rule,
+    Zeros,
+)
 from fusion_upcycle.shards import repeat_neurons, take_neurons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-
-@dataclass(frozen=True)
-class Carried:
-    """Rule: the source tensor of this name, bit for bit (cast where a dtype was asked for).
-
-    `scale` is the exactness scale of a `down_proj`: see the family's routing.
-    """
-
-    source: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Initialised:
-    """Rule: one matrix of the expert that the initialiser makes from the layer's dense FFN."""
-
-    layer: int
-    expert: int
-    part: str
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """Rule: one matrix of the dense FFN with its neurons repeated to `size`."""
-
-    source: str
-    part: str
-    size: int
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class RouterRows:
-    """Rule: the router of a layer, one fresh row for each group of experts."""
-
-    layer: int
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Rule: nothing from the source; a gate, bias or output that starts at zero."""
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Rule: what these rules make, one after the other, in one tensor.
-
-    Attributes:
-        rules: of the parts, which have the same number of elements.
-    """
-
-    rules: Sequence["Rule"]
-
-
-Rule = Carried | Initialised | Repeated | RouterRows | Zeros | Joined
 
 
 @dataclass
@@ -93,6 +46,8 @@ class Upcycling:
         rules: target tensor name -> where it comes from, in the order of writing.
         specs: target tensor name -> dtype and shape.
         ffn_names: MoE layer -> for each source expert, part of `Expert` -> name in the source.
+        router_rows: MoE layer -> router [E, D], where `options.router_init` does not make it.
+        averaged: names of the source's tensors that are means over several models.
     """
 
     source: TensorSource
@@ -106,6 +61,8 @@ class Upcycling:
     rules: dict[str, Rule]
     specs: dict[str, TensorSpec]
     ffn_names: Mapping[int, Sequence[Mapping[str, str]]]
+    router_rows: Mapping[int, Tensor] | None = None
+    averaged: frozenset[str] = frozenset()
     _last_expert: tuple[tuple[int, int], Expert] | None = field(default=None, repr=False)
 
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
@@ -131,7 +88,7 @@ class Upcycling:
                     yield from self._pieces(part, TensorSpec(spec.dtype, (size,)), first, last)
         elif isinstance(rule, Carried):
             for chunk in self.source.chunks(rule.source, start, end):
-                yield _scaled(self._cast(chunk, rule.source, spec.dtype), rule.scale)
+                yield _scaled(cast(chunk, rule.source, spec.dtype), rule.scale, rule.source)
         else:
             flat = self._made(rule, spec).reshape(-1)
             assert flat.numel() == spec.numel, (rule, spec)
@@ -142,22 +99,25 @@ class Upcycling:
         match rule:
             case Carried():
                 source = self.source.tensor(rule.source)
-                return _scaled(self._cast(source, rule.source, spec.dtype), rule.scale)
+                return _scaled(cast(source, rule.source, spec.dtype), rule.scale, rule.source)
             case Repeated():
-                source = self._cast(self.source.tensor(rule.source), rule.source, spec.dtype)
-                return _scaled(repeat_neurons(rule.part, source, rule.size), rule.scale)
+                source = cast(self.source.tensor(rule.source), rule.source, spec.dtype)
+                repeated = repeat_neurons(rule.part, source, rule.size)
+                return _scaled(repeated, rule.scale, rule.source)
             case Zeros():
                 return torch.zeros(spec.shape, dtype=spec.dtype)
             case Initialised():
                 made = getattr(self._expert(rule.layer, rule.expert), rule.part)
-                scaled = _scaled(made, self.resolved.scales[rule.part])
-                return self._cast(scaled, f"of layer {rule.layer}'s FFN", spec.dtype)
+                name = f"{rule.part} of layer {rule.layer}'s FFN"
+                return cast(_scaled(made, self.resolved.scales[rule.part], name), name, spec.dtype)
             case RouterRows():
                 return self._router(rule.layer).to(spec.dtype)
         raise AssertionError(rule)
 
     def _router(self, layer: int) -> Tensor:
         """[E, D], the experts of a virtual group with the same row."""
+        if self.router_rows is not None:
+            return self.router_rows[layer]
         group = self.resolved.sharding.granularity
         rows = [
             self.options.initialise_router_row(
@@ -176,7 +136,7 @@ class Upcycling:
             # one give the same bits.
             source = Expert(
                 *(
-                    self._cast(self.source.tensor(names[part]), names[part], self.dtype)
+                    cast(self.source.tensor(names[part]), names[part], self.dtype)
                     for part in EXPERT_PARTS
                 )
             )
@@ -185,20 +145,18 @@ class Upcycling:
                 source = take_neurons(source, neurons)
             generator = generator_for(self.options.seed, layer, expert, "expert")
             made = self.options.expert_initialiser(expert)(source, generator)
+            for part in EXPERT_PARTS:
+                if (
+                    not getattr(made, part).isfinite().all()
+                    and getattr(source, part).isfinite().all()
+                ):
+                    raise UpcyclingError(
+                        f"expert_init gives expert {expert} of layer {layer} values of {part} that "
+                        f"{self.dtype} cannot hold. Choose other options of it, or dtype=float32."
+                    )
             self._last_expert = (layer, expert), made
             self.source.release(names.values())
         return self._last_expert[1]
-
-    def _cast(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        if tensor.dtype == dtype:
-            return tensor
-        result = tensor.to(dtype)
-        if result.isinf().any() and not tensor.isinf().any():
-            raise UpcyclingError(
-                f"Source tensor {name} has values up to {tensor.abs().max():.3g}, beyond the "
-                f"range of {dtype}. Choose dtype=bfloat16 or float32."
-            )
-        return result
 
     def release(self, names: Iterable[str]) -> None:
         """Give back what `tensor` read of the source for these."""
@@ -216,15 +174,28 @@ class Upcycling:
         )
 
     @cached_property
+    def rounds_scales(self) -> bool:
+        """Whether weights are scaled by other than powers of two in half precision."""
+        return self.dtype.itemsize < 4 and not self.resolved.scales_are_powers_of_two
+
+    def unrounded(self) -> "Upcycling":
+        """The same conversion in float32."""
+        float32 = {name: TensorSpec(torch.float32, s.shape) for name, s in self.specs.items()}
+        return replace(self, dtype=torch.float32, specs=float32, _last_expert=None)
+
+    @cached_property
     def claims_exact(self) -> bool:
         """Whether the result computes the dense function at step 0 (in exact arithmetic)."""
-        return self.resolved.exact and self.options.preserves_function
+        one_source = all(len(sources) == 1 for sources in self.ffn_names.values())
+        return one_source and self.resolved.exact and self.options.preserves_function
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Parameters of the dense source and of the result, total and active per token."""
+        """Parameters of a dense source and of the result, total and active per token."""
         total = sum(spec.numel for spec in self.specs.values())
         used = {name for rule in self.rules.values() for name in self._sources(rule)}
+        for _, *others in self.ffn_names.values():  # of further source models
+            used -= {name for names in others for name in names.values()}
         idle = self.options.num_experts - self.options.experts_per_token
         expert = 3 * self.resolved.expert_size * self.config.hidden_size
         return {
@@ -250,5 +221,14 @@ class Upcycling:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1.0 else tensor * scale
+def _scaled(tensor: Tensor, scale: float, name: str) -> Tensor:
+    """`tensor * scale`; `name` is that of the source, for the error."""
+    if scale == 1.0:
+        return tensor
+    result = tensor * scale
+    if scale > 1.0 and result.isinf().any() and not tensor.isinf().any():
+        raise UpcyclingError(
+            f"Source tensor {name} reaches {tensor.abs().max():.3g}, which times {scale:g}, "
+            f"the exactness scale, is beyond {tensor.dtype}. Choose dtype=bfloat16 or float32."
+        )
+    return result

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny import dense_folder
+
+from fusion_upcycle.demo.tokenizer import byte_tokenizer
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "benchmarks" / "convert.py"
 
 
@@ -35,3 +39,19 @@ def test_the_conversion_benchmark_measures_every_row(tmp_path: Path) -> None:
         (4, 2),
     ]
     assert not (tmp_path / "work" / "output").exists()
+
+
+def test_the_merge_job_measures_both_routers(tmp_path: Path) -> None:
+    models = {}
+    for seed in range(4):
+        folder = dense_folder(tmp_path / str(seed), vocab_size=257, seed=seed)
+        byte_tokenizer(64).save_pretrained(folder)
+        models[f"model{seed}"] = str(folder)
+    for router in ("normal", "prototype"):
+        task = {"models": models, "output": str(tmp_path / router), "router_init": router}
+        job = [sys.executable, SCRIPT.with_name("jobs.py"), "merge", json.dumps(task)]
+        printed = subprocess.run(job, check=True, capture_output=True, text=True).stdout
+        measured = json.loads(printed.splitlines()[-1])
+        assert "proven" in measured["proven"]
+        assert measured["conversion"]["peak_rss"] > 0
+        assert (tmp_path / router / "upcycling.json").is_file()

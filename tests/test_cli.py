@@ -16,7 +16,7 @@ from tiny import assert_same_bits, dense_folder, edit_config, files_of, tensors_
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.cli import main
-from fusion_upcycle.flags import TARGETS, add_planning, planning_options
+from fusion_upcycle.cli.planning_flags import TARGETS, add_planning, planning_options
 from fusion_upcycle.options import UpcyclingOptions, make_options
 from fusion_upcycle.recipes import RECIPES, recipe_options
 
@@ -343,12 +343,13 @@ def test_inspect_says_what_training_costs_in_rows_of_one_line(
 
 
 def test_inspect_plans_a_recipe_for_another_source(
-    source: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    source = dense_folder(tmp_path / "dense", intermediate_size=64)
     main(["inspect", str(source), "--recipe", "nemotron_e8g8t8", "--seed", "9"])
     out = capsys.readouterr().out
     assert "64 experts" in out
-    assert "6 per expert" in out  # an eighth of 48 neurons
+    assert "8 per expert" in out  # an eighth of 64 neurons
     assert "seed 9" in " ".join(out.split())
 
 

@@ -12,10 +12,12 @@ from tiny import (
     dense_folder,
     dense_model,
     edit_config,
+    edit_tensors,
     load,
     logits_of,
     tensors_of,
 )
+from transformers import AutoConfig
 
 from fusion_upcycle import SparseUpcyclingAlgorithm, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
@@ -129,6 +131,17 @@ def test_backbones_become_backbones(family: str, target: str) -> None:
     assert moe is not None and moe.config.model_type == target
 
 
+def test_a_llama_gets_the_biases_that_readers_of_qwen2_moe_expect(tmp_path: Path) -> None:
+    """vLLM and llama.cpp take them for granted, whatever `qkv_bias` says."""
+    source = dense_folder(tmp_path / "dense", "llama")
+    upcycle(source, tmp_path / "moe", target="qwen2_moe", progress=False)
+    assert load(tmp_path / "moe").config.qkv_bias
+    written = tensors_of(tmp_path / "moe")
+    for x, size in (("q", 32), ("k", 16), ("v", 16)):
+        bias = written[f"model.layers.1.self_attn.{x}_proj.bias"]
+        assert torch.equal(bias, torch.zeros(size))
+
+
 def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", "qwen3", head_dim=8)
     upcycle(source, tmp_path / "moe", progress=False)
@@ -176,8 +189,90 @@ def test_what_a_family_cannot_express_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+#: Fields of published configs, beside those of `random_dense`.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "phi3": {
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 64,
+        "resid_pdrop": 0.0,
+    },
+    "qwen2": {"use_mrope": False, "max_window_layers": 21, "use_sliding_window": False},
+    "llama": {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "pretraining_tp": 1,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+    },
+    "youtu": {"mlp_bias": False},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_what_published_configs_carry_along_is_accepted(family: str, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", family)
+    edit_config(source, **PUBLISHED[family])
+    assert upcycle(source, tmp_path / "moe", progress=False).proof.holds
+
+
+def test_code_in_a_repository_is_accepted_only_where_transformers_has_it(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "llama")
+    edit_config(source, auto_map={"AutoModelForCausalLM": "modeling_x.XForCausalLM"})
+    with pytest.raises(UpcyclingError, match=r"auto_map.*ignore_config_fields=\[auto_map\]"):
+        upcycle(source, tmp_path / "moe", progress=False)
+    options = {"ignore_config_fields": ["auto_map"], "progress": False}
+    assert upcycle(source, tmp_path / "moe", **options).proof.holds
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_padding_row_that_transformers_would_zero_is_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense", "youtu", dtype=dtype)
+    edit_tensors(source, lambda t: t["model.embed_tokens.weight"][7].fill_(0.5))
+    with pytest.raises(UpcyclingError, match=r"Row 7 \(pad_token_id\).*not zero"):
+        upcycle(source, tmp_path / "moe", progress=False)
+
+
+def test_the_model_card_names_every_option_that_is_not_a_default(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "qwen3")
+    options = {"moe_layers": "last_1", "granularity": 2, "scaling": "megatron", "progress": False}
+    upcycle(source, tmp_path / "moe", **options)
+    card = (tmp_path / "moe" / "README.md").read_text()
+    for said in ("FFN of each of 1 layers", "| granularity | 2 |", "| moe layers | last_1 |"):
+        assert said in card
+    assert "| scaling | megatron |" in card
+    assert "What was asked for does not keep the function" in card
+    assert "normalize" not in card
+
+
+def test_all_unknown_fields_are_named_at_once(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "llama")
+    edit_config(source, novel=1, use_mrope=True)
+    with pytest.raises(UpcyclingError, match=r"novel=1, use_mrope=True.*=\[novel,use_mrope\]"):
+        upcycle(source, tmp_path / "moe", progress=False)
+
+
 PAIRS = sorted({(source, target) for source, _, target, _ in MATRIX})
 every_pair = pytest.mark.parametrize(("family", "target"), PAIRS)
+
+
+@every_pair
+def test_the_config_says_what_was_asked_for(family: str, target: str, tmp_path: Path) -> None:
+    """Identical experts give the same function for any k, so that the proof would not notice."""
+    source = dense_folder(tmp_path / "dense", family, attention_dropout=0.125)
+    options = {"num_experts": 6, "experts_per_token": 3, "granularity": 3, "progress": False}
+    upcycle(source, tmp_path / "moe", target=target, verify="none", **options)
+    config = AutoConfig.from_pretrained(tmp_path / "moe")
+    assert config.num_experts_per_tok == 3
+    assert getattr(config, ARCHITECTURES[target].experts_field) == 6
+    assert config.attention_dropout == 0.125 or "ernie" in family
+    assert getattr(config, "n_group", 1) == getattr(config, "topk_group", 1) == 1
+    assert getattr(config, "norm_topk_prob", True) is True
+    model = load(tmp_path / "moe")
+    experts = model.get_submodule("model.layers.1." + ARCHITECTURES[target].experts_module)
+    assert experts.down_proj.shape == (6, 32, 16)
 
 
 @every_pair
@@ -186,7 +281,7 @@ def test_an_unknown_field_is_refused_by_every_family(
 ) -> None:
     source = dense_folder(tmp_path / "dense", family)
     edit_config(source, novel_scale=2.0)
-    with pytest.raises(UpcyclingError, match="unknown field novel_scale=2.0"):
+    with pytest.raises(UpcyclingError, match=r"unknown field novel_scale=2\.0"):
         upcycle(source, tmp_path / "moe", target=target, progress=False)
 
 

@@ -41,7 +41,7 @@ def test_the_defaults_are_four_exact_copies_of_which_two_are_used() -> None:
         ({"seed": None}, "seed=None"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"dtype": torch.int8}, "dtype 'int8'"),
-        ({"ignore_config_fields": "field"}, r"\[field\]"),
+        ({"ignore_config_fields": "field"}, r"'field' must be \[FIELD, ...\]"),
         ({"expert_init": {"noise_std": 0.1}}, "'name'"),
         ({"expert_init": {"name": "noise", "noise_std": "large"}}, "noise_std"),
         ({"expert_init": {"name": "noise", "noise_std": None}}, "noise_std"),
@@ -56,6 +56,17 @@ def test_the_defaults_are_four_exact_copies_of_which_two_are_used() -> None:
         ({"scaling": "exakt"}, "Did you mean 'exact'"),
         ({"normalize_topk_prob": "false"}, "normalize_topk_prob='false'"),
         ({"expert_init": {"name": "subset", "index": 1}}, "index"),
+        ({"expert_init": {"name": "noise", 5: 1}}, "'5'"),
+        ({"expert_init": None}, "expert_init=None must be a name"),
+        ({"expert_init": ["noise"]}, "must be a name"),
+        ({"router_init": 5}, "router_init=5"),
+        ({"moe_layers": 5}, "moe_layers=5 must be all"),
+        ({"moe_layers": None}, "moe_layers=None"),
+        ({"moe_layers": [True]}, r"moe_layers=\[True\]"),
+        ({"moe_layers": [0, "a"]}, "moe_layers"),
+        ({"moe_layers": {0: 1}}, "moe_layers"),
+        ({"ignore_config_fields": None}, "ignore_config_fields=None"),
+        ({"ignore_config_fields": [5]}, r"ignore_config_fields=\[5\]"),
     ],
     ids=str,
 )
@@ -99,6 +110,11 @@ def test_a_function_of_ones_own_is_used() -> None:
     made = options.expert_initialiser(0)(expert, torch.Generator())
     assert torch.equal(made.down_proj_DF, -2 * torch.eye(4))
     assert not options.preserves_function
+
+
+def test_a_function_without_a_signature_is_refused() -> None:
+    with pytest.raises(UpcyclingError, match="Python function"):
+        make_options(expert_init=torch.zeros)
 
 
 def test_a_function_that_changes_the_shape_is_refused_at_once() -> None:

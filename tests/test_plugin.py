@@ -50,6 +50,9 @@ def test_our_method_wins_over_the_upstream_one_of_the_same_name(cwd: Path) -> No
     method = compose("method=mixtral_moe_upscaling").method
     assert method._target_ == "fusion_upcycle.method.MixtralForCausalLMUpscalingAlgorithm"
     assert method.expert_init == {"_target_": "fusion_upcycle.expert_init.copy", "_partial_": True}
+    merging = compose("method=mixtral_moe_merging", "method/router_init=prototype").method
+    assert merging._target_ == "fusion_upcycle.method.MixtralForCausalLMMergingAlgorithm"
+    assert merging.router_init._target_ == "fusion_upcycle.merging.prototypes.prototype"
 
 
 def test_initialisers_are_config_groups(cwd: Path) -> None:
@@ -70,7 +73,6 @@ def test_initialisers_are_config_groups(cwd: Path) -> None:
         (["method=simple_average"], "method", "SimpleAverageAlgorithm"),
         (["method=task_arithmetic"], "method", "TaskArithmeticAlgorithm"),
         (["method=ties_merging"], "method", "TiesMergingAlgorithm"),
-        (["method=mixtral_moe_merging"], "method", None),  # a legacy file without _target_
         ([], "modelpool", "CausalLMPool"),
         (["modelpool=CLIPVisionModelPool/_template"], "modelpool", "CLIPVisionModelPool"),
         (["taskpool=dummy"], "taskpool", "DummyTaskPool"),
@@ -78,14 +80,10 @@ def test_initialisers_are_config_groups(cwd: Path) -> None:
     ],
 )
 def test_upstream_configs_still_resolve(
-    cwd: Path, overrides: list[str], group: str, target: str | None
+    cwd: Path, overrides: list[str], group: str, target: str
 ) -> None:
-    node = compose(*overrides)[group]
-    if target is None:
-        assert "_target_" not in node
-    else:
-        module, _, name = node._target_.rpartition(".")
-        assert (module.split(".")[0], name) == ("fusion_bench", target)
+    module, _, name = compose(*overrides)[group]._target_.rpartition(".")
+    assert (module.split(".")[0], name) == ("fusion_bench", target)
 
 
 @pytest.mark.parametrize("file", CONFIG_FILES)

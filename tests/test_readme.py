@@ -47,6 +47,18 @@ def recipes_table() -> str:
     return str(example("recipes.py").table(record).to_markdown())
 
 
+def merging_table() -> str:
+    record = read_run_record(ROOT / "examples" / "results" / "merging")
+    return str(example("merging.py").table(record).to_markdown())
+
+
+def merge_table() -> str:
+    record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "merge.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "benchmarks")
+        return str(example("benchmarks/merge.py").table(record["merge"]).to_markdown())
+
+
 def convert_tables() -> str:
     record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "convert.json").read_text())
     return str(example("benchmarks/convert.py").markdown(record))
@@ -59,6 +71,8 @@ def convert_tables() -> str:
         ("exactness", exactness_table),
         ("convert", convert_tables),
         ("recipes", recipes_table),
+        ("merging", merging_table),
+        ("merge", merge_table),
         ("pairs", partial(families_table, "pairs")),
         ("shards", partial(families_table, "shards")),
     ],
@@ -73,6 +87,19 @@ def test_the_families_of_the_record_are_all_families() -> None:
     record = read_run_record(ROOT / "examples" / "results" / "families")
     measured = {(row["target"], row["source"]) for row in record["families"]["pairs"]}
     assert measured == {(name, dense) for name, a in ARCHITECTURES.items() for dense in a.dense}
+
+
+def test_the_merging_settings_are_the_best_of_equally_many_trials() -> None:
+    merging = example("merging.py")
+    record = read_run_record(ROOT / "examples" / "results" / "merging")
+    trials = record["tuning"]["trials"]
+    assert record["tuning"]["chosen"] == merging.CHOSEN
+    for method, settings in merging.CHOSEN.items():
+        mine = [trial for trial in trials if trial["method"] == method]
+        assert [trial["settings"] for trial in mine] == merging.TRIALS[method]
+        assert len(mine) == 12
+        best = min(mine, key=lambda trial: trial["bits_per_byte"]["mean"])
+        assert best["settings"] == settings == record["merging"]["rows"][method]["settings"]
 
 
 def test_every_file_and_folder_that_the_readme_names_exists() -> None:

@@ -1,5 +1,6 @@
 """Fine-grained experts: what is cut from the FFN, what it computes, and what is claimed of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ from tiny import assert_same_bits, dense_folder, dense_model, load, logits_of, t
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion_upcycle import SparseUpcyclingAlgorithm, upcycle
+from fusion_upcycle import SparseUpcyclingAlgorithm, UpcyclingOptions, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.architectures.layout import empty_model
+from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expert_init import subset
 from fusion_upcycle.experts import Expert
+from fusion_upcycle.live import plan_live
 from fusion_upcycle.shards import Sharding, repeat_neurons, shard_scales, take_neurons
 
+QWEN2_SHARDS = {"expert_init": "qwen2", "expert_intermediate_size": 20}
 F48 = {"qwen3": {"head_dim": 8}}
 
 
@@ -169,9 +173,135 @@ def test_dense_layers_keep_their_tensors(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in after
 
 
+#: Scales that bfloat16 rounds: 3, 1/3, 1.5, 2/3.
+ROUNDED: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {"num_experts": 6, "experts_per_token": 3, "granularity": 3}),
+    ("qwen2", {"shared_expert_intermediate_size": 144}),
+    ("qwen2", {"shared_expert_intermediate_size": 120}),
+    ("qwen2", {"num_experts": 6, "normalize_topk_prob": False, "router_init": "zeros"}),
+    (
+        "qwen3",
+        {
+            "target": "glm4_moe",
+            "experts_per_token": 3,
+            "normalize_topk_prob": False,
+            "router_init": "zeros",
+        },
+    ),
+    (
+        "qwen2",
+        {"num_experts": 6, "experts_per_token": 3, "granularity": 3, "expert_init": "noise"},
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("family", "options"), ROUNDED, ids=str)
+def test_scales_that_half_precision_rounds_are_proven_before_that(
+    family: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense", family, dtype=dtype, **F48.get(family, {}))
+    proof = upcycle(source, tmp_path / "moe", progress=False, **options).proof
+    if "expert_init" in options:
+        assert proof.claim == "approximate"
+        return
+    assert proof.holds and proof.rounded
+    assert "rounding of scaled weights" in str(proof)
+    assert proof.function is not None
+    assert 1e-5 < proof.function["max_abs"] / proof.function["scale"] < 0.03
+
+
+def test_a_scale_of_a_power_of_two_is_not_called_rounded(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "qwen2", dtype=torch.bfloat16)
+    options = {"granularity": 2, "shared_expert_intermediate_size": 96, "progress": False}
+    assert upcycle(source, tmp_path / "moe", **options).proof.rounded is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_live_model_in_half_precision_is_proven_in_a_wider_dtype(dtype: str) -> None:
+    dense = dense_model("llama", dtype=torch.bfloat16)
+    moe = SparseUpcyclingAlgorithm(4, 2, dtype=dtype).run(dense)
+    assert moe is not None and str(moe.dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_experts": 8, "expert_init": "subset"}, "float16 cannot hold"),
+        ({"expert_init": {"name": "noise", "noise_std": 1e300}}, "float16 cannot hold"),
+        (
+            {
+                "target": "qwen2_moe",
+                "num_experts": 16,
+                "normalize_topk_prob": False,
+                "router_init": "zeros",
+                "shared_expert": "zero",
+            },
+            "times 8, the exactness scale",
+        ),
+    ],
+    ids=str,
+)
+def test_values_beyond_the_dtype_are_refused(
+    options: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    dense = dense_model("llama", dtype=torch.float16)
+    with torch.no_grad():
+        dense.model.layers[1].mlp.down_proj.weight[0, 0] = 3e4
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(UpcyclingError, match=match):
+        upcycle(tmp_path / "dense", tmp_path / "moe", verify="none", progress=False, **options)
+
+
+def test_a_model_that_is_not_finite_is_not_proven(tmp_path: Path) -> None:
+    dense = dense_model("llama")
+    with torch.no_grad():
+        dense.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    dense.save_pretrained(tmp_path / "dense")
+    for expert_init in ("copy", "drop"):
+        with pytest.raises(ProofError, match="not finite"):
+            upcycle(tmp_path / "dense", tmp_path / "moe", expert_init=expert_init, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers"),
+    [("all", range(6)), ("every_2", [1, 3, 5]), ("every_3", [2, 5]), ("last_2", [4, 5])],
+)
+def test_which_layers_a_spelling_means(asked: str, layers: Sequence[int]) -> None:
+    dense = dense_model("qwen3", head_dim=8, num_hidden_layers=6)
+    options = UpcyclingOptions(moe_layers=asked)
+    assert list(plan_live(dense, options).plan.source_experts) == list(layers)
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_init": "noise"}, QWEN2_SHARDS], ids=str)
+def test_every_layer_expert_and_seed_has_draws_of_its_own(options: dict[str, Any]) -> None:
+    dense = dense_model("qwen3", head_dim=8)
+    seen = []
+    for seed in (0, 1):
+        plan = plan_live(dense, UpcyclingOptions(seed=seed, **options))
+        for layer in (0, 1):
+            at = f"model.layers.{layer}.mlp."
+            seen += list(plan.tensor(f"{at}gate.weight"))
+            if options:
+                parts = (plan.tensor(f"{at}experts.{e}.up_proj.weight") for e in range(4))
+                seen += [part.sum(1)[:16].repeat(2) for part in parts]
+    rows = torch.stack(seen)
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_parameters_are_those_of_transformers() -> None:
+    dense = dense_model("qwen3", head_dim=8)
+    plan = plan_live(dense, UpcyclingOptions(moe_layers="last_1", granularity=2))
+    model = empty_model(plan.config)
+    assert plan.parameters["total"] == sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert plan.parameters["active"] == plan.parameters["total"] - experts // 2
+
+
 @pytest.mark.parametrize(
     ("family", "options", "match"),
     [
+        ("llama", {"granularity": 64, "num_experts": 64}, "48 neurons: granularity=64"),
         ("llama", {"granularity": 5, "num_experts": 5}, "48 neurons: granularity=5"),
         ("llama", {"granularity": 2, "expert_intermediate_size": 16}, "granularity=2"),
         ("llama", {"expert_intermediate_size": 20}, "expert_init=qwen2"),

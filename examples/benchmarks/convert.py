@@ -39,6 +39,8 @@ SHAPE = {
 TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 #: (layers, experts): more experts in few layers, then more layers of few experts.
 SIZES = [(2, 8), (2, 32), (22, 2), (44, 2)]
+#: Jobs that print what only they know, and must not fail.
+OURS = ("fusion_upcycle", "merge")
 TINY_SIZES = [(1, 2), (1, 8), (4, 2)]
 COLUMNS = ["what", "wall s", "all runs", "x write", "CPU s", "x write", "peak RSS MiB", "GB"]
 SCALING_COLUMNS = ["layers", "experts", "GB", "peak RSS MiB, conversion", "with the proof"]
@@ -55,10 +57,15 @@ def main() -> None:
     for table in tables(record):
         console.print(table.to_rich())
     if options.record:
-        with tempfile.TemporaryDirectory() as folder:
-            write_run_record("convert", record, folder)
-            options.record.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(Path(folder) / RECORD_NAME, options.record)
+        write_record("convert", record, options.record)
+
+
+def write_record(section: str, record: dict[str, Any], file: Path) -> None:
+    """A run record under a name of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_run_record(section, record, folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(Path(folder) / RECORD_NAME, file)
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
@@ -76,7 +83,7 @@ def markdown(record: dict[str, Any]) -> str:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything; competitors take turns, so that they share the noise of the machine."""
     shape, layers, sizes = (TINY, 2, TINY_SIZES) if options.tiny else (SHAPE, 22, SIZES)
-    source, output = _source(options.work, shape, layers), options.work / "output"
+    source, output = make_model(options.work, shape, layers), options.work / "output"
     task = {"source": str(source), "output": str(output), "num_experts": 8}
     runs: dict[str, list[dict[str, Any]]] = {}
     nbytes = 0
@@ -94,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"round {number + 1} of {options.runs} done", flush=True)
     scaling = []
     for layers, experts in sizes:
-        other = _source(options.work, shape, layers)
+        other = make_model(options.work, shape, layers)
         arguments = task | {"source": str(other), "num_experts": experts}
         scaling.append(
             {"layers": layers, "experts": experts, **run_job("fusion_upcycle", arguments, other)}
@@ -156,9 +163,9 @@ def run_process(name: str, command: list[str], output: Path, source: Path) -> di
     if process.returncode:
         killed = process.returncode == -signal.SIGKILL
         result["failed"] = "killed" if killed else f"exit code {process.returncode}, see {log}"
-        if name == "fusion_upcycle":
+        if name in OURS:
             raise SystemExit(f"{name}: {result['failed']}\n{log.read_text()[-2000:]}")
-    elif name == "fusion_upcycle":
+    elif name in OURS:
         result |= json.loads(printed)
     return result
 
@@ -220,13 +227,17 @@ def _mib(runs: list[dict[str, Any]]) -> str:
     return f"{max(run['peak_rss'] for run in runs) / 2**20:.0f}"
 
 
-def _source(work: Path, shape: dict[str, int], layers: int) -> Path:
+def make_model(work: Path, shape: dict[str, int], layers: int, seed: int = 0) -> Path:
     """The random dense model of this shape, made on first use."""
-    folder = work / f"llama-{shape['hidden_size']}x{layers}"
+    folder = work / f"llama-{shape['hidden_size']}x{layers}{f'-{seed}' if seed else ''}"
     if not folder.is_dir():
         print(f"making {folder}", flush=True)
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
-        arguments = {"folder": str(folder), "config": shape | {"num_hidden_layers": layers}}
+        arguments = {
+            "folder": str(folder),
+            "config": shape | {"num_hidden_layers": layers},
+            "seed": seed,
+        }
         subprocess.run(
             [sys.executable, str(JOBS), "make_source", json.dumps(arguments)], check=True
         )

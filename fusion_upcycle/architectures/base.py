@@ -40,11 +40,16 @@ class DenseLayout:
         ffn: part of `Expert` -> name of the tensor, relative to the decoder layer.
         derived: endings of buffers that old checkpoints carry and every model recomputes.
         splits: config -> fused tensors that are to be seen split, if the family has any.
+        zeros: tensors of a layer that the MoE has and this family has not, where zero is the same.
+        zeroed_padding: whether transformers zeroes the embedding of `pad_token_id` when it loads
+            the dense model, whatever the file says.
     """
 
     ffn: Mapping[str, str] = field(default_factory=lambda: LLAMA_FFN)
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
     splits: Callable[["PreTrainedConfig"], Splits] | None = None
+    zeros: tuple[str, ...] = ()
+    zeroed_padding: bool = False
 
 
 LLAMA_LAYOUT = DenseLayout()
@@ -191,4 +196,5 @@ def first_dense_field(moe_layers: Sequence[int], num_layers: int) -> dict[str, A
 def ungated_shared_experts(*, optional: bool = False) -> SharedExpert:
     """DeepSeek's shared experts: one wide FFN whose output is added as it is."""
     names = {part: name.replace("mlp.", "mlp.shared_experts.") for part, name in LLAMA_FFN.items()}
-    return SharedExpert(names, default="none", in_experts=True, optional=optional)
+    default: Literal["copy", "none"] = "none" if optional else "copy"
+    return SharedExpert(names, default=default, in_experts=True, optional=optional)

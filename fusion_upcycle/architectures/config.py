@@ -37,25 +37,36 @@ def carry_fields(
     """
     family = source.model_type
     required = REQUIRED | STRAY.get(family, {}) | dict(required or {})
-    result: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    for name, value in source.to_dict().items():
-        if value is None:
-            continue
-        if name in required:
-            only, remedy = required[name]
-            if value != only:
-                raise UpcyclingError(
-                    f"config.json of the {family} source: {name}={value!r} cannot be expressed by "
-                    f"{target} (only {only!r} can). {remedy}"
-                )
-        elif name in CARRIED or name in carried:
-            result[name] = value
-        elif name not in NO_EFFECT and name not in no_effect and name not in ignored:
+    fields = {name: value for name, value in source.to_dict().items() if value is not None}
+    if "auto_map" in fields and family not in WITH_CODE and "auto_map" not in ignored:
+        raise UpcyclingError(
+            f"config.json of the {family} source: the model brings code of its own (auto_map), "
+            f"which is never run here. Where transformers' own class computes the "
+            "same, pass ignore_config_fields=[auto_map]."
+        )
+    for name, (only, remedy) in required.items():
+        if (value := fields.get(name, only)) != only:
             raise UpcyclingError(
-                f"config.json of the {family} source: unknown field {name}={value!r}; {target} may "
-                "not express what it does. If it changes nothing in the forward pass, remove it "
-                f"or pass ignore_config_fields=[{name}]."
+                f"config.json of the {family} source: {name}={value!r} cannot be expressed by "
+                f"{target} (only {only!r} can). {remedy}"
             )
+    known = {*required, *CARRIED, *carried, *NO_EFFECT, *no_effect, *ignored}
+    unknown = {
+        name: value
+        for name, value in fields.items()
+        if name not in known and (name not in HARMLESS or HARMLESS[name] != value)
+    }
+    if unknown:
+        named = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+        raise UpcyclingError(
+            f"config.json of the {family} source: unknown field {named}; {target} may not express "
+            "what it does. If it changes nothing in the forward pass, remove it or pass "
+            f"ignore_config_fields=[{','.join(unknown)}]."
+        )
+    result: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    result |= {name: v for name, v in fields.items() if name in CARRIED or name in carried}
+    for name in required.keys() & result.keys():
+        del result[name]
     # "type" is the old spelling, which transformers keeps beside the new one it made from it
     rope = {key: value for key, value in result["rope_parameters"].items() if key != "type"}
     if rope.get("rope_type", "default") not in rope_types:
@@ -119,6 +130,7 @@ NO_EFFECT = frozenset(
         "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
+        "auto_map",
         "dtype",
         "id2label",
         "label2id",
@@ -141,13 +153,21 @@ REQUIRED = {
         "The checkpoint is quantised: upcycle the unquantised one, or dequantise it first "
         "(model.dequantize() and save_pretrained in transformers).",
     ),
-    "auto_map": (
-        None,
-        "The model wants code from its repository to be run, which is never done here. If its "
-        "code equals transformers' own class, remove auto_map from config.json.",
-    ),
 }
 
+
+#: Families whose published checkpoints name the code that later became transformers' own class.
+WITH_CODE = frozenset({"phi3", "ernie4_5", "youtu"})
+
+#: Left-overs in published configs, of which transformers' classes know nothing: harmless so.
+HARMLESS: dict[str, Any] = {
+    "is_llama_config": True,  # SmolLM2
+    "mlp_bias": False,
+    "mlp_only_layers": [],
+    "rope_interleaved": False,
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+    "use_mrope": False,  # Qwen2.5
+}
 
 #: Dense `model_type` -> fields that it ignores itself, but that a target would obey.
 STRAY = {"llama": {"sliding_window": (None, "Llama ignores it: remove it.")}}

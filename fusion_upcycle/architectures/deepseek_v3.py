@@ -3,14 +3,14 @@
 Takes Youtu-LLM, whose dense layers are DeepSeek-V3's. Written with one routing group,
 `routed_scaling_factor` 1, a zero selection bias and no multi-token prediction; routing as in
 `glm4_moe`. When transformers 5.23 loads a Youtu model it zeroes the embedding of `pad_token_id`,
-whatever the file says; the MoE has the file's, so the two differ there if that is not zero.
+whatever the file says: a file in which that is not zero is refused.
 """
 
 from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import (
-    LLAMA_LAYOUT,
     Architecture,
+    DenseLayout,
     Routing,
     first_dense_field,
     ungated_shared_experts,
@@ -68,7 +68,7 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
 
 DEEPSEEK_V3 = Architecture(
     name="deepseek_v3",
-    dense={"youtu": LLAMA_LAYOUT},
+    dense={"youtu": DenseLayout(zeroed_padding=True)},
     convert_config=convert_config,
     experts_field="n_routed_experts",
     routing=Routing(

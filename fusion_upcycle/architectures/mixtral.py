@@ -30,6 +30,8 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
     from transformers import MixtralConfig
 
     is_phi3 = source.model_type == "phi3"
+    if is_phi3:
+        _require_full_rotation(source)
     fields = carry_fields(
         source,
         target="Mixtral",
@@ -43,7 +45,6 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
     )
     if is_phi3:
         fields["head_dim"] = source.hidden_size // source.num_attention_heads
-        _require_full_rotation(source)
     return MixtralConfig(
         **{"sliding_window": None} | fields | {"intermediate_size": options.expert_size},
         num_local_experts=options.asked.num_experts,

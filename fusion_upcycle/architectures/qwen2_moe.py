@@ -4,6 +4,9 @@ The block adds `sigmoid(shared_expert_gate . h) * shared_expert(h)` to the route
 zero gate the factor is 1/2, so a shared copy of the FFN takes half of the function, and the routed
 experts' `down_proj` is scaled by 1/2 (exact: a power of two). Biases of q, k and v are carried;
 each layer keeps its own kind of attention.
+
+The files always have a shared expert: without one it has width 0, which transformers reads and vLLM
+refuses. llama.cpp ignores `norm_topk_prob`, and a zero gate gives it NaN: not for that reader.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
     Architecture,
+    DenseLayout,
     Routing,
     SharedExpert,
     dense_layers_field,
@@ -54,7 +58,7 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
     return Qwen2MoeConfig(
         **fields,
         **_attention(source),
-        qkv_bias=source.model_type == "qwen2",
+        qkv_bias=True,  # where a Llama has none, zeros: vLLM and llama.cpp do not look at this
         num_experts=options.asked.num_experts,
         num_experts_per_tok=options.asked.experts_per_token,
         moe_intermediate_size=options.expert_size,
@@ -77,7 +81,10 @@ def _attention(source: "PreTrainedConfig") -> dict[str, Any]:
 
 QWEN2_MOE = Architecture(
     name="qwen2_moe",
-    dense={"qwen2": LLAMA_LAYOUT, "llama": LLAMA_LAYOUT},
+    dense={
+        "qwen2": LLAMA_LAYOUT,
+        "llama": DenseLayout(zeros=tuple(f"self_attn.{x}_proj.bias" for x in "qkv")),
+    },
     convert_config=convert_config,
     routing=Routing(normalised="optional"),
     moe_layer_fields=dense_layers_field,

@@ -104,3 +104,20 @@ def aligned(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, 
         y = y[count:] if count < y.numel() else next(right, None)
     if x is not None or y is not None:
         raise ValueError("tensors of different lengths")
+
+
+def cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`; as it is where it has that dtype.
+
+    Raises:
+        UpcyclingError: values beyond the dtype's range, naming the tensor.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if result.isinf().any() and not tensor.isinf().any():
+        raise UpcyclingError(
+            f"Source tensor {name} has values up to {tensor.abs().max():.3g}, beyond the "
+            f"range of {dtype}. Choose dtype=bfloat16 or float32."
+        )
+    return result

@@ -26,6 +26,7 @@ from fusion_upcycle.errors import UpcyclingError
 
 #: The file by which a folder is known to be an output of ours; holds the plan and the proof.
 RECORD_FILE = "upcycling.json"
+TRAINING_RECORD_FILE = "training.json"
 _FINGERPRINT_FILE = "conversion.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Room for config, tokenizer and file system overhead beside the tensors.
@@ -165,13 +166,18 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse to touch anything that is not a previous output of ours."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / RECORD_FILE).is_file():
+    if not _is_ours(output):
         raise UpcyclingError(
-            f"{output} exists and is not an output of fusion_upcycle (it has no {RECORD_FILE}), "
-            "so it is never overwritten. Choose another output or remove it yourself."
+            f"{output} exists and is not an output of fusion_upcycle (it has no {RECORD_FILE} or "
+            f"{TRAINING_RECORD_FILE}), so it is never overwritten. Choose another output or remove "
+            "it yourself."
         )
     if not overwrite:
         raise UpcyclingError(f"{output} exists. Pass overwrite=true to replace it.")
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (RECORD_FILE, TRAINING_RECORD_FILE))
 
 
 def write_shards(
@@ -273,10 +279,11 @@ def _check_free_space(staging: Path, total_bytes: int) -> None:
 
 def _replace(staging: Path, output: Path, *, overwrite: bool) -> None:
     check_output(output, overwrite=overwrite)  # it may have appeared since the start
-    if (output / RECORD_FILE).is_file():
+    if _is_ours(output):
         output.rename(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
     staging.rename(output)
     (output / _FINGERPRINT_FILE).unlink()
     # The one just replaced, and any of a run that was killed between its two renames.
-    for old in output.parent.glob(f".{glob.escape(output.name)}.replaced-*/{RECORD_FILE}"):
-        shutil.rmtree(old.parent, ignore_errors=True)
+    for old in output.parent.glob(f".{glob.escape(output.name)}.replaced-*"):
+        if _is_ours(old):
+            shutil.rmtree(old, ignore_errors=True)

@@ -29,7 +29,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 6,
         "v_head_dim": 10,
         "num_key_value_heads": 4,
-        "pad_token_id": None,  # transformers zeroes that row of the embeddings when it loads Youtu
     },
     "qwen3_5_text": {
         "head_dim": 16,
@@ -128,4 +127,6 @@ def random_dense(
             else:
                 scale = 1.5 * parameter[0].numel() ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        if family == "youtu":  # as transformers makes it when it loads one
+            model.get_input_embeddings().weight[7] = 0.0
     return model.to(dtype).eval()

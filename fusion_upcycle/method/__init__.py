@@ -1,5 +1,14 @@
 """The FusionBench algorithms: thin classes around functions that do not know FusionBench."""
 
+from fusion_upcycle.method.continued_pretraining import (
+    ContinuedPretrainingAlgorithm,
+    UpcycleAndTrainAlgorithm,
+)
+from fusion_upcycle.method.moe_merging import (
+    MixtralForCausalLMMergingAlgorithm,
+    MixtralMoEMergingAlgorithm,
+    MoEMergingAlgorithm,
+)
 from fusion_upcycle.method.sparse_upcycling import (
     MixtralForCausalLMUpscalingAlgorithm,
     MixtralUpscalingAlgorithm,
@@ -7,7 +16,12 @@ from fusion_upcycle.method.sparse_upcycling import (
 )
 
 __all__ = [
+    "ContinuedPretrainingAlgorithm",
+    "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",
+    "MixtralMoEMergingAlgorithm",
     "MixtralUpscalingAlgorithm",
+    "MoEMergingAlgorithm",
     "SparseUpcyclingAlgorithm",
+    "UpcycleAndTrainAlgorithm",
 ]

@@ -1,5 +1,6 @@
 """What a FusionBench model pool says about its dense model: where it is, in which dtype."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,17 @@ def require_pretrained(pool: BaseModelPool) -> None:
         )
 
 
-def pooled_folder(pool: BaseModelPool) -> PooledFolder | None:
-    """The folder or Hub id of `_pretrained_`; None where the pool makes the model otherwise.
+def pooled_folder(
+    pool: BaseModelPool, name: str = "_pretrained_", *, streaming: bool = True
+) -> PooledFolder | None:
+    """The folder or Hub id of a model; None where the pool makes the model otherwise.
 
     Raises:
         UpcyclingError: a loading option that streaming cannot honour, by name.
     """
     if not isinstance(pool, CausalLMPool):
         return None
-    entry, kwargs = pool._models["_pretrained_"], plain(pool.model_kwargs)
+    entry, kwargs = pool._models[name], plain(pool.model_kwargs)
     if isinstance(entry, DictConfig | dict):
         entry = dict(plain(entry))
         if entry.pop("_target_", None) not in _LOADERS:
@@ -53,24 +56,28 @@ def pooled_folder(pool: BaseModelPool) -> PooledFolder | None:
         source = entry
     if not isinstance(source, str):
         return None
-    for name, value in kwargs.items():
-        if name not in _DTYPE_KEYS and value is not None:
+    for option, value in kwargs.items():
+        if streaming and option not in _DTYPE_KEYS and value is not None:
             raise UpcyclingError(
-                f"modelpool option {name}={value!r} cannot be honoured when streaming to "
-                "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to upcycle "
+                f"modelpool option {option}={value!r} cannot be honoured when streaming to "
+                "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to convert "
                 "in memory."
             )
+    dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
+    return PooledFolder(source, None if dtype == "auto" else dtype)
+
+
+def require_own_tokenizer(pool: BaseModelPool, sources: Collection[str]) -> None:
+    """Refuse a pool whose tokenizer is not that of the models, whose files will be copied."""
     tokenizer = getattr(pool, "tokenizer", None)
     if isinstance(tokenizer, DictConfig | dict):
         tokenizer = tokenizer.get("pretrained_model_name_or_path")
-    if tokenizer is not None and tokenizer != source:
+    if tokenizer is not None and tokenizer not in sources:
         raise UpcyclingError(
-            f"modelpool.tokenizer={tokenizer} is not the model's own ({source}), whose files would "
-            "be copied to method.save_checkpoint. Set modelpool.tokenizer to the model's folder or "
-            "null, or method.save_checkpoint=null to upcycle in memory."
+            f"modelpool.tokenizer={tokenizer} is not the model's own ({', '.join(sources)}), whose "
+            "files would be copied to method.save_checkpoint. Set modelpool.tokenizer to the "
+            "model's folder or null, or method.save_checkpoint=null to convert in memory."
         )
-    dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
-    return PooledFolder(source, None if dtype == "auto" else dtype)
 
 
 def tokenizer_file(pool: BaseModelPool) -> Path | None:

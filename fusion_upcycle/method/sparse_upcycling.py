@@ -1,45 +1,35 @@
 """Sparse upcycling: any supported family, and Mixtral under FusionBench's own class names."""
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
-from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 
-from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.convert import upcycle
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import unknown
 from fusion_upcycle.live import build_live, plan_live, save_live
+from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
 from fusion_upcycle.method.pool import (
     PooledFolder,
     plain,
     pooled_folder,
+    require_own_tokenizer,
     require_pretrained,
     tokenizer_file,
 )
-from fusion_upcycle.options import AUTO, dtype_name, make_options
-from fusion_upcycle.output import OutputOptions
-from fusion_upcycle.report.record import write_run_record
+from fusion_upcycle.options import AUTO, make_options
 from fusion_upcycle.verification import resolve_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fusion_upcycle.output import Converted
-
-log = logging.getLogger(__name__)
-
 
 @auto_register_config
-class SparseUpcyclingAlgorithm(BaseAlgorithm):
+class SparseUpcyclingAlgorithm(ConversionAlgorithm):
     """Sparse upcycling of a dense model, causal LM or backbone, to a Mixture-of-Experts model.
 
     Args:
@@ -68,13 +58,10 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
         UpcyclingError: an option that cannot be used; `run` raises it for the model.
     """
 
-    #: Classes of models that are accepted; None leaves that to the families.
-    _accepted: tuple[str, ...] | None = None
-    _targets: tuple[str, ...] = (AUTO, *ARCHITECTURES)
-    # FusionBench's decorator makes an attribute of every argument.
-    save_checkpoint: str | None
-    verify: str
-    return_model: bool
+    _elsewhere = (
+        "Backbones go into MixtralUpscalingAlgorithm, causal language models into "
+        "MixtralForCausalLMUpscalingAlgorithm."
+    )
 
     def __init__(
         self,
@@ -101,9 +88,6 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
         ignore_config_fields: Sequence[str] = (),
         **kwargs: Any,
     ):
-        for name in kwargs:
-            if name not in ("_recursive_", "_usage_", "_version_"):  # FusionBench's own
-                raise unknown("option of the method:", name, self._config_mapping.values())
         super().__init__(**kwargs)
         if target not in self._targets:
             raise unknown(f"target of {type(self).__name__}:", str(target), self._targets)
@@ -118,19 +102,14 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             normalize_topk_prob=normalize_topk_prob,
             shared_expert=shared_expert,
             shared_expert_intermediate_size=shared_expert_intermediate_size,
-            expert_init=_initialiser(expert_init),
-            router_init=_initialiser(router_init),
+            expert_init=initialiser(expert_init),
+            router_init=initialiser(router_init),
             dtype=dtype,
             seed=seed,
             ignore_config_fields=plain(ignore_config_fields),
         )
         resolve_mode(verify, streaming=False, total_bytes=0)
-        self._writing = OutputOptions(overwrite, max_shard_size)
-        if not return_model and save_checkpoint is None:
-            raise UpcyclingError(
-                "return_model=false without save_checkpoint would throw the result away. Set "
-                "method.save_checkpoint=FOLDER."
-            )
+        self._writing = self._output_options(overwrite, max_shard_size)
 
     def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel | None":
         """Upcycle `_pretrained_` of a pool, or a model.
@@ -148,6 +127,7 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             return self._run_live(modelpool, output, pool=None)
         require_pretrained(modelpool)
         if output is not None and (found := pooled_folder(modelpool)) is not None:
+            require_own_tokenizer(modelpool, [found.source])
             return self._run_streaming(found, output)
         return self._run_live(modelpool.load_model("_pretrained_"), output, pool=modelpool)
 
@@ -162,11 +142,7 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             max_shard_size=self._writing.max_shard_size,
             **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
         )
-        self._report(converted)
-        if not self.return_model:
-            return None
-        model_class = getattr(transformers, converted.record["class"])
-        return model_class.from_pretrained(output, dtype=converted.record["dtype"])
+        return self._finish(converted)
 
     def _run_live(
         self, dense: "PreTrainedModel", output: Path | None, pool: BaseModelPool | None
@@ -180,46 +156,18 @@ class SparseUpcyclingAlgorithm(BaseAlgorithm):
             tokenizer_file=None if pool is None else tokenizer_file(pool),
         )
         if output is None:
-            log.info("Upcycled in memory; %s", proof)
-            self._record(
-                {
-                    "class": class_name(upcycling.config),
-                    "dtype": dtype_name(upcycling.dtype),
-                    "options": upcycling.options.to_json(),
-                    "parameters": upcycling.parameters,
-                    "proof": proof.to_json(),
-                }
-            )
+            self._report_live(upcycling, proof)
             return moe
         converted = save_live(
             upcycling,
             proof,
             output,
             source={"name": type(dense).__name__ + " in memory", "from_hub": False},
-            companions=partial(_save_companions, moe, pool),
+            companions=partial(save_companions, moe, pool),
             options=self._writing,
         )
         self._report(converted)
         return moe
-
-    def _check_class(self, name: str) -> None:
-        if self._accepted is not None and name not in self._accepted:
-            raise UpcyclingError(
-                f"{type(self).__name__} takes a {' or '.join(self._accepted)}, not a {name}. "
-                "Backbones go into MixtralUpscalingAlgorithm, causal language models into "
-                "MixtralForCausalLMUpscalingAlgorithm."
-            )
-
-    def _report(self, converted: "Converted") -> None:
-        log.info("Upcycled to %s; %s", converted.output, converted.proof)
-        kept = ("class", "source", "dtype", "options", "parameters", "bytes", "proof")
-        record = {key: converted.record[key] for key in kept}
-        self._record(record | {"output": str(converted.output), "costs": converted.costs})
-
-    def _record(self, record: dict[str, Any]) -> None:
-        path = write_run_record("method", {"algorithm": type(self).__name__} | record)
-        if path is not None:
-            log.info("Run record: %s", path)
 
 
 class MixtralForCausalLMUpscalingAlgorithm(SparseUpcyclingAlgorithm):
@@ -234,20 +182,3 @@ class MixtralUpscalingAlgorithm(SparseUpcyclingAlgorithm):
 
     _accepted = ("LlamaModel", "MistralModel")
     _targets = (AUTO, "mixtral")
-
-
-def _save_companions(moe: "PreTrainedModel", pool: BaseModelPool | None, folder: Path) -> list[str]:
-    """Generation config of a live model, and the tokenizer of its pool, if it has one."""
-    before = set(folder.iterdir())
-    if moe.can_generate():
-        moe.generation_config.save_pretrained(folder)
-    if pool is not None and getattr(pool, "tokenizer", None) is not None:
-        pool.load_tokenizer().save_pretrained(folder)
-    return sorted(str(path.relative_to(folder)) for path in set(folder.iterdir()) - before)
-
-
-def _initialiser(spec: Any) -> Any:
-    """A Hydra node with `_target_` becomes a function; names and functions stay."""
-    if isinstance(spec, DictConfig | dict) and "_target_" in spec:
-        return instantiate(spec, _partial_=True)
-    return plain(spec)

@@ -71,7 +71,7 @@ def write_run_record(
     a name that the record itself uses, or the existing file is not a run record.
     """
     if folder is None:
-        folder = _hydra_output_folder()
+        folder = hydra_output_folder()
         if folder is None:
             return None
     header = _header()
@@ -140,7 +140,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _hydra_output_folder() -> str | None:
+def hydra_output_folder() -> str | None:
+    """Output folder of the running Hydra job, None without one."""
     # Hydra's folder belongs to one job; FusionBench's log_dir is shared by all jobs of a multirun.
     hydra = sys.modules.get("hydra.core.hydra_config")
     if hydra is None or not hydra.HydraConfig.initialized():

@@ -1,5 +1,6 @@
 """How far apart two models are on the same tokens."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -53,8 +54,10 @@ class Distance:
         """False for NaN and infinity too."""
         return self.max_abs <= TOLERANCE * self.scale < float("inf")
 
-    def to_json(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    def to_json(self) -> dict[str, Any]:
+        """What is not finite is None: JSON has no other way to say it."""
+        found = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: v if math.isfinite(v) else None for name, v in found.items()}
 
 
 def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
@@ -83,12 +86,16 @@ def compare_streamed(
     result: TensorSource,
     ids: Tensor,
     *,
+    reference: TensorSource | None = None,
+    expert: int | None = None,
     dense_ffn: bool = False,
     progress: bool = False,
 ) -> tuple[Distance, dict[str, Any]]:
     """Both models on the same tokens, one layer and one expert in memory, in float32.
 
     Args:
+        reference: the dense model; None is the one that the MoE was made from.
+        expert: let this expert of each layer stand in for those that the router chooses.
         dense_ffn: let the dense FFNs stand in for the MoE blocks: what is left to differ is
             everything else.
 
@@ -96,18 +103,14 @@ def compare_streamed(
         The distance of the outputs, and that of each FFN against its MoE block on the hidden
         states that reach it.
     """
-    dtype = upcycling.dtype
-    compute = torch.promote_types(dtype, torch.float32)
-    dense = streamed_model(upcycling.source_config, upcycling.source, None, dtype, compute)
-    moe = streamed_model(upcycling.config, result, upcycling.architecture, None, compute)
-    layout = upcycling.architecture.dense[upcycling.source_config.model_type]
-    ffn_module = layout.ffn["gate_proj_FD"].split(".")[0]
+    dense = streamed_dense(upcycling, reference or upcycling.source)
+    moe = streamed_moe(upcycling, result, expert)
     moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
     layers: list[Distance] = []
     count = 2 * upcycling.config.num_hidden_layers
     with progress_bar("Running both models", count, progress, unit="layer") as bar:
-        for dense_layer, moe_layer in zip(_layers(dense), _layers(moe), strict=True):
-            ffn = dense_layer.get_submodule(ffn_module)
+        for dense_layer, moe_layer in zip(layers_of(dense), layers_of(moe), strict=True):
+            ffn = ffn_of(upcycling, dense_layer)
 
             def measure(_: nn.Module, args: Any, output: Tensor, ffn: nn.Module = ffn) -> None:
                 layers.append(distance(ffn(args[0]), output, logits=False))
@@ -118,11 +121,11 @@ def compare_streamed(
                 block.forward = ffn.forward
             for layer in (dense_layer, moe_layer):
                 layer.register_forward_hook(lambda *_: bar.update(1) and None)
-        outputs, is_logits = _output(moe, ids)
-        reference, _ = _output(dense, ids)
+        outputs, is_logits = output_of(moe, ids)
+        expected, _ = output_of(dense, ids)
     assert len(layers) == upcycling.config.num_hidden_layers
     worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
-    return distance(reference, outputs, logits=is_logits), {
+    return distance(expected, outputs, logits=is_logits), {
         "compared": len(layers),
         "worst_layer": worst,
         "worst_layer_max_abs": layers[worst].max_abs,
@@ -134,9 +137,9 @@ def compare_streamed(
 @torch.inference_mode()
 def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) -> Distance:
     """Both models in memory, in their own dtype, on their own devices."""
-    with _evaluating(dense), _evaluating(moe):
-        reference, is_logits = _output(dense, ids)
-        return distance(reference.cpu(), _output(moe, ids)[0].cpu(), logits=is_logits)
+    with evaluating(dense), evaluating(moe):
+        reference, is_logits = output_of(dense, ids)
+        return distance(reference.cpu(), output_of(moe, ids)[0].cpu(), logits=is_logits)
 
 
 @dataclass(frozen=True)
@@ -179,19 +182,45 @@ def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> To
     return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
 
 
+def ffn_of(upcycling: Upcycling, dense_layer: nn.Module) -> nn.Module:
+    """The FFN of a decoder layer of the dense model."""
+    layout = upcycling.architecture.dense[upcycling.source_config.model_type]
+    return dense_layer.get_submodule(layout.ffn["gate_proj_FD"].split(".")[0])
+
+
+def streamed_dense(upcycling: Upcycling, source: TensorSource) -> "PreTrainedModel":
+    """The dense model with the weights of `source`, as the result's dtype rounds them."""
+    return streamed_model(
+        upcycling.source_config, source, None, upcycling.dtype, _compute_dtype(upcycling)
+    )
+
+
+def streamed_moe(
+    upcycling: Upcycling, result: TensorSource, expert: int | None = None
+) -> "PreTrainedModel":
+    """The MoE with the weights of `result`; of the experts only `expert`, if it is given."""
+    architecture, compute = upcycling.architecture, _compute_dtype(upcycling)
+    return streamed_model(upcycling.config, result, architecture, None, compute, expert=expert)
+
+
+def _compute_dtype(upcycling: Upcycling) -> torch.dtype:
+    """Rounding of half precision would hide what a proof looks for."""
+    return torch.promote_types(upcycling.dtype, torch.float32)
+
+
 def _relative(layer: Distance) -> float:
     """For finding the worst layer; NaN counts as worst."""
     ratio = layer.max_abs / max(layer.scale, 1e-30)
     return ratio if ratio == ratio else float("inf")
 
 
-def _layers(model: "PreTrainedModel") -> nn.ModuleList:
+def layers_of(model: "PreTrainedModel") -> nn.ModuleList:
     layers = model.base_model.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def _output(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
+def output_of(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
     """Logits of a causal LM, or last hidden states of a backbone; and which."""
     device = model.device
     # A streamed model computes on the CPU; its own weights are on the meta device.
@@ -202,7 +231,7 @@ def _output(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
 
 
 @contextmanager
-def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
+def evaluating(model: "PreTrainedModel") -> Iterator[None]:
     """Evaluation mode and the experts code that every dtype and device can run; restored after."""
     training, experts = model.training, model.config._experts_implementation
     model.eval()

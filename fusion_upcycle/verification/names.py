@@ -76,9 +76,9 @@ def check_written_config(folder: Path, config: "PreTrainedConfig") -> None:
     Raises:
         ProofError: names the fields that differ.
     """
-    written, planned = _meaning(read_config(folder)), _meaning(config)
+    written, planned = meaning(read_config(folder)), meaning(config)
     if written != planned:
-        raise ProofError(f"{folder / 'config.json'} differs: {_differences(written, planned)}.")
+        raise ProofError(f"{folder / 'config.json'} differs: {differences(written, planned)}.")
 
 
 def check_shared_fields(upcycling: Upcycling) -> None:
@@ -90,14 +90,14 @@ def check_shared_fields(upcycling: Upcycling) -> None:
     Raises:
         ProofError: names the fields that differ.
     """
-    before, after = _meaning(upcycling.source_config), _meaning(upcycling.config)
+    before, after = meaning(upcycling.source_config), meaning(upcycling.config)
     shared = before.keys() & after.keys() - upcycling.architecture.remapped_fields
     before, after = ({name: c[name] for name in shared} for c in (before, after))
     if before != after:
-        raise ProofError(f"Config fields changed by the conversion: {_differences(after, before)}.")
+        raise ProofError(f"Config fields changed by the conversion: {differences(after, before)}.")
 
 
-def _meaning(config: "PreTrainedConfig") -> dict[str, Any]:
+def meaning(config: "PreTrainedConfig") -> dict[str, Any]:
     """The fields that decide the forward pass."""
     fields = {name: v for name, v in config.to_dict().items() if name not in NO_EFFECT}
     rope = fields.get("rope_parameters") or {}
@@ -107,7 +107,8 @@ def _meaning(config: "PreTrainedConfig") -> dict[str, Any]:
     return fields | {"rope_parameters": meant}
 
 
-def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """The fields that differ, in words."""
     names = sorted(found.keys() | expected.keys())
     return ", ".join(
         f"{name}={found.get(name)!r}, not {expected.get(name)!r}"

@@ -31,6 +31,8 @@ def streamed_model(
     architecture: Architecture | None,
     dtype: torch.dtype | None,
     compute_dtype: torch.dtype,
+    *,
+    expert: int | None = None,
 ) -> "PreTrainedModel":
     """transformers' own model of `config` whose weights stay in `source`.
 
@@ -39,6 +41,8 @@ def streamed_model(
         source: the weights, in the file layout of `architecture` (None for a dense model).
         dtype: that the weights would be cast to before use; None as they are.
         compute_dtype: of the forward pass.
+        expert: let this expert of each layer do what every chosen one should: the router's weights
+            stay, its choice does not count.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
@@ -57,7 +61,7 @@ def streamed_model(
             prefix = name.removesuffix(architecture.experts_module)
             single = single or _single_expert(module, config, architecture, compute_dtype)
             model.set_submodule(
-                name, _StreamedExperts(single, config, architecture, prefix, weights)
+                name, _StreamedExperts(single, config, architecture, prefix, weights, expert)
             )
         elif isinstance(module, nn.Embedding):
             table = file_name(f"{name}.weight")
@@ -188,8 +192,10 @@ class _StreamedExperts(nn.Module):
         architecture: Architecture,
         prefix: str,
         weights: _Weights,
+        expert: int | None,
     ):
         super().__init__()
+        self._only = expert
         self.num_experts = getattr(config, architecture.experts_field)
         self._shared = (single,)  # a tuple, so that it is not one of this layer's modules
         self.prefix, self.architecture = prefix, architecture
@@ -197,6 +203,8 @@ class _StreamedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden)
+        if self._only is not None:
+            top_k_index = torch.full_like(top_k_index, self._only)
         # Weights are cast into the memory of the last expert: new memory costs more than the sums.
         (single,) = self._shared
         gate_up, down = (single.get_parameter(n)[0] for n in ("gate_up_proj", "down_proj"))

@@ -6,7 +6,8 @@ from torch import Tensor
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.upcycling import Carried, Joined, Upcycling
+from fusion_upcycle.rules import Carried, Joined, Rule
+from fusion_upcycle.upcycling import Upcycling
 
 
 def check_tensors(
@@ -14,9 +15,10 @@ def check_tensors(
 ) -> dict[str, int]:
     """Compare every tensor of `result` with its origin, bit for bit.
 
-    Carried tensors (plain copies of experts among them) are compared with the source, initialised
-    experts and routers with a second draw from the same seed. Names and shapes are compared with
-    transformers' own class (`Upcycling.specs` was made from it).
+    Carried tensors (plain copies of experts among them) are compared with the source, means over
+    several models with a second computation, initialised experts and routers with a second draw
+    from the same seed. Names and shapes are compared with transformers' own class
+    (`Upcycling.specs` was made from it).
 
     Returns:
         Numbers of tensors compared, by kind.
@@ -39,11 +41,18 @@ def check_tensors(
                         f"Tensor {name} differs from its origin: the output is damaged."
                     )
                 bar.update(found.nbytes)
-            rule = upcycling.rules[name]
-            parts = rule.rules if isinstance(rule, Joined) else [rule]
-            carried = all(isinstance(part, Carried) and part.scale == 1.0 for part in parts)
-            counts["bit_equal_to_source" if carried else "bit_equal_to_second_draw"] += 1
+            kind = _kind(upcycling, upcycling.rules[name])
+            counts[kind] = counts.get(kind, 0) + 1
     return counts
+
+
+def _kind(upcycling: Upcycling, rule: Rule) -> str:
+    """What a tensor was compared with."""
+    if isinstance(rule, Carried) and rule.source in upcycling.averaged:
+        return "bit_equal_to_average"
+    parts = rule.rules if isinstance(rule, Joined) else [rule]
+    carried = all(isinstance(part, Carried) and part.scale == 1.0 for part in parts)
+    return "bit_equal_to_source" if carried else "bit_equal_to_second_draw"
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

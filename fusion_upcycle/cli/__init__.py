@@ -1,19 +1,23 @@
-"""`python -m fusion_upcycle`: upcycle, inspect and verify folders without FusionBench."""
+"""`python -m fusion_upcycle`: upcycle, merge, inspect, verify, analyze without FusionBench."""
 
 import argparse
 import re
 import sys
 from collections.abc import Sequence
 
+from fusion_upcycle.cli.analysis_flags import add_analyze
+from fusion_upcycle.cli.merge_flags import add_merge
+from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.errors import ProofError, UpcyclingError
-from fusion_upcycle.flags import add_planning, planning_options
 
 DESCRIPTION = """\
 Turn a dense language model into a sparse Mixture-of-Experts model.
 
   inspect   what a checkpoint or recipe is and would become, and its cost; writes nothing
   upcycle   dense folder or Hub id -> Mixture-of-Experts folder, proven to be the same function
+  merge     several fine-tunes of one model -> one Mixture-of-Experts folder
   verify    prove an output folder again, against its source
+  analyze   what the experts of a model do with your texts: load, domains, similarity; a page
 """
 
 EXAMPLES = """\
@@ -22,7 +26,9 @@ examples:
   python -m fusion_upcycle inspect  ./llama-1b --num-experts 8
   python -m fusion_upcycle upcycle  ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
   python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
+  python -m fusion_upcycle merge    ./moe --model math=./math-1b --model code=./code-1b
   python -m fusion_upcycle verify   ./llama-8x1b
+  python -m fusion_upcycle analyze  ./llama-8x1b --demo
 
 Inside FusionBench: fusion_bench method=mixtral_moe_upscaling modelpool=... (see the README).
 """
@@ -116,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--mode", default="auto", help="layers | logits | auto")
     verify.add_argument("--quiet", action="store_true", help="no progress bars")
     verify.set_defaults(run=_verify)
+
+    add_merge(commands)
+    add_analyze(commands)
     return parser
 
 

@@ -108,10 +108,15 @@ def planning_options(parsed: argparse.Namespace) -> dict[str, Any]:
     from fusion_upcycle.options import UpcyclingOptions
 
     recipe = {} if parsed.recipe is None else recipe_options(parsed.recipe)
+    return recipe | given_options(parsed, UpcyclingOptions)
+
+
+def given_options(parsed: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of a dataclass of options for which a flag was given."""
     given = vars(parsed)
-    return recipe | {
+    return {
         field.name: _PARSERS.get(field.name, _as_it_is)(given[field.name])
-        for field in fields(UpcyclingOptions)
+        for field in fields(options)
         if field.name in given
     }
 

@@ -1,0 +1,178 @@
+"""One pass of a live model over texts: where its routers send tokens, and what they see.
+
+Shapes: B windows, T tokens of a window, N tokens counted, E experts, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion_upcycle.analysis.routing import RoutingCounts
+from fusion_upcycle.analysis.token_classes import TokenClasses
+from fusion_upcycle.analysis.windows import UNITS, Batch, DomainWindows, domain_windows
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.evaluation import max_positions
+from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.training.routers import Routers, find_routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Tokens of one window, less where the model has fewer positions.
+WINDOW_TOKENS = 512
+#: Windows of one forward pass.
+BATCH_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one pass found.
+
+    Attributes:
+        counts: where tokens went.
+        windows: the texts, as they were cut.
+        inputs: MoE layer -> what its router saw, [n, D], of a sample of the tokens.
+    """
+
+    counts: RoutingCounts
+    windows: DomainWindows
+    inputs: dict[int, Tensor]
+
+
+@torch.inference_mode()
+def collect(
+    model: "PreTrainedModel",
+    routers: Routers,
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Mapping[str, Sequence[str]],
+    *,
+    tokens: int,
+    sample: int,
+    progress: bool = False,
+) -> Collected:
+    """Run the model over the texts, without gradient, in the memory of one batch.
+
+    Args:
+        model: MoE on its own device, causal LM or backbone; module modes are restored.
+        routers: of the model, by `moe_routers`.
+        tokenizer: of the model.
+        texts: domain -> documents.
+        tokens: of each domain at most.
+        sample: tokens, evenly spaced over all, whose router inputs are kept.
+
+    Raises:
+        UpcyclingError: texts without tokens, a tokenizer of another model, or weights that are not
+            finite.
+    """
+    length = min(max_positions(model) or WINDOW_TOKENS, WINDOW_TOKENS)
+    windows = domain_windows(tokenizer, texts, tokens=tokens, length=length)
+    total = sum(windows.tokens(domain) for domain in windows.windows)
+    wanted = torch.linspace(0, total - 1, min(sample, total)).round().long().unique()
+    counts = RoutingCounts.empty(
+        list(routers.modules),
+        list(windows.windows),
+        num_experts=routers.num_experts,
+        experts_per_token=routers.experts_per_token,
+        units=UNITS,
+    )
+    classes = TokenClasses(tokenizer)
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in routers.modules}
+    seen = 0
+    with _evaluating(model), progress_bar("Analysing", total, progress, unit="token") as bar:
+        for batch in windows.batches(BATCH_WINDOWS):
+            _check_vocabulary(model, batch)
+            counted = batch.counted_BT.flatten()
+            number = int(counted.sum())
+            inside = wanted[(wanted >= seen) & (wanted < seen + number)] - seen
+            _run(model, routers, batch, counted, classes, counts, kept, inside)
+            seen += number
+            bar.update(number)
+    _check_finite(counts)
+    return Collected(counts, windows, {layer: torch.cat(rows) for layer, rows in kept.items()})
+
+
+def moe_routers(model: "PreTrainedModel") -> Routers:
+    """The routers of an MoE model.
+
+    Raises:
+        UpcyclingError: a dense model, or a family that is not known.
+    """
+    routers = find_routers(model)
+    if not routers:
+        raise UpcyclingError(
+            f"This {model.config.get_text_config().model_type} model is dense: it has no experts "
+            "to analyse. Give a Mixture-of-Experts model, such as one made by `upcycle`."
+        )
+    return routers
+
+
+def _run(
+    model: "PreTrainedModel",
+    routers: Routers,
+    batch: Batch,
+    counted: Tensor,
+    classes: TokenClasses,
+    counts: RoutingCounts,
+    kept: dict[int, list[Tensor]],
+    inside: Tensor,
+) -> None:
+    """One batch; `inside` are the places, among its counted tokens, whose inputs are kept."""
+    rows = counted.nonzero().flatten()
+    with ExitStack() as hooks:
+        for layer, router in routers.modules.items():
+            hook = router.register_forward_pre_hook(_keeping(kept[layer], rows[inside]))
+            hooks.callback(hook.remove)
+        routed = hooks.enter_context(routers.listening())
+        # Without the head: nothing here needs logits over the vocabulary.
+        model.base_model(input_ids=batch.ids_BT.to(model.device), use_cache=False)
+    counts.add(
+        batch.domain,
+        [
+            (routers.probabilities(logits).cpu()[rows], chosen.cpu()[rows])
+            for logits, chosen in zip(routed.logits, routed.chosen, strict=True)
+        ],
+        classes(batch.ids_BT.flatten()[rows]),
+        batch.units_BT.flatten()[rows],
+    )
+
+
+def _keeping(rows: list[Tensor], places: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        hidden_ND = inputs[0].flatten(0, -2)
+        rows.append(hidden_ND[places.to(hidden_ND.device)].cpu())
+
+    return keep
+
+
+def _check_vocabulary(model: "PreTrainedModel", batch: Batch) -> None:
+    largest = int(batch.ids_BT.max())
+    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    if largest >= embeddings:
+        raise UpcyclingError(
+            f"The tokenizer gives token id {largest}, but the model has {embeddings} embeddings: "
+            "use the tokenizer that belongs to the model."
+        )
+
+
+def _check_finite(counts: RoutingCounts) -> None:
+    finite_L = counts.entropy_LD.isfinite().all(1)
+    if broken := [i for i, fine in zip(counts.layers, finite_L, strict=True) if not fine]:
+        raise UpcyclingError(
+            f"Router probabilities of layer(s) {broken} are not finite numbers: the weights are "
+            "not usable (uninitialised, or overflowing in a short dtype)."
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

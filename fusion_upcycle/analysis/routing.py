@@ -1,0 +1,164 @@
+"""Where tokens go: counts of one or more passes, and the statistics made from them.
+
+An assignment is one (token, chosen expert) pair: K for each token. Load is an expert's share of the
+assignments of a layer, so that the loads of a layer sum to 1 and an even load is 1/E.
+
+Shapes: L MoE layers, D domains, C token classes, U units (see `collect`), E experts, N tokens, K
+experts per token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_upcycle.analysis.token_classes import TOKEN_CLASSES
+from fusion_upcycle.training.layer_health import LayerHealth
+
+
+def entropy_bits(probability_E: Tensor) -> Tensor:
+    """Entropy over the last axis in bits: 0 for one certain expert, log2(E) for even ones."""
+    return torch.special.entr(probability_E).sum(-1) / math.log(2)
+
+
+def top1_margin(probability_E: Tensor) -> Tensor:
+    """Largest minus second largest probability over the last axis: 0 is a tie, 1 certainty."""
+    first, second = probability_E.topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
+def shares(counts_E: Tensor) -> Tensor:
+    """Counts as shares of their sum over the last axis."""
+    return counts_E.double() / counts_E.sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """Sums over tokens; their size does not depend on how many tokens there were.
+
+    Attributes:
+        layers: index of each MoE layer.
+        domains: names.
+        experts_per_token: K.
+        chosen_LDCE: assignments, by domain and token class.
+        unit_LDUE: assignments, by domain and unit.
+        probability_LDE: sum of router probabilities.
+        entropy_LD: sum of the tokens' router entropies, in bits.
+        margin_LD: sum of the tokens' top-1 margins.
+        tokens_D: tokens counted.
+    """
+
+    layers: tuple[int, ...]
+    domains: tuple[str, ...]
+    experts_per_token: int
+    chosen_LDCE: Tensor
+    unit_LDUE: Tensor
+    probability_LDE: Tensor
+    entropy_LD: Tensor
+    margin_LD: Tensor
+    tokens_D: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        layers: Sequence[int],
+        domains: Sequence[str],
+        *,
+        num_experts: int,
+        experts_per_token: int,
+        units: int,
+    ) -> "RoutingCounts":
+        """Nothing counted yet."""
+        places = (len(layers), len(domains))
+        return cls(
+            tuple(layers),
+            tuple(domains),
+            experts_per_token,
+            torch.zeros(*places, len(TOKEN_CLASSES), num_experts, dtype=torch.int64),
+            torch.zeros(*places, units, num_experts, dtype=torch.int64),
+            torch.zeros(*places, num_experts, dtype=torch.float64),
+            torch.zeros(*places, dtype=torch.float64),
+            torch.zeros(*places, dtype=torch.float64),
+            torch.zeros(len(domains), dtype=torch.int64),
+        )
+
+    def add(
+        self,
+        domain: int,
+        routed: Sequence[tuple[Tensor, Tensor]],
+        classes_N: Tensor,
+        units_N: Tensor,
+    ) -> None:
+        """Count tokens of one domain.
+
+        Args:
+            domain: its index.
+            routed: of each layer, router probabilities [N, E] and chosen experts [N, K].
+            classes_N: index into `TOKEN_CLASSES`.
+            units_N: unit of each token.
+        """
+        for layer, (probability_NE, chosen_NK) in enumerate(routed):
+            for table_E, rows_N in (
+                (self.chosen_LDCE[layer, domain], classes_N),
+                (self.unit_LDUE[layer, domain], units_N),
+            ):
+                places = rows_N[:, None] * table_E.shape[-1] + chosen_NK
+                counts = torch.bincount(places.flatten(), minlength=table_E.numel())
+                table_E += counts.view_as(table_E)
+            self.probability_LDE[layer, domain] += probability_NE.double().sum(0)
+            self.entropy_LD[layer, domain] += entropy_bits(probability_NE).double().sum()
+            self.margin_LD[layer, domain] += top1_margin(probability_NE).double().sum()
+        self.tokens_D[domain] += len(classes_N)
+
+    def class_tokens(self) -> dict[str, int]:
+        """Tokens of each class that occurs."""
+        totals = self.chosen_LDCE[0].sum((0, 2)) // self.experts_per_token
+        return {n: t for n, t in zip(TOKEN_CLASSES, totals.tolist(), strict=True) if t}
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Layer index (as text) -> its statistics, see `_layer`."""
+        return {str(index): self._layer(place) for place, index in enumerate(self.layers)}
+
+    def _layer(self, layer: int) -> dict[str, Any]:
+        """Statistics of all tokens, and the same `by_domain`; loads `by_class` of token.
+
+        `load` [E] sums to 1; `load_cv` is standard deviation over mean; `dead_experts` have less
+        than 0.01 * 8/E; `limit_broken` says which health limit is broken (CV below 0.3, smallest
+        share above 0.02 * 8/E), if one is. `router_entropy_bits` is the entropy of the mean router
+        distribution (how even the router is over a text), `token_entropy_bits` the mean entropy
+        per token (how undecided it is about one), `top1_margin` the mean difference of a token's
+        two largest router probabilities.
+        """
+        chosen_DCE = self.chosen_LDCE[layer]
+        load_E = shares(chosen_DCE.sum((0, 1)))
+        health = LayerHealth.of(load_E)
+        every = torch.arange(len(self.domains))
+        return {
+            **self._spread(layer, every),
+            "load_cv": health.cv,
+            "dead_experts": health.dead,
+            "smallest_share": health.smallest_share,
+            "limit_broken": health.broken(len(load_E)),
+            "by_domain": {
+                name: self._spread(layer, every[[domain]])
+                for domain, name in enumerate(self.domains)
+            },
+            "by_class": {
+                name: {"load": shares(counts_E).tolist()}
+                for name, counts_E in zip(TOKEN_CLASSES, chosen_DCE.sum(0), strict=True)
+                if counts_E.sum()
+            },
+        }
+
+    def _spread(self, layer: int, domains: Tensor) -> dict[str, Any]:
+        tokens = self.tokens_D[domains].sum()
+        mean_E = self.probability_LDE[layer, domains].sum(0) / tokens
+        return {
+            "load": shares(self.chosen_LDCE[layer, domains].sum((0, 1))).tolist(),
+            "router_entropy_bits": float(entropy_bits(mean_E)),
+            "token_entropy_bits": float(self.entropy_LD[layer, domains].sum() / tokens),
+            "top1_margin": float(self.margin_LD[layer, domains].sum() / tokens),
+        }

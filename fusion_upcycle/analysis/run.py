@@ -1,0 +1,217 @@
+"""Analyse live models and folders, and compare two states of one model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusion_upcycle.analysis.collect import collect, moe_routers
+from fusion_upcycle.analysis.information import domain_information, information_gain
+from fusion_upcycle.analysis.routing import RoutingCounts
+from fusion_upcycle.analysis.similarity import find_experts, similarity_to_json
+from fusion_upcycle.checkpoint.source import locate
+from fusion_upcycle.documents import load_documents
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.progress import loading_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENS = 20_000
+#: Tokens whose router inputs all experts are given, for CKA.
+SAMPLE = 512
+PERMUTATIONS = 2000
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found in one model.
+
+    Attributes:
+        record: JSON, the section `analysis` of a run record, from which tables and figures are
+            made. `config`, `model`, `domains`, `token_classes` and `cka_tokens` say what was run;
+            `layers` has the statistics of `RoutingCounts.to_json` and of `similarity_to_json`;
+            `information` that of `domain_information`, None with one domain.
+        counts: where tokens went.
+    """
+
+    record: dict[str, Any]
+    counts: RoutingCounts
+
+
+def analyze(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Mapping[str, Sequence[str]],
+    *,
+    tokens: int = TOKENS,
+    sample: int = SAMPLE,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Analysis:
+    """What the experts of a model do with texts of several domains.
+
+    Args:
+        model: live MoE of a family in `fusion_upcycle.architectures`.
+        tokenizer: of the model.
+        texts: domain -> documents.
+        tokens: of each domain at most.
+        sample: tokens for CKA.
+        permutations: of domain labels, at least 1.
+        seed: of the permutations.
+        progress: show a bar.
+
+    Raises:
+        UpcyclingError: a dense model, an unknown family, or texts that cannot be used.
+    """
+    if sample < 2 or permutations < 1:
+        raise UpcyclingError(
+            f"sample={sample} must be 2 or more, and permutations={permutations} 1 or more."
+        )
+    routers = moe_routers(model)
+    experts = find_experts(model, routers)
+    try:
+        found = collect(
+            model, routers, tokenizer, texts, tokens=tokens, sample=sample, progress=progress
+        )
+    finally:
+        routers.close()
+    counts, windows = found.counts, found.windows
+    information = domain_information(
+        counts.unit_LDUE, counts.layers, permutations=permutations, seed=seed
+    )
+    record = {
+        "config": {"tokens": tokens, "sample": sample, "permutations": permutations, "seed": seed},
+        "model": {
+            "model_type": model.config.get_text_config().model_type,
+            "num_experts": routers.num_experts,
+            "experts_per_token": routers.experts_per_token,
+        },
+        "domains": {
+            name: {"documents": windows.documents(name), "tokens": windows.tokens(name)}
+            for name in windows.windows
+        },
+        "token_classes": counts.class_tokens(),
+        "cka_tokens": len(found.inputs[counts.layers[0]]),
+        "layers": {
+            layer: statistics | similarity_to_json(experts[int(layer)], found.inputs[int(layer)])
+            for layer, statistics in counts.to_json().items()
+        },
+        "information": information and {"unit": windows.unit, **information},
+    }
+    return Analysis(record, counts)
+
+
+def analyze_folder(
+    folder: str | Path,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    tokens: int = TOKENS,
+    progress: bool = False,
+) -> Analysis:
+    """`analyze` of a folder or Hub id, on a GPU if there is one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = locate(folder)
+    if not (path / "config.json").is_file():
+        raise UpcyclingError(f"{path} has no config.json. Give the folder of a model.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UpcyclingError(f"{path} has no tokenizer that can be read: {error}") from error
+    with loading_bars(progress):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    analysis = analyze(model, tokenizer, texts, tokens=tokens, progress=progress)
+    analysis.record["model"] = {"path": str(path), **analysis.record["model"]}
+    return analysis
+
+
+def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
+    """Documents of each `NAME=PATH`; a folder is all files in it, hidden ones aside.
+
+    Raises:
+        UpcyclingError: not of that form, a name that comes twice, or no text.
+    """
+    texts: dict[str, list[str]] = {}
+    for source in sources:
+        name, equals, path = source.partition("=")
+        if not equals or not name or not path:
+            raise UpcyclingError(f"--data {source} must be NAME=FILE_OR_FOLDER.")
+        if name in texts:
+            raise UpcyclingError(f"--data {name} is given twice. Use another name for the second.")
+        try:
+            texts[name] = load_documents(_files(path), f"--data {name}")
+        except ValueError as error:
+            raise UpcyclingError(str(error)) from error
+    return texts
+
+
+def _files(path: str) -> str | list[str]:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    files = [str(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "."]
+    if not files:
+        raise UpcyclingError(f"{folder} has no files to read as text.")
+    return files
+
+
+def demo_texts() -> dict[str, tuple[str, ...]]:
+    """The held-out text of the three demo domains."""
+    from fusion_upcycle.demo.texts import DOMAINS, domain_text
+
+    return {domain: domain_text(domain, "test") for domain in DOMAINS}
+
+
+def compare(before: Analysis, after: Analysis) -> dict[str, Any]:
+    """Two states of one model side by side: did copies diverge, and did experts specialise?
+
+    Args:
+        before: on the same texts, with as many experts in the same layers.
+        after: its number of permutations and seed are used.
+
+    Returns:
+        JSON: `before` and `after`, layer -> `weight_cosine` and `output_cka`, means over pairs of
+        different experts, `load_cv` and `dead_experts`; and `information`, see `information_gain`.
+
+    Raises:
+        UpcyclingError: analyses of models or texts that do not compare.
+    """
+    one, other = before.record, after.record
+    for what, first, second in (
+        ("experts", one["model"]["num_experts"], other["model"]["num_experts"]),
+        ("MoE layers", list(one["layers"]), list(other["layers"])),
+        ("texts", one["domains"], other["domains"]),
+    ):
+        if first != second:
+            raise UpcyclingError(
+                f"Before and after do not compare: their {what} are {first} and {second}. "
+                "Give two states of one model, on the same texts."
+            )
+    return {
+        "before": _summary(one),
+        "after": _summary(other),
+        "information": information_gain(
+            before.counts.unit_LDUE,
+            after.counts.unit_LDUE,
+            after.counts.layers,
+            permutations=other["config"]["permutations"],
+            seed=other["config"]["seed"],
+        ),
+    }
+
+
+def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        layer: {
+            "weight_cosine": found["weight_cosine"]["mean"],
+            "output_cka": found["output_cka"]["mean"],
+            "load_cv": found["load_cv"],
+            "dead_experts": found["dead_experts"],
+        }
+        for layer, found in record["layers"].items()
+    }

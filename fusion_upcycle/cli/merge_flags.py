@@ -1,0 +1,96 @@
+"""The command `merge`; light, so that `--help` is quick."""
+
+import argparse
+from functools import partial
+
+from fusion_upcycle.cli.planning_flags import given_options
+from fusion_upcycle.errors import UpcyclingError
+
+DESCRIPTION = """\
+Merge dense models of one shape into a Mixture-of-Experts model: the FFNs of each become experts,
+all else is the mean over the models, or the base model's.
+
+A random router is there to be trained. One that works at once is made from each model's own texts:
+--router-init prototype and a --calibration for each --model.
+"""
+
+EXAMPLES = """\
+examples:
+  python -m fusion_upcycle merge ./moe --model math=./math-1b --model code=./code-1b
+  python -m fusion_upcycle merge ./moe --model math=./math-1b --model code=./code-1b \\
+      --base ./llama-1b --shared base --router-init prototype,logit_std=2.0 \\
+      --calibration math=./math.jsonl --calibration code=./code.txt
+"""
+
+
+def add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command, its inputs, and one flag for each field of `MergingOptions`."""
+    merge = commands.add_parser(
+        "merge",
+        help="several fine-tunes of one model -> one Mixture-of-Experts folder",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merge.add_argument("output", help="folder to make; appears only when complete and proven")
+    pair = partial(merge.add_argument, action="append", default=[])
+    pair("--model", metavar="NAME=PATH", help="folder or Hub id (safetensors); once for each model")
+    merge.add_argument("--base", metavar="PATH", help="the model that they were trained from")
+    pair(
+        "--calibration",
+        metavar="NAME=PATH",
+        help="a model's own text for --router-init prototype: .txt, .jsonl or .parquet",
+    )
+    add = partial(merge.add_argument, default=argparse.SUPPRESS)
+    add("--shared", metavar="NAME", help="what is no expert: average | base (default: average)")
+    add("--base-expert", action="store_true", help="--base gives an expert too")
+    add("--experts-per-model", type=int, metavar="C", help="copies of each FFN (default: 1)")
+    add("--experts-per-token", type=int, metavar="K", help="top-k (default: 2)")
+    add(
+        "--router-init",
+        metavar="NAME[,OPTION=VALUE]",
+        help="normal,std=0.02 | zeros | prototype,logit_std=1.0,whiten=true (default: normal)",
+    )
+    add("--calibration-tokens", type=int, metavar="T", help="of each model's texts (default: 4096)")
+    add("--target", metavar="FAMILY", help="MoE family (default: auto, by the models)")
+    add("--moe-layers", metavar="LAYERS", help="all | every_N | last_N | indices as in 0,2,5")
+    add("--normalize-topk-prob", action=argparse.BooleanOptionalAction, help="(default: true)")
+    add("--expert-init", metavar="NAME[,OPTION=VALUE...]", help="as in upcycle (default: copy)")
+    add("--dtype", metavar="NAME", help="of the result (default: the models')")
+    add("--seed", type=int, metavar="S", help="of every random draw (default: 0)")
+    add("--ignore-config-fields", metavar="FIELD[,FIELD...]", help="as in upcycle")
+    merge.add_argument("--verify", default="auto", help="layers | logits | none | auto")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    merge.add_argument("--max-shard-size", default="5GB", help="of the files (default: 5GB)")
+    merge.add_argument("--quiet", action="store_true", help="no progress bars")
+    merge.set_defaults(run=_merge)
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    from fusion_upcycle.merging.folders import merge_into_moe
+    from fusion_upcycle.merging.options import MergingOptions
+    from fusion_upcycle.merging.plan import BASE
+
+    base = {} if parsed.base is None else {BASE: parsed.base}
+    made = merge_into_moe(
+        base | _pairs("--model", parsed.model),
+        parsed.output,
+        calibration=_pairs("--calibration", parsed.calibration),
+        verify=parsed.verify,
+        overwrite=parsed.overwrite,
+        max_shard_size=parsed.max_shard_size,
+        progress=not parsed.quiet,
+        **given_options(parsed, MergingOptions),
+    )
+    print(f"{made.proof}\nOutput: {made.output}")
+
+
+def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
+    """NAME=PATH, each name once."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or name in pairs:
+            raise UpcyclingError(f"{flag} {text!r} is not NAME=PATH with a name of its own.")
+        pairs[name] = path
+    return pairs

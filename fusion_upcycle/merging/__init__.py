@@ -1,0 +1,1 @@
+"""Several dense models of one shape into one Mixture-of-Experts model."""

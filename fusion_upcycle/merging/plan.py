@@ -1,0 +1,160 @@
+"""MoE merging: the FFNs of several models of one shape become the experts, all else one mean.
+
+Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several source experts:
+everything after the plan is what sparse upcycling does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fusion_upcycle.checkpoint.merge import DenseView, MergeSource, own_name
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.experts import DuplicationPlan
+from fusion_upcycle.frame import Frame, plan_frame, source_dtype
+from fusion_upcycle.merging.options import MergingOptions
+from fusion_upcycle.options import dtype_name
+from fusion_upcycle.planning import layer_prefix, plan_tensors
+from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.verification.names import differences, meaning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: FusionBench's name of the model that the others were trained from.
+BASE = "_pretrained_"
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """One of the models: its config, with `architectures` set, and its tensors."""
+
+    config: "PreTrainedConfig"
+    source: TensorSource
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A planned merge.
+
+    Attributes:
+        upcycling: the plan, as of any conversion.
+        merged: the models as one source.
+        models: all of them, the base under the name `BASE`.
+        experts: names of the models that give experts, in the order of the experts.
+    """
+
+    upcycling: Upcycling
+    merged: MergeSource
+    models: Mapping[str, DenseModel]
+    experts: Sequence[str]
+    options: MergingOptions
+
+    def as_dense(self, model: str) -> DenseView:
+        """The dense model that is left if only the experts of `model` are ever chosen."""
+        return self.merged.as_dense(model)
+
+    def first_expert(self, model: str) -> int:
+        return self.experts.index(model) * self.options.experts_per_model
+
+    def with_router(self, rows: Mapping[int, Tensor]) -> "Merging":
+        """The same merge with these router rows [models, D] for each MoE layer.
+
+        The experts of one model share its row.
+        """
+        repeated = {
+            layer: row.repeat_interleave(self.options.experts_per_model, dim=0)
+            for layer, row in rows.items()
+        }
+        return replace(self, upcycling=replace(self.upcycling, router_rows=repeated))
+
+
+def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> Merging:
+    """Decide every tensor of the merged MoE; refuse, by name, models that do not fit together.
+
+    Args:
+        models: name -> model; `BASE` is the one that the others were trained from, if it is there.
+        options: what to make of them.
+
+    Raises:
+        UpcyclingError: fewer than two experts, a missing base, or models that differ in a config
+            field, a tensor or a shape; and whatever sparse upcycling refuses.
+    """
+    experts = [name for name in models if name != BASE or options.base_expert]
+    if BASE not in models and (options.base_expert or options.shared == "base"):
+        raise UpcyclingError(
+            f"shared={options.shared}, base_expert={str(options.base_expert).lower()} need the "
+            f"base model, and there is none; the models are {list(models)}. Name it {BASE}."
+        )
+    if len(experts) < 2:
+        raise UpcyclingError(
+            f"Merging needs two or more models that give experts, and there are {experts}. Give "
+            f"more, or set base_expert=true to take {BASE} as one."
+        )
+    _check_alike(models)
+    if options.dtype is None:
+        _check_dtypes(models)
+    first = next(iter(models.values()))
+    frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
+    merged = MergeSource(
+        {name: model.source for name, model in models.items()},
+        kept=_kept_names(frame),
+        experts=experts,
+        shared=[BASE] if options.shared == "base" else experts,
+        dtypes={name: spec.dtype for name, spec in frame.layout.specs.items()},
+        dtype=frame.dtype,
+    )
+    order = tuple(i for i in range(len(experts)) for _ in range(options.experts_per_model))
+    plan = DuplicationPlan(dict.fromkeys(frame.resolved.moe_layers, order))
+    upcycling = plan_tensors(
+        frame, merged, plan, lambda name: [own_name(model, name) for model in experts]
+    )
+    return Merging(replace(upcycling, averaged=merged.averaged), merged, models, experts, options)
+
+
+def _kept_names(frame: Frame) -> list[str]:
+    """Names, in the files, of the FFNs of all MoE layers; fused tensors where files have them."""
+    endings = set(frame.dense.ffn.values())
+    if frame.dense.splits is not None:
+        for fused, parts in frame.dense.splits(frame.source_config).items():
+            if endings & (split := {part for part, _ in parts}):
+                endings = endings - split | {fused}
+    layers = (layer_prefix(frame.source_config, layer) for layer in frame.resolved.moe_layers)
+    return [layer + ending for layer in layers for ending in endings]
+
+
+def _check_alike(models: Mapping[str, DenseModel]) -> None:
+    """All models must be the same but for their weights, so far as config.json says."""
+    (first, reference), *others = models.items()
+    expected = _fields(reference.config)
+    for name, model in others:
+        if (found := _fields(model.config)) != expected:
+            raise UpcyclingError(
+                f"Model {name} differs from model {first} (config.json): "
+                f"{differences(found, expected)}. Only models of one architecture and shape can "
+                "be merged."
+            )
+
+
+def _fields(config: "PreTrainedConfig") -> dict[str, Any]:
+    return {
+        "model_type": config.model_type,
+        "architectures": config.architectures,
+        **meaning(config),
+    }
+
+
+def _check_dtypes(models: Mapping[str, DenseModel]) -> None:
+    dtypes: dict[str, list[str]] = {}
+    for name, model in models.items():
+        dtype = dtype_name(source_dtype(model.source, model.config))
+        dtypes.setdefault(dtype, []).append(name)
+    if len(dtypes) > 1:
+        raise UpcyclingError(
+            "The models have different dtypes ("
+            + "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in dtypes.items())
+            + "). Choose that of the result with dtype=."
+        )

@@ -1,0 +1,233 @@
+"""Continued pre-training, by itself and after sparse upcycling."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.mixins import auto_register_config
+from hydra.utils import instantiate
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.demo import DOMAINS
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.method.pool import plain, pooled_folder, require_pretrained
+from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
+from fusion_upcycle.report.record import hydra_output_folder, write_run_record
+from fusion_upcycle.training.options import OPTION_NAMES, make_training_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fusion_upcycle.training.run import Origin
+
+log = logging.getLogger(__name__)
+
+_FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
+
+
+@auto_register_config
+class ContinuedPretrainingAlgorithm(BaseAlgorithm):
+    """Next-token training of the pool's causal LM, dense or MoE; returns it, and saves its folder.
+
+    Args:
+        data: name of a source -> documents, see `fusion_upcycle.documents`; a mapping may say
+            `tokens: N` for the first N tokens only. `demo` is the embedded text.
+        save_checkpoint: folder to write; None keeps the result in memory only.
+        validation: held-out texts, likewise.
+        tokenizer: path or Hub id; None is the pool's.
+        optimizer_state: folder of an earlier run whose AdamW moments to begin with.
+        work_folder: of checkpoints and packed data, from which a killed run goes on; None is
+            `save_checkpoint` + `.training`, else the run's own folder.
+        resume: False starts over where `work_folder` has checkpoints.
+        overwrite: replace an earlier output of ours at `save_checkpoint`.
+        progress: show a progress bar.
+        kwargs: the attributes of `fusion_upcycle.training.options.TrainingOptions`.
+
+    Raises:
+        UpcyclingError: an option that cannot be used; `run` raises it for model and data.
+    """
+
+    #: Of the run record.
+    section = "method"
+    # FusionBench's decorator makes an attribute of every argument.
+    tokenizer: str | None
+    resume: bool
+    overwrite: bool
+    progress: bool
+
+    def __init__(
+        self,
+        data: Mapping[str, Any] | str,
+        save_checkpoint: str | None = None,
+        *,
+        validation: Mapping[str, Any] | str | None = None,
+        tokenizer: str | None = None,
+        optimizer_state: str | None = None,
+        work_folder: str | None = None,
+        resume: bool = True,
+        overwrite: bool = False,
+        progress: bool = True,
+        **kwargs: Any,
+    ):
+        own = {key: kwargs.pop(key) for key in _FUSION_BENCH_KEYS if key in kwargs}
+        for name in kwargs:
+            if name not in OPTION_NAMES:
+                known = [*self._config_mapping.values(), *OPTION_NAMES]
+                raise unknown("option of the method:", name, known)
+        super().__init__(**own)
+        if not data:
+            raise UpcyclingError("method.data is not set: give {name: file}, or demo.")
+        self._options = make_training_options(**{name: plain(v) for name, v in kwargs.items()})
+        self._data = _sources(plain(data), "train", "method.data") or {}
+        self._validation = _sources(plain(validation), "validation", "method.validation")
+        self._output, self._state, self._work = (
+            None if path is None else Path(path).expanduser()
+            for path in (save_checkpoint, optimizer_state, work_folder)
+        )
+
+    @property
+    def processes(self) -> int:
+        """Of the training, on all machines."""
+        return self._options.devices * self._options.num_nodes
+
+    def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel":
+        """Train `_pretrained_` of a pool, or a model.
+
+        Raises:
+            UpcyclingError: see `fusion_upcycle.training.run.train`.
+        """
+        from fusion_upcycle.training.run import Origin
+
+        tokenizer = self.load_tokenizer(modelpool)
+        if not isinstance(modelpool, BaseModelPool):
+            return self.train(modelpool, tokenizer, Origin(type(modelpool).__name__))
+        require_pretrained(modelpool)
+        found = pooled_folder(modelpool, streaming=False)
+        name = "in memory" if found is None else found.source
+        model = modelpool.load_model("_pretrained_")
+        return self.train(model, tokenizer, Origin(name, _upcycling_options(Path(name))))
+
+    def load_tokenizer(self, modelpool: Any) -> "PreTrainedTokenizerBase":
+        """The one asked for, else the pool's."""
+        if self.tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        if getattr(modelpool, "tokenizer", None) is None:
+            raise UpcyclingError(
+                "There is no tokenizer: set method.tokenizer (path or Hub id), or run with a model "
+                "pool that has one (modelpool.tokenizer)."
+            )
+        return modelpool.load_tokenizer()
+
+    def train(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", origin: "Origin"
+    ) -> "PreTrainedModel":
+        """Train a model and leave the run record."""
+        from fusion_upcycle.training.run import train
+
+        trained = train(
+            model,
+            tokenizer,
+            self._options,
+            data=self._data,
+            places=self._places(),
+            origin=origin,
+            validation=self._validation,
+            optimizer_state=self._state,
+            progress=self.progress,
+        )
+        record = {"algorithm": type(self).__name__} | trained.record
+        if self._output is not None:
+            record["output"] = str(self._output)
+        self._leave(record)
+        return trained.model
+
+    @rank_zero_only
+    def _leave(self, record: dict[str, Any]) -> None:
+        if path := write_run_record(self.section, record):
+            log.info("Run record: %s", path)
+
+    def _places(self) -> Any:
+        from fusion_upcycle.training.run import Places
+
+        run = hydra_output_folder()
+        work = self._work
+        if work is None and self._output is not None:
+            work = self._output.with_name(self._output.name + ".training")
+        if work is None and run is not None:
+            work = Path(run) / "training"
+        if work is None:
+            raise UpcyclingError(
+                "There is no place for checkpoints: set method.save_checkpoint or "
+                "method.work_folder to a folder."
+            )
+        log_folder = work if run is None else Path(run)
+        return Places(work, log_folder / "logs", self._output, self.overwrite, self.resume)
+
+
+def _upcycling_options(folder: Path) -> dict[str, Any] | None:
+    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
+    path = folder.expanduser() / RECORD_FILE
+    record = json.loads(path.read_bytes()) if path.is_file() else {}
+    return record["options"] if record.get("method") == "sparse upcycling" else None
+
+
+def _sources(data: Any, split: str, where: str) -> dict[str, Any] | None:
+    """Sources by name; those of the embedded text for `demo`."""
+    if data == "demo":
+        function = "fusion_upcycle.demo.domain_text"
+        return {d: {"_target_": function, "domain": d, "split": split} for d in DOMAINS}
+    if data is not None and not isinstance(data, Mapping):
+        raise UpcyclingError(
+            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the embedded text."
+        )
+    return data  # type: ignore[return-value]
+
+
+@auto_register_config
+class UpcycleAndTrainAlgorithm(BaseAlgorithm):
+    """Sparse upcycling of the pool's dense model, then training of the MoE, in one run.
+
+    The run record has both: the conversion in `method`, the training in `training`.
+
+    Args:
+        upcycling: options of `SparseUpcyclingAlgorithm`.
+        training: options of `ContinuedPretrainingAlgorithm`.
+    """
+
+    def __init__(self, upcycling: Any, training: Any, **kwargs: Any):
+        for name in kwargs:
+            if name not in _FUSION_BENCH_KEYS:
+                raise unknown("option of the method:", name, ("upcycling", "training"))
+        super().__init__(**kwargs)
+        self._first: SparseUpcyclingAlgorithm = instantiate(upcycling, _recursive_=False)
+        self._second: ContinuedPretrainingAlgorithm = instantiate(training, _recursive_=False)
+        self._second.section = "training"
+        if self._second.processes > 1 and self._first.save_checkpoint is not None:
+            raise UpcyclingError(
+                "upcycling.save_checkpoint cannot be written by several processes at once: set it "
+                "to null, so that each upcycles in memory, or run method=sparse_upcycling first."
+            )
+        if not self._first.return_model:
+            raise UpcyclingError(
+                "upcycling.return_model=false leaves nothing to train. Set it to true."
+            )
+
+    def run(self, modelpool: BaseModelPool) -> "PreTrainedModel":
+        """Upcycle `_pretrained_` of the pool, and train the result.
+
+        Raises:
+            UpcyclingError: see `fusion_upcycle.upcycle` and `fusion_upcycle.training.run.train`.
+        """
+        from fusion_upcycle.training.run import Origin
+
+        tokenizer = self._second.load_tokenizer(modelpool)
+        moe = self._first.run(modelpool)
+        assert moe is not None
+        name = self._first.save_checkpoint or "sparse upcycling in memory"
+        return self._second.train(moe, tokenizer, Origin(name, self._first._options.to_json()))

@@ -1,0 +1,60 @@
+"""The rules of a conversion: where each target tensor comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Rule: the source tensor of this name, bit for bit (cast where a dtype was asked for).
+
+    `scale` is the exactness scale of a `down_proj`: see the family's routing.
+    """
+
+    source: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """Rule: one matrix of the expert that the initialiser makes from the layer's dense FFN."""
+
+    layer: int
+    expert: int
+    part: str
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Rule: one matrix of the dense FFN with its neurons repeated to `size`."""
+
+    source: str
+    part: str
+    size: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RouterRows:
+    """Rule: the router of a layer, one fresh row for each group of experts."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Rule: nothing from the source; a gate, bias or output that starts at zero."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rule: what these rules make, one after the other, in one tensor.
+
+    Attributes:
+        rules: of the parts, which have the same number of elements.
+    """
+
+    rules: Sequence["Rule"]
+
+
+Rule = Carried | Initialised | Repeated | RouterRows | Zeros | Joined

@@ -1,0 +1,150 @@
+"""Checkpoints that survive a crash at any moment, and are the same for every strategy."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from fusion_upcycle.errors import UpcyclingError
+
+_KEPT = 2
+_NAME = "step-{:09d}.ckpt"
+_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Files that appear under their name only when complete and on the disk.
+
+    They hold tensors and plain data, so that loading runs no code (`weights_only`).
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        assert storage_options is None
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class CheckpointEvery(Checkpoint):
+    """Save every so many steps and at the end; keep the last two.
+
+    Args:
+        folder: of the checkpoints.
+        every: steps; 0 is the end of the run only.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        self._folder, self._every = folder, every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not module.due(self._every):
+            return
+        trainer.save_checkpoint(self._folder / _NAME.format(trainer.global_step))
+        if trainer.is_global_zero:
+            for old in checkpoints_in(self._folder)[:-_KEPT]:
+                old.unlink()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, its tensors mapped from the disk; no code is run."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("*.ckpt") if _PATTERN.fullmatch(path.name))
+
+
+def last_checkpoint(folder: Path, identity: dict[str, Any], key: str) -> Path | None:
+    """The checkpoint to go on with; None where there is none.
+
+    Args:
+        identity: what the checkpoint must have been made with, found in it under `key`.
+
+    Raises:
+        UpcyclingError: it was made with something else; says which fields.
+    """
+    found = checkpoints_in(folder)
+    if not found:
+        return None
+    saved = load_checkpoint(found[-1])[key]
+    if differences := list(_differences("", saved, identity)):
+        raise UpcyclingError(
+            f"{found[-1]} is of a run with other settings: {'; '.join(differences)}. Set them back "
+            "to go on with it, or set resume=false to start over (it will be replaced), or choose "
+            "another work_folder."
+        )
+    return found[-1]
+
+
+def named_state(state: dict[str, Any], names: Any) -> dict[str, Any]:
+    """Optimizer state by parameter name instead of number.
+
+    Args:
+        state: of `Optimizer.state_dict`, or empty on devices that save nothing.
+        names: of parameters by their number: a list, or one list for each group.
+    """
+    if not state:
+        return state
+    flat = [n for name in names for n in ([name] if isinstance(name, str) else name)]
+    return {
+        "state": {flat[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            group | {"params": [flat[number] for number in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def numbered_state(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
+    """The inverse of `named_state`, for an optimizer with these groups of names."""
+    numbers = {name: i for i, name in enumerate(n for names in groups for n in names)}
+    saved = {frozenset(group["params"]): group for group in state["param_groups"]}
+    return {
+        "state": {numbers[name]: values for name, values in state["state"].items()},
+        "param_groups": [
+            saved[frozenset(names)] | {"params": [numbers[name] for name in names]}
+            for names in groups
+        ],
+    }
+
+
+def _differences(where: str, saved: Any, wanted: Any) -> Any:
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in dict.fromkeys([*saved, *wanted]):
+            name = f"{where}.{key}" if where else str(key)
+            yield from _differences(name, saved.get(key), wanted.get(key))
+    elif saved != wanted:
+        yield f"{where} was {saved}, is {wanted}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,190 @@
+"""Text to train on: tokenised once into a memory-mapped stream, and cut into full windows.
+
+A source's stream is `EOS document EOS document ...`, seen as a circle: window i has the inputs
+`[i*T, (i+1)*T)`, and as targets the token after each. So there is no padding, no token is dropped,
+and the last window of a stream ends with its beginning. The separator begins the document that
+follows: the first token is predicted from it, and it is what a document's last token predicts.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_upcycle.documents import Documents, open_documents
+from fusion_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = npt.NDArray[np.int32]
+
+_VERSION = 1  # raised when the same text gives other tokens: part of the cache key
+_DOCUMENTS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """The token stream of one source.
+
+    Attributes:
+        name: of the source.
+        stream: all tokens, on disk.
+        separator: token id that begins each document.
+        documents: how many there are.
+        largest: token id.
+        digest: sha256 of the stream.
+    """
+
+    name: str
+    stream: Tokens
+    separator: int
+    documents: int
+    largest: int
+    digest: str
+
+    def windows(self, context_length: int) -> int:
+        """How many windows one pass over the stream takes."""
+        return -(-len(self.stream) // context_length)
+
+    def window(self, index: int, context_length: int) -> Tokens:
+        """Tokens [T + 1] of window `index`: T inputs, and targets one further."""
+        places = np.arange(index * context_length, (index + 1) * context_length + 1)
+        return self.stream.take(places, mode="wrap")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": len(self.stream),
+            "documents": self.documents,
+            "largest_token_id": self.largest,
+            "sha256": self.digest,
+        }
+
+
+def pack_sources(
+    sources: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", cache: Path
+) -> list[PackedText]:
+    """Tokenise every source, or take it from `cache`.
+
+    Args:
+        sources: name -> what `fusion_upcycle.documents` takes; a mapping may say `tokens: N` for
+            the first N tokens only, which a data set with `streaming: true` must: a stream is
+            written to disk first, so that its order is known and a run can be resumed anywhere.
+        cache: folder; processes that ask at the same time wait for the one that writes.
+
+    Raises:
+        UpcyclingError: no source, a source without text, a tokenizer without EOS.
+    """
+    if not sources:
+        raise UpcyclingError("data is empty: name at least one source, {name: file}.")
+    if tokenizer.eos_token_id is None:
+        raise UpcyclingError(
+            "The tokenizer has no EOS token, which separates documents: set tokenizer.eos_token."
+        )
+    identity = _tokenizer_identity(tokenizer)
+    return [_pack(name, spec, tokenizer, identity, cache) for name, spec in sources.items()]
+
+
+def check_vocabulary(texts: Iterable[PackedText], embeddings: int) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    for text in texts:
+        if text.largest >= embeddings:
+            raise UpcyclingError(
+                f"data.{text.name}: the tokenizer gives token id {text.largest}, but the model has "
+                f"{embeddings} embeddings: use the tokenizer that belongs to the model."
+            )
+
+
+def _pack(
+    name: str, spec: Any, tokenizer: "PreTrainedTokenizerBase", identity: str, cache: Path
+) -> PackedText:
+    from filelock import FileLock
+
+    where, limit = f"data.{name}", None
+    if isinstance(spec, Mapping) and "_target_" not in spec:
+        limit = spec.get("tokens")
+        spec = {key: value for key, value in spec.items() if key != "tokens"}
+        if spec.get("streaming") and limit is None:
+            raise UpcyclingError(
+                f"{where} is streamed: say how many tokens to take, as in tokens: 1000000000."
+            )
+        if limit is not None and (not isinstance(limit, int) or limit < 2):
+            raise UpcyclingError(f"{where}.tokens={limit!r} must be a whole number, 2 or more.")
+    documents = open_documents(spec, where)
+    content = json.dumps([_VERSION, identity, documents.fingerprint, limit])
+    folder = cache / hashlib.sha256(content.encode()).hexdigest()[:24]
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _write(folder, documents, tokenizer, where, limit)
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    stream = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+    return PackedText(name, stream, **facts)
+
+
+def _write(
+    folder: Path,
+    documents: Documents,
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    limit: int | None,
+) -> None:
+    """Make `folder`, with the stream and what is known of it, in one step."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    digest, count, largest, written = hashlib.sha256(), 0, 0, 0
+    try:
+        with open(temporary / "tokens.bin", "wb") as file:
+            for ids in _tokenised(documents.texts, tokenizer):
+                ids = ids[: None if limit is None else limit - written]
+                file.write(ids.tobytes())
+                digest.update(ids.tobytes())
+                count, written = count + 1, written + len(ids)
+                largest = max(largest, int(ids.max()))
+                if written == limit:
+                    break
+        if not count:
+            raise UpcyclingError(f"{where}: there is no text to train on; all documents are empty.")
+        facts = {
+            "separator": tokenizer.eos_token_id,
+            "documents": count,
+            "largest": largest,
+            "digest": digest.hexdigest(),
+        }
+        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _tokenised(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Tokens]:
+    """Separator and tokens of each document that is not empty."""
+    rest = iter(texts)
+    while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
+        if not (batch := [document for document in batch if document]):
+            continue
+        # Text that spells a special token out is trained on as text.
+        encoded = tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        for ids in encoded:
+            yield np.array([tokenizer.eos_token_id, *ids], dtype=np.int32)
+
+
+def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Changes whenever the same text could give other tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = (
+        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    )
+    content = f"{type(tokenizer).__name__}/{tokenizer.eos_token_id}/{known}"
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""A trained model as a plain Hugging Face folder, which appears only when complete."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from fusion_upcycle.checkpoint.writer import TRAINING_RECORD_FILE, staging_folder
+from fusion_upcycle.training.moments import save_moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    output: Path,
+    *,
+    record: dict[str, Any],
+    moments: dict[str, dict[str, Tensor]],
+    overwrite: bool,
+) -> None:
+    """Write weights, config, tokenizer, AdamW's moments, record and model card.
+
+    Args:
+        model: trained, on one device, in the dtypes it is to be saved in.
+        record: for `training.json`.
+        moments: optimizer state of the last checkpoint, by name.
+        overwrite: replace an earlier output of ours.
+
+    Raises:
+        UpcyclingError: the output exists, or the disk is too small.
+    """
+    tensors = [*model.state_dict().values(), *(t for m in moments.values() for t in m.values())]
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    with staging_folder(
+        output, {"run": uuid4().hex}, total_bytes=total, overwrite=overwrite
+    ) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        save_moments(moments, staging)
+        text = json.dumps(record, indent=2, default=str)
+        (staging / TRAINING_RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(_model_card(output.name, record), encoding="utf-8")
+
+
+def _model_card(name: str, record: dict[str, Any]) -> str:
+    options, data = record["options"], record["data"]
+    rows = "\n".join(
+        f"| {source} | {facts['documents']:,} | {facts['tokens']:,} |"
+        for source, facts in data.items()
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- fusion_upcycle
+---
+
+# {name}
+
+A {record["class"]} ({record["dtype"]}) after {record["tokens_trained"]:,} tokens of
+continued pre-training with fusion_upcycle {record["versions"]["fusion_upcycle"]}: schedule
+`{options["schedule"]}`, learning rate {options["learning_rate"]:g}, {record["steps"]:,} steps of
+{options["batch_size"]} windows of {options["context_length"]} tokens. Loss of the last step:
+{record["final"]["lm_nats_per_token"]:.4f} nats per token.
+
+| data | documents | tokens |
+|---|---:|---:|
+{rows}
+
+`{TRAINING_RECORD_FILE}` holds all options and what the model was before.
+"""

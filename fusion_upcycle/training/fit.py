@@ -1,0 +1,128 @@
+"""Options against the model: what does not fit is refused; what must change for training, changes.
+
+Shapes: B windows, T tokens of a window.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusion_upcycle.architectures.layout import with_kept_dtypes
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.evaluation import max_positions
+from fusion_upcycle.training.options import TrainingOptions
+from fusion_upcycle.training.routers import Routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Attention implementations that tell documents apart by their positions.
+_BY_POSITION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+def check_model(model: "PreTrainedModel", options: TrainingOptions) -> None:
+    """Refuse a model that cannot be trained on windows of this length."""
+    if model.get_output_embeddings() is None:
+        raise UpcyclingError(
+            f"{type(model).__name__} does not predict tokens: give a causal language model."
+        )
+    limit = max_positions(model)
+    if limit is not None and options.context_length > limit:
+        raise UpcyclingError(
+            f"context_length={options.context_length} is longer than the model's {limit} positions "
+            f"(max_position_embeddings): use at most {limit}."
+        )
+
+
+def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Routers) -> None:
+    """Refuse options that this model cannot honour, after freezing."""
+    if options.bias_update_rate and not routers.selection_biases():
+        raise UpcyclingError(
+            f"bias_update_rate={options.bias_update_rate}: {model.config.model_type} has no "
+            "selection bias that loss-free balancing could move. Set it to 0; balance_weight works "
+            "for every family."
+        )
+    if options.routers_first and not routers:
+        raise UpcyclingError(
+            f"routers_first={options.routers_first}: this {model.config.model_type} model is dense "
+            "and has no router. Set it to 0."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UpcyclingError(
+            f"freeze={list(options.freeze)} leaves no parameter of this "
+            f"{model.config.model_type} model to train. Leave one group out."
+        )
+    if options.attention == "document":
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        used = model.config._attn_implementation
+        if kinds - {"full_attention", "sliding_attention"} or used not in _BY_POSITION:
+            raise UpcyclingError(
+                f"attention=document: {model.config.model_type} with {used} attention"
+                f"{' and layers of ' + ', '.join(sorted(kinds)) if kinds else ''} cannot keep "
+                "documents of a window apart. Use attention=causal, or a model with full attention "
+                f"and one of {', '.join(_BY_POSITION)}."
+            )
+
+
+def document_positions(ids_BT: Tensor, separator: int) -> Tensor:
+    """Positions that start again at each separator, by which transformers tells documents apart."""
+    places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    starts_BT = torch.where(ids_BT == separator, places_BT, 0).cummax(1).values
+    return places_BT - starts_BT
+
+
+@dataclass(frozen=True)
+class Before:
+    """What training changes of a model besides its values."""
+
+    model_class: type["PreTrainedModel"]
+    config: Any
+    dtypes: dict[str, torch.dtype]
+    trained: dict[str, bool]
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "Before":
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        return cls(type(model), model.config, dtypes, trained)
+
+    def restored(
+        self, model: "PreTrainedModel", saved: dict[str, torch.Tensor], *, sharded: bool
+    ) -> "PreTrainedModel":
+        """The trained model, whole and with its old dtypes; a new one where it was sharded."""
+        if sharded:
+            model = self.model_class._from_config(self.config, dtype=torch.float32)
+            model.load_state_dict({k.removeprefix("model."): t for k, t in saved.items()})
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(self.dtypes[name])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trained[name])
+        if model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+        return model.eval()
+
+
+def prepare(model: "PreTrainedModel", options: TrainingOptions) -> None:
+    """Weights to float32, or for `bf16-true` to bfloat16 where transformers does not keep float32.
+
+    Also sets activation checkpointing and the implementation of the experts.
+    """
+    model.float()
+    if options.precision == "bf16-true":
+        state = model.state_dict(keep_vars=True)
+        whole = {name: tensor.data for name, tensor in state.items()}
+        model.bfloat16()
+        for name, tensor in with_kept_dtypes(model).items():
+            if tensor.dtype == torch.float32:
+                state[name].data = whole[name]
+    if options.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if options.experts_implementation is not None:
+        try:
+            model.set_experts_implementation(options.experts_implementation)
+        except ValueError as error:
+            raise UpcyclingError(
+                f"experts_implementation={options.experts_implementation}: {error}"
+            ) from error

@@ -1,0 +1,260 @@
+"""The Lightning module: one training step is one optimizer step.
+
+The balance loss takes each expert's load over all devices, and over the micro-batches of the step
+so far, so that it is the load of the whole batch where nothing is accumulated, and in the last
+micro-batch; probabilities are those of the micro-batch. [arXiv 2501.11873]
+
+Shapes: B windows, T tokens of a window, L MoE layers, E experts, N tokens.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.training.checkpoints import named_state, numbered_state
+from fusion_upcycle.training.fit import check_fit, document_positions
+from fusion_upcycle.training.health import RoutingTotals
+from fusion_upcycle.training.losses import balance_loss, balanced_bias, expert_counts, z_loss
+from fusion_upcycle.training.moments import Moments, place_moments
+from fusion_upcycle.training.options import TrainingOptions
+from fusion_upcycle.training.parameters import freeze, group_of_parameters, optimizer_groups
+from fusion_upcycle.training.routers import Routed, find_routers
+from fusion_upcycle.training.schedule import Factors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Key of our own entry in a checkpoint.
+IDENTITY = "fusion_upcycle"
+_LOSSES = ("lm_nats_per_token", "balance", "z", "total")
+
+
+class PretrainingModule(L.LightningModule):
+    """Next-token training of a causal LM, dense or MoE.
+
+    Args:
+        model: trained in place, in train mode.
+        options: of the run.
+        separator: token id that begins each document.
+        identity: what a resumed run must share, JSON; kept in every checkpoint.
+        moments: parameter name -> AdamW state to begin with, see `training.moments`.
+
+    Raises:
+        UpcyclingError: options that this model cannot honour.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        options: TrainingOptions,
+        *,
+        separator: int,
+        identity: dict[str, Any],
+        moments: Moments | None = None,
+    ):
+        super().__init__()
+        self.model = model.train()
+        self.options = options
+        self.routers = find_routers(model)
+        self.automatic_optimization = False
+        self._separator, self._identity, self._moments = separator, identity, moments or {}
+        self._groups = group_of_parameters(model, self.routers)
+        freeze(model, self._groups, options)
+        check_fit(model, options, self.routers)
+        self.routing = RoutingTotals(len(self.routers.modules), self.routers.num_experts)
+        self._last_log = (time.perf_counter(), 0)
+        self._step_number = 0
+        self._unwritten: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
+
+    # --- what Lightning asks for ------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Shard for FSDP2, decoder layer by decoder layer, and compile."""
+        if self.options.strategy == "fsdp":
+            from torch.distributed.fsdp import FSDPModule, fully_shard
+
+            assert self.device_mesh is not None
+            if isinstance(self.model, FSDPModule):
+                return
+            mesh = self.device_mesh["data_parallel"]
+            layers = self.model._no_split_modules or ()
+            biases = self.routers.selection_biases()
+            whole = {bias for bias in biases if isinstance(bias, torch.nn.Parameter)}
+            for module in self.model.modules():
+                if type(module).__name__ in layers:
+                    fully_shard(module, mesh=mesh, ignored_params=whole)
+            fully_shard(self.model, mesh=mesh, ignored_params=whole)
+        if self.options.compile:
+            self.model.compile()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = optimizer_groups(self.model, self._groups, self.options)
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=self.options.learning_rate,
+            betas=tuple(self.options.betas),  # type: ignore[arg-type]
+            eps=self.options.epsilon,
+            fused=True,
+        )
+        place_moments(optimizer, self._moments)
+        self._moments = {}
+        return optimizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizer state goes by parameter name, the same for every strategy and device count."""
+        checkpoint[IDENTITY] = self._identity
+        checkpoint["last_metrics"] = self.last_metrics
+        names = (
+            [name for name, _ in self.named_parameters()]
+            if self.options.strategy == "fsdp"
+            else self._optimizer_names()
+        )
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [named_state(state, names) for state in states]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.last_metrics = checkpoint["last_metrics"]
+        if self.options.strategy != "fsdp":  # which has loaded it by name
+            names = self._optimizer_names()
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [numbered_state(state, names) for state in states]
+
+    def _optimizer_names(self) -> list[list[str]]:
+        groups = optimizer_groups(self.model, self._groups, self.options)
+        return [[f"model.{name}" for name in group["names"]] for group in groups]
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def training_step(self, ids: Tensor, batch_idx: int) -> None:
+        """One optimizer step on this device's windows, [B, T + 1]."""
+        step, options = self.global_step, self.options
+        self._step_number = step + 1
+        tokens = (step + 1) * options.tokens_per_step
+        factors = options.curve.factors(tokens, options.steps * options.tokens_per_step)
+        # Dropout's draws are a function of seed, step and device, so that a resume repeats them.
+        torch.manual_seed(hash((options.seed, step, self.global_rank)) % 2**63)
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = group["learning_rate"] * factors.learning_rate
+
+        parts = ids.split(options.micro_batch_size or len(ids))
+        counts = torch.zeros_like(self.routing.counts, device=ids.device)
+        losses = torch.zeros(len(_LOSSES), device=ids.device)
+        for index, part in enumerate(parts):
+            with _block_parallel_sync_behavior(self.trainer.strategy, index + 1 < len(parts)):
+                terms = self._losses(part, counts, factors)
+                self.manual_backward(terms[-1] / len(parts))
+            losses += terms.detach() / len(parts)
+        losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
+        if step * options.tokens_per_step < options.routers_first:
+            self._keep_router_gradients()
+        norm = self._clip(optimizer)
+        self._require_finite(losses, norm, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._move_selection_biases(counts)
+        self.routing.add_counts(counts)
+        if self.due(options.log_every):
+            metrics = dict(zip(_LOSSES, losses.tolist(), strict=True))
+            metrics |= {
+                "learning_rate": options.learning_rate * factors.learning_rate,
+                "gradient_norm": norm,
+                "tokens": float(tokens),
+                "tokens_per_second": self._speed(tokens),
+            }
+            self.write(metrics)
+            self.last_metrics = metrics
+            shown = ("lm_nats_per_token", "tokens_per_second")
+            self.log_dict({n: metrics[n] for n in shown}, prog_bar=True, logger=False)
+
+    def _losses(self, ids_BT1: Tensor, counts_LE: Tensor, factors: Factors) -> Tensor:
+        """Language model, balance, z and total loss of a micro-batch, whose choices are counted."""
+        inputs_BT, targets_BT = ids_BT1[:, :-1], ids_BT1[:, 1:]
+        arguments: dict[str, Tensor] = {}
+        if self.options.attention == "document":
+            arguments["position_ids"] = document_positions(inputs_BT, self._separator)
+        with self.routers.listening() as routed:
+            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False, **arguments).logits
+        lm = cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+        if not self.routers:
+            return torch.stack([lm, torch.zeros_like(lm), torch.zeros_like(lm), lm])
+        balance, z = self._routing_losses(routed, counts_LE)
+        total = lm + self.options.balance_weight * factors.balance * balance
+        total = total + self.options.z_weight * factors.z * z
+        return torch.stack([lm, balance, z, total])
+
+    def _routing_losses(self, routed: Routed, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
+        logits_LNE = torch.stack(routed.logits)
+        probabilities_LNE = self.routers.probabilities(logits_LNE)
+        with torch.no_grad():
+            chosen = [expert_counts(c, self.routers.num_experts) for c in routed.chosen]
+            counts_LE += self.trainer.strategy.reduce(torch.stack(chosen), reduce_op="sum")
+            self.routing.add_entropy(probabilities_LNE)
+        load_LE = counts_LE / counts_LE.sum(1, keepdim=True)
+        return balance_loss(load_LE, probabilities_LNE.mean(1)), z_loss(logits_LNE)
+
+    def _keep_router_gradients(self) -> None:
+        """Drop all others: AdamW leaves a parameter without gradient as it is."""
+        for name, parameter in self.model.named_parameters():
+            if self._groups[name] != "routers":
+                parameter.grad = None
+
+    def _clip(self, optimizer: Any) -> float:
+        """Clip the gradients, and return the norm they had."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.options.gradient_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _require_finite(self, losses: Tensor, norm: float, step: int) -> None:
+        if bool(losses.isfinite().all()) and norm < float("inf"):
+            return
+        first = step * self.options.batch_size
+        named = dict(zip(_LOSSES, losses.tolist(), strict=True))
+        raise UpcyclingError(
+            f"Step {step} (windows {first} to {first + self.options.batch_size - 1} of the run) "
+            f"gives losses {named} and gradient norm {norm}. The weights are those before the "
+            "step, and the last checkpoint is kept. Lower the learning rate, or look at the data "
+            "of these windows."
+        )
+
+    @torch.no_grad()
+    def _move_selection_biases(self, counts_LE: Tensor) -> None:
+        if not self.options.bias_update_rate:
+            return
+        loads = (counts_LE / counts_LE.sum(1, keepdim=True)).unbind()
+        for bias, load_E in zip(self.routers.selection_biases(), loads, strict=True):
+            moved = balanced_bias(bias.flatten(), load_E, self.options.bias_update_rate)
+            bias.copy_(moved.view_as(bias))
+
+    # --- what is seen -----------------------------------------------------------------------------
+
+    def due(self, every: int) -> bool:
+        """Whether the current step, or the last one, ends an interval of `every`, or the run."""
+        step = self._step_number
+        return step == self.options.steps or (every > 0 and step % every == 0)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Log metrics of the current step, or the last one: all of a step in one row."""
+        self._unwritten |= metrics
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the callbacks."""
+        for logger in self.loggers if self._unwritten else ():
+            logger.log_metrics(self._unwritten, step=self._step_number)
+        self._unwritten = {}
+
+    def _speed(self, tokens: int) -> float:
+        """Tokens per second since the last log, on all devices together."""
+        (then, before), self._last_log = self._last_log, (time.perf_counter(), tokens)
+        return (tokens - before) / (self._last_log[0] - then)
+
+    def on_train_start(self) -> None:
+        self._last_log = (time.perf_counter(), self.global_step * self.options.tokens_per_step)

@@ -1,0 +1,229 @@
+"""The options of continued pre-training: one home for names, defaults and checks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fusion_upcycle.errors import UpcyclingError, is_number, unknown
+from fusion_upcycle.training.schedule import SCHEDULES, Schedule
+
+#: Kinds of parameters that can be frozen; see `fusion_upcycle.training.parameters`.
+GROUPS = ("routers", "experts", "ffn", "attention", "embeddings", "norms", "others")
+ATTENTIONS = ("causal", "document")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+STRATEGIES = ("auto", "ddp", "fsdp")
+
+#: Options that may differ when a run is resumed: they change neither data nor formulas.
+MAY_CHANGE = (
+    "micro_batch_size",
+    "activation_checkpointing",
+    "compile",
+    "experts_implementation",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "log_every",
+    "checkpoint_every",
+    "validate_every",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What decides a training run.
+
+    Attributes:
+        tokens: budget; rounded down to whole steps of `batch_size * context_length` tokens.
+        context_length: T, tokens of a window.
+        batch_size: windows per optimizer step, on all devices together.
+        micro_batch_size: windows per forward pass of a device, the rest is accumulated; None is all
+            of the device's share. It decides memory, not the result, but for the balance loss: see
+            `fusion_upcycle.training.module`.
+        attention: `causal` over the whole window, or `document`: each token sees its own document
+            only, and positions start again at each separator.
+        mixture: source of data -> weight, its share of the windows to 1/1000; None takes every
+            window of all sources once before any comes again.
+        seed: of the order of windows, and of dropout where the model has it.
+        schedule, warmup_share, decay_share, final_share: see `Schedule`.
+        learning_rate: of AdamW.
+        router_learning_rate: of the routers; None is `learning_rate`.
+        weight_decay: of matrices; norms and biases have none.
+        betas, epsilon: of AdamW.
+        gradient_clip: largest norm of all gradients together; 0 does not clip.
+        balance_weight: of the Switch balance loss; without effect on a dense model, like all that
+            concerns routers.
+        z_weight: of the router z-loss.
+        bias_update_rate: of loss-free balancing (0.001 in its paper), for families with a selection
+            bias; 0 is off.
+        freeze: groups of parameters that are not trained, of `GROUPS`. Experts only is
+            `[routers, ffn, attention, embeddings, norms, others]`.
+        routers_first: tokens during which routers alone are trained; rounded up to whole steps.
+        precision: Lightning's: `32-true`; `bf16-mixed`, float32 weights and bfloat16 arithmetic;
+            `bf16-true`, where a small learning rate is lost in rounding.
+        activation_checkpointing: recompute each layer in the backward pass (non-reentrant).
+        compile: torch.compile the model.
+        experts_implementation: transformers' `grouped_mm`, `batched_mm`, `eager`; None leaves it.
+        accelerator, devices, num_nodes: Lightning's.
+        strategy: `auto` (one device, or ddp), `ddp`, or `fsdp`: FSDP2, by Lightning's
+            `ModelParallelStrategy`, which shards weights, gradients and moments.
+        log_every, checkpoint_every, validate_every: steps; the end of the run always counts.
+            0 leaves it at the end.
+    """
+
+    tokens: int
+    context_length: int = 1024
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    attention: str = "causal"
+    mixture: Mapping[str, float] | None = None
+    seed: int = 0
+    schedule: str = "three_phase"
+    warmup_share: float = 0.05
+    decay_share: float = 0.2
+    final_share: float = 0.1
+    learning_rate: float = 2e-5
+    router_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    betas: Sequence[float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    gradient_clip: float = 1.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    bias_update_rate: float = 0.0
+    freeze: Sequence[str] = ()
+    routers_first: int = 0
+    precision: str = "32-true"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    experts_implementation: str | None = None
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 500
+    validate_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context_length", "batch_size", "devices", "num_nodes"):
+            _require_whole(name, getattr(self, name), at_least=1)
+        if self.micro_batch_size is not None:
+            _require_whole("micro_batch_size", self.micro_batch_size, at_least=1)
+        for name in ("seed", "routers_first", "log_every", "checkpoint_every", "validate_every"):
+            _require_whole(name, getattr(self, name), at_least=0)
+        for name in ("activation_checkpointing", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise UpcyclingError(f"{name}={getattr(self, name)!r} must be true or false.")
+        for name, choices in (
+            ("attention", ATTENTIONS),
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("strategy", STRATEGIES),
+        ):
+            if getattr(self, name) not in choices:
+                raise unknown(name, str(getattr(self, name)), choices)
+        self._check_numbers()
+        if isinstance(self.freeze, str):
+            raise UpcyclingError(f"freeze={self.freeze!r} must be a list: [{self.freeze}].")
+        for group in self.freeze:
+            if group not in GROUPS:
+                raise unknown("group in freeze:", str(group), GROUPS)
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.routers_first and "routers" in self.freeze:
+            raise UpcyclingError(
+                "routers_first trains routers alone, but freeze has them. Choose one of the two."
+            )
+        if self.tokens < self.tokens_per_step:
+            raise UpcyclingError(
+                f"tokens={self.tokens} is less than one step of batch_size={self.batch_size} "
+                f"windows of context_length={self.context_length}: give at least "
+                f"{self.tokens_per_step}, or lower one of the two."
+            )
+        world = self.devices * self.num_nodes
+        share = self.batch_size // world
+        if self.batch_size % world or share % (self.micro_batch_size or share):
+            raise UpcyclingError(
+                f"batch_size={self.batch_size} windows cannot be divided evenly among {world} "
+                f"device(s) in parts of micro_batch_size={self.micro_batch_size}: choose a "
+                "batch_size that is a multiple of devices * num_nodes * micro_batch_size."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("learning_rate", "epsilon"):
+            _require_number(name, getattr(self, name), above=0.0)
+        if self.router_learning_rate is not None:
+            _require_number("router_learning_rate", self.router_learning_rate, above=0.0)
+        for name in ("weight_decay", "gradient_clip", "balance_weight", "z_weight"):
+            _require_number(name, getattr(self, name))
+        _require_number("bias_update_rate", self.bias_update_rate)
+        for name in ("warmup_share", "decay_share", "final_share"):
+            _require_number(name, getattr(self, name), at_most=1.0)
+        if self.warmup_share + (self.decay_share if self.schedule == "wsd" else 0.0) > 1:
+            raise UpcyclingError(
+                f"warmup_share={self.warmup_share} and decay_share={self.decay_share} together are "
+                "more than the whole budget, 1. Lower one."
+            )
+        if len(self.betas) != 2:
+            raise UpcyclingError(f"betas={self.betas!r} must be two numbers, as in [0.9, 0.95].")
+        for beta in self.betas:
+            _require_number("betas", beta, below=1.0)
+        for source, weight in (self.mixture or {}).items():
+            _require_number(f"mixture.{source}", weight, above=0.0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context_length
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.tokens_per_step
+
+    @property
+    def curve(self) -> Schedule:
+        return Schedule(self.schedule, self.warmup_share, self.decay_share, self.final_share)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to repeat the run, as plain data."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {
+            "freeze": list(self.freeze),
+            "betas": list(self.betas),
+            "mixture": None if self.mixture is None else dict(self.mixture),
+        }
+
+
+OPTION_NAMES = tuple(field.name for field in fields(TrainingOptions))
+
+
+def make_training_options(**options: Any) -> TrainingOptions:
+    """`TrainingOptions`, with an unknown name answered by the nearest known one."""
+    for name in options:
+        if name not in OPTION_NAMES:
+            raise unknown("option", name, OPTION_NAMES)
+    if options.get("tokens") is None:
+        raise UpcyclingError("tokens, the budget of the training, is not set: give a number.")
+    return TrainingOptions(**options)
+
+
+def _require_whole(name: str, value: object, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise UpcyclingError(f"{name}={value!r} must be a whole number, {at_least} or more.")
+
+
+def _require_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    fits = is_number(value) and (value > above if above is not None else value >= 0)
+    fits = fits and (below is None or value < below) and (at_most is None or value <= at_most)
+    if not fits:
+        bounds = f"above {above:g}" if above is not None else "0 or more"
+        bounds += f", below {below:g}" if below is not None else ""
+        bounds += f", at most {at_most:g}" if at_most is not None else ""
+        raise UpcyclingError(f"{name}={value!r} must be a number, {bounds}.")

@@ -1,0 +1,159 @@
+"""Which window comes when: a pure function of the seed and the window's number in the run.
+
+Nothing is remembered, so that a run resumed at step s, on any number of devices, sees exactly the
+windows that it would have seen.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.training.data import PackedText
+
+_PERIOD = 1000  # windows in which every source has its share
+
+
+class WindowOrder(Dataset[Tensor]):
+    """Number of a window in the run -> its tokens [T + 1].
+
+    Without weights all windows of all sources are one set, shuffled anew for each pass. With
+    weights the sources take turns in a fixed pattern of 1000 windows that is as even as can be
+    (smooth weighted round robin), and each source is shuffled anew for each of its own passes.
+
+    Args:
+        texts: the sources.
+        context_length: T.
+        mixture: source -> weight, for all sources or None.
+        seed: of the shuffles.
+
+    Raises:
+        UpcyclingError: weights for other sources than there are, or less than 1/1000 of the sum.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[PackedText],
+        context_length: int,
+        mixture: Mapping[str, float] | None,
+        seed: int,
+    ):
+        self._texts = texts
+        self._context_length = context_length
+        self._seed = seed
+        self._sizes = [text.windows(context_length) for text in texts]
+        self._starts = np.cumsum([0, *self._sizes])
+        self._pattern = None if mixture is None else _pattern(_shares(texts, mixture))
+        self._shuffled = lru_cache(maxsize=2 * len(texts))(self._shuffle)
+
+    def __getitem__(self, number: int) -> Tensor:
+        source, index = self.place(number)
+        window = self._texts[source].window(index, self._context_length)
+        return torch.from_numpy(window.astype(np.int64))
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Source and window of the run's window `number`, 0 on."""
+        if self._pattern is None:
+            passes, place = divmod(number, int(self._starts[-1]))
+            window = int(self._shuffled(-1, passes)[place])
+            source = int(np.searchsorted(self._starts, window, side="right")) - 1
+            return source, window - int(self._starts[source])
+        periods, place = divmod(number, _PERIOD)
+        source = int(self._pattern[place])
+        same = self._pattern == source
+        before = periods * int(same.sum()) + int(same[:place].sum())
+        passes, place = divmod(before, self._sizes[source])
+        return source, int(self._shuffled(source, passes)[place])
+
+    def _shuffle(self, source: int, passes: int) -> npt.NDArray[np.int64]:
+        """Order of the windows of one source, or of all (-1), in one pass.
+
+        Sorted by a hash (splitmix64's finaliser) rather than by a library's shuffle, whose results
+        may change from version to version.
+        """
+        size = int(self._starts[-1]) if source < 0 else self._sizes[source]
+        key = (self._seed * 1_000_003 + source + 1) * 1_000_003 + passes
+        with np.errstate(over="ignore"):
+            x = np.arange(size, dtype=np.uint64) + np.uint64(key * 0x9E3779B97F4A7C15 % 2**64)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+
+
+class StepSampler(Sampler[list[int]]):
+    """For each step left, the numbers of the windows that one device takes.
+
+    Step s of the run takes windows `[s * batch_size, (s + 1) * batch_size)`, the first device the
+    first of them, and so on.
+
+    Args:
+        first: gives the step to begin at, asked when the iteration begins.
+        steps: of the whole run.
+        batch_size: windows per step, on all devices.
+        rank, world: this device, of how many.
+    """
+
+    def __init__(
+        self, first: Callable[[], int], steps: int, batch_size: int, rank: int, world: int
+    ):
+        self._first, self._steps, self._batch_size = first, steps, batch_size
+        self._share = batch_size // world
+        self._offset = rank * self._share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self._first(), self._steps):
+            start = step * self._batch_size + self._offset
+            yield list(range(start, start + self._share))
+
+    def __len__(self) -> int:
+        """Steps of the whole run, which is how Lightning counts progress after a resume too."""
+        return self._steps
+
+
+class StatelessLoader(DataLoader[Tensor]):
+    """A loader that needs no state to be resumed, and says so to Lightning."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+def _shares(texts: Sequence[PackedText], mixture: Mapping[str, float]) -> list[int]:
+    """Windows of each source in one period: largest remainders, so that they sum up."""
+    names = [text.name for text in texts]
+    for name in mixture:
+        if name not in names:
+            raise unknown("source in mixture:", str(name), names)
+    if missing := [name for name in names if name not in mixture]:
+        raise UpcyclingError(f"mixture has no weight for {', '.join(missing)}: give one for each.")
+    total = sum(mixture.values())
+    exact = np.array([mixture[name] / total * _PERIOD for name in names])
+    shares = np.floor(exact).astype(int)
+    for source in np.argsort(shares - exact, kind="stable")[: _PERIOD - shares.sum()]:
+        shares[source] += 1
+    for name, share in zip(names, shares, strict=True):
+        if not share:
+            raise UpcyclingError(
+                f"mixture.{name}={mixture[name]} is less than 1/{_PERIOD} of the sum of weights: "
+                "raise it, or leave the source out of data and mixture."
+            )
+    return [int(share) for share in shares]
+
+
+def _pattern(shares: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Sources of one period's windows, each spread out evenly."""
+    credit, step = np.zeros(len(shares), dtype=np.int64), np.array(shares)
+    pattern = np.empty(_PERIOD, dtype=np.int64)
+    for place in range(_PERIOD):
+        credit += step
+        pattern[place] = chosen = int(credit.argmax())
+        credit[chosen] -= _PERIOD
+    return pattern

@@ -1,0 +1,98 @@
+"""Which parameter is what: freezing, learning rates and weight decay go by these groups."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fusion_upcycle.training.options import TrainingOptions
+from fusion_upcycle.training.routers import Routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTENTION = ("self_attn", "linear_attn")
+_FFN = ("mlp", "shared_expert", "shared_experts")
+
+
+def group_of_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str, str]:
+    """Name of each parameter of a causal LM -> its group, one of `options.GROUPS`.
+
+    `routers`: their weights; `experts`: routed experts; `ffn`: dense FFNs and shared experts;
+    `attention`: projections, and linear attention; `embeddings`: input and output; `norms`: all
+    norms, also inside attention; `others`: gates of shared experts and what else there is.
+    """
+    embeddings = {
+        id(parameter)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if isinstance(module, nn.Module)
+        for parameter in module.parameters()
+    }
+    of_routers = {id(p) for module in routers.modules.values() for p in module.parameters()}
+    experts = routers.architecture.experts_module if routers.architecture else None
+    groups = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if id(parameter) in of_routers:
+            group = "routers"
+        elif id(parameter) in embeddings:
+            group = "embeddings"
+        elif any("norm" in part for part in parts):
+            group = "norms"
+        elif experts is not None and f".{experts}." in name:
+            group = "experts"
+        elif any(part in _ATTENTION for part in parts):
+            group = "attention"
+        elif any(part in _FFN for part in parts) and "shared_expert_gate" not in parts:
+            group = "ffn"
+        else:
+            group = "others"
+        groups[name] = group
+    return groups
+
+
+def freeze(model: "PreTrainedModel", groups: dict[str, str], options: TrainingOptions) -> None:
+    """Set `requires_grad` of every parameter; selection biases are never trained by gradient."""
+    for name, parameter in model.named_parameters():
+        trained = groups[name] not in options.freeze and not name.endswith(
+            "e_score_correction_bias"
+        )
+        parameter.requires_grad_(trained)
+
+
+def optimizer_groups(
+    model: "PreTrainedModel", groups: dict[str, str], options: TrainingOptions
+) -> list[dict[str, Any]]:
+    """Parameter groups of AdamW, with their `names` and largest `learning_rate`.
+
+    Weight decay is for matrices only: norms, biases and other vectors have none.
+    """
+    rates = {True: options.router_learning_rate or options.learning_rate}
+    rates[False] = options.learning_rate
+    found: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_router, decayed = groups[name] == "routers", parameter.ndim >= 2
+        group = found.setdefault(
+            (is_router, decayed),
+            {
+                "params": [],
+                "names": [],
+                "learning_rate": rates[is_router],
+                "weight_decay": options.weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(found.values())
+
+
+def count_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str, int]:
+    """Parameters of a model, in total and active per token."""
+    total = model.num_parameters()
+    if not routers:
+        return {"total": total, "active": total}
+    groups = group_of_parameters(model, routers)
+    experts = sum(p.numel() for n, p in model.named_parameters() if groups[n] == "experts")
+    idle = routers.num_experts - routers.experts_per_token
+    return {"total": total, "active": total - experts * idle // routers.num_experts}

@@ -1,0 +1,245 @@
+"""Continued pre-training from a model in memory to a trained model and its folder."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+
+from fusion_upcycle.checkpoint.writer import check_output
+from fusion_upcycle.documents import load_documents
+from fusion_upcycle.options import dtype_name
+from fusion_upcycle.report.record import Measured, versions
+from fusion_upcycle.training.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointEvery,
+    checkpoints_in,
+    last_checkpoint,
+    load_checkpoint,
+)
+from fusion_upcycle.training.data import PackedText, check_vocabulary, pack_sources
+from fusion_upcycle.training.export import export
+from fusion_upcycle.training.fit import Before, check_model, prepare
+from fusion_upcycle.training.health import RouterHealth
+from fusion_upcycle.training.logs import Progress, loggers, quiet_lightning
+from fusion_upcycle.training.module import IDENTITY, PretrainingModule
+from fusion_upcycle.training.moments import load_moments
+from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
+from fusion_upcycle.training.order import StatelessLoader, StepSampler, WindowOrder
+from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.validation import Validation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the model before training.
+
+    Attributes:
+        name: folder, Hub id or class.
+        upcycling: options by which it was made of a dense model, as in `upcycling.json`.
+    """
+
+    name: str
+    upcycling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes.
+
+    Attributes:
+        work: checkpoints and packed data; a run that was killed goes on from here.
+        log: TensorBoard and CSV logs.
+        output: folder of the trained model; None leaves it in memory.
+        overwrite: replace an earlier output of ours.
+        resume: go on with the last checkpoint in `work`; False starts over.
+    """
+
+    work: Path
+    log: Path
+    output: Path | None = None
+    overwrite: bool = False
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        model: trained, in eval mode, in the dtypes it came in.
+        record: what was done, JSON; also in the output's `training.json`.
+    """
+
+    model: "PreTrainedModel"
+    record: dict[str, Any]
+
+
+def train(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    options: TrainingOptions,
+    *,
+    data: Mapping[str, Any],
+    places: Places,
+    origin: Origin,
+    validation: Mapping[str, Any] | None = None,
+    optimizer_state: Path | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train a causal LM, dense or MoE, on next-token prediction; a killed run goes on.
+
+    Every process of a distributed run calls this with the same arguments, and `places.work` must be
+    one folder for all.
+
+    Args:
+        model: changed in place, but under `strategy=fsdp`, whose result is a new model.
+        data: name -> documents, as `fusion_upcycle.documents` takes them.
+        validation: the same, held out.
+        optimizer_state: folder of an earlier run whose AdamW moments to begin with.
+
+    Raises:
+        UpcyclingError: options, data or model that do not fit; a loss that is not finite.
+    """
+    if places.output is not None:
+        check_output(places.output, overwrite=places.overwrite)
+    check_model(model, options)
+    texts = pack_sources(data, tokenizer, places.work / "data")
+    check_vocabulary(texts, model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    order = WindowOrder(texts, options.context_length, options.mixture, options.seed)
+    held_out = {
+        name: load_documents(spec, f"validation.{name}")
+        for name, spec in (validation or {}).items()
+    }
+    identity = _identity(model, options, texts, optimizer_state)
+    checkpoints = places.work / "checkpoints"
+    resumed = last_checkpoint(checkpoints, identity, IDENTITY) if places.resume else None
+    before = Before.of(model)
+    prepare(model, options)
+    moments = None
+    if optimizer_state is not None and resumed is None:
+        moments = load_moments(optimizer_state, model, origin.upcycling)
+    module = PretrainingModule(
+        model, options, separator=texts[0].separator, identity=identity, moments=moments
+    )
+    parameters = count_parameters(model, module.routers)
+    health, scores = RouterHealth(), Validation(held_out, tokenizer)
+    with quiet_lightning(), Measured() as cost:
+        trainer = _trainer(options, places, [health, scores], progress)
+        if trainer.is_global_zero and not places.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        loader = _loader(order, options, trainer)
+        trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
+    module.routers.close()
+    saved = load_checkpoint(checkpoints_in(checkpoints)[-1])
+    trainer.strategy.barrier()  # all have opened it, and it may be removed
+    model = before.restored(model, saved["state_dict"], sharded=options.strategy == "fsdp")
+    record = {
+        "method": "continued pre-training",
+        "source": vars(origin),
+        "class": type(model).__name__,
+        "dtype": dtype_name(model.dtype),
+        "parameters": parameters,
+        "optimizer_state": None if optimizer_state is None else str(optimizer_state),
+        "data": {text.name: text.to_json() for text in texts},
+        "resumed_from": None if resumed is None else resumed.name,
+        "final": module.last_metrics,
+        "validation": scores.results,
+        "router_warning": health.warning,
+        "cost": cost.as_record(),
+        "log": str(places.log),
+    } | _settings(options)
+    if places.output is not None and trainer.is_global_zero:
+        export(
+            model,
+            tokenizer,
+            places.output,
+            record=record,
+            moments=saved["optimizer_states"][0]["state"],
+            overwrite=places.overwrite,
+        )
+        shutil.rmtree(checkpoints)
+    trainer.strategy.barrier()
+    return Trained(model, record)
+
+
+def _loader(order: WindowOrder, options: TrainingOptions, trainer: L.Trainer) -> StatelessLoader:
+    """This device's windows of each step that is left."""
+    sampler = StepSampler(
+        lambda: trainer.global_step,
+        options.steps,
+        options.batch_size,
+        trainer.global_rank,
+        trainer.world_size,
+    )
+    return StatelessLoader(order, batch_sampler=sampler)
+
+
+def _settings(options: TrainingOptions) -> dict[str, Any]:
+    return {
+        "options": options.to_json(),
+        "steps": options.steps,
+        "tokens_trained": options.steps * options.tokens_per_step,
+        "versions": versions(),
+    }
+
+
+def _identity(
+    model: "PreTrainedModel",
+    options: TrainingOptions,
+    texts: Sequence[PackedText],
+    optimizer_state: Path | None,
+) -> dict[str, Any]:
+    """What a run must share with the checkpoint that it goes on from."""
+    fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():  # a few of each: enough to tell models apart
+        digest.update(f"{name} {tensor.flatten()[:64].tolist()}".encode())
+    return {
+        "model": digest.hexdigest(),
+        "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
+        "data": {text.name: text.digest for text in texts},
+        "optimizer_state": None if optimizer_state is None else str(optimizer_state),
+    }
+
+
+def _trainer(
+    options: TrainingOptions, places: Places, callbacks: list[Callback], progress: bool
+) -> L.Trainer:
+    strategy: str | Strategy = options.strategy
+    world = options.devices * options.num_nodes
+    if strategy == "fsdp":
+        strategy = ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        # Weights are cast by us, which leaves in float32 what transformers keeps there.
+        precision="bf16-mixed" if options.precision == "bf16-mixed" else "32-true",
+        max_steps=options.steps,
+        max_epochs=1,
+        logger=loggers(places.log),
+        callbacks=[
+            *callbacks,
+            CheckpointEvery(places.work / "checkpoints", options.checkpoint_every),
+            *([Progress()] if progress else []),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+        default_root_dir=places.work,
+    )
