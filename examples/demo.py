@@ -60,6 +60,7 @@ def main() -> None:
     print("\nMerging the base's three fine-tunes (settings as chosen by merging.py --tune):")
     record = merging.compare(output / "merging", merging.CHOSEN)
     console.print(merging.table(read_run_record(record.parent)).to_rich())
+    console.print(f"Settings: {merging.settings_in_words()}.", highlight=False)
     console.print(f"Run record:       {record}")
 
 

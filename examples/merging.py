@@ -165,19 +165,23 @@ def evaluate(model: PreTrainedModel, split: str, stride: int) -> dict[str, float
 def table(record: dict[str, Any]) -> Table:
     rows = [
         [
-            name + (f" ({_in_words(row['settings'])})" if row["settings"] else ""),
+            name,
             *(f"{row['bits_per_byte'][text]:.4f}" for text in (*DOMAINS, "mean")),
-            f"{row['parameters']:,}",
-            f"{row['active']:,}",
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['active'] / 1e6:.2f}M",
         ]
         for name, row in record["merging"]["rows"].items()
     ]
-    headers = ["bits per byte", *DOMAINS, "mean", "parameters", "active per token"]
+    headers = ["bits per byte", *DOMAINS, "mean", "size", "active"]
     return Table("Three fine-tunes merged, held-out demo text", headers, rows)
 
 
-def _in_words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+def settings_in_words() -> str:
+    """What was chosen for each method."""
+    return "; ".join(
+        f"{method}: " + ", ".join(f"{name}={value}" for name, value in settings.items())
+        for method, settings in CHOSEN.items()
+    )
 
 
 if __name__ == "__main__":

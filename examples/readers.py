@@ -33,6 +33,8 @@ SHAPE |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads
 FIELDS = SHAPE | {"rms_norm_eps": 1e-5, "rope_theta": 3e5}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}
+GRANITE |= {"logits_scaling": 2.0}
 #: Source, its family in transformers and its fields beside FIELDS; target, shared expert.
 CONVERSIONS: tuple[tuple[str, str | None, dict[str, Any], str, str], ...] = (
     ("demo Llama (trained)", None, {}, "mixtral", "auto"),
@@ -44,6 +46,9 @@ CONVERSIONS: tuple[tuple[str, str | None, dict[str, Any], str, str], ...] = (
     ("random Qwen2", "Qwen2", {}, "qwen2_moe", "none"),
     ("random Qwen3", "Qwen3", {"head_dim": 32}, "qwen3_moe", "auto"),
     ("random OLMo 2", "Olmo2", {}, "flex_olmo", "auto"),
+    ("random Granite", "Granite", GRANITE, "granitemoe", "auto"),
+    ("random ERNIE 4.5", "Ernie4_5", {"tie_word_embeddings": False}, "ernie4_5_moe", "auto"),
+    ("random Qwen3", "Qwen3", {"head_dim": 32}, "glm4_moe", "auto"),
 )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fusion_upcycle.report.tables import Table
 
-COLUMNS = ["four 1.1B models, bfloat16", "GB", "peak RSS MiB, writing", "whole process", "wall s"]
+COLUMNS = ["four 1.1B models, bfloat16", "GB", "peak RSS MiB, writing", "whole process"]
 MODELS = 4
 
 
@@ -58,7 +58,6 @@ def table(record: dict[str, Any]) -> Table:
             f"{run['bytes'] / 1e9:.2f}",
             f"{run['conversion']['peak_rss'] / 2**20:.0f}",
             f"{run['peak_rss'] / 2**20:.0f}",
-            f"{run['wall']:.0f}",
         ]
         for router, run in record["runs"].items()
     ]

@@ -111,9 +111,17 @@ def _build(name: str, root: Path, recipe: Recipe) -> None:
         folder = Path(temporary) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _name_tokenizer_class(folder / "tokenizer_config.json")
         (folder / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_model_card(name, bits_per_byte), encoding="utf-8")
         folder.rename(root / name)
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """The name that transformers 4 and 5 both know; 5 writes one of its own."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _model_card(name: str, bits_per_byte: dict[str, float]) -> str:
