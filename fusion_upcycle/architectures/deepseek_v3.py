@@ -6,7 +6,7 @@ Takes Youtu-LLM, whose dense layers are DeepSeek-V3's. Written with one routing 
 whatever the file says: a file in which that is not zero is refused.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.architectures.base import (
     Architecture,
@@ -49,33 +49,40 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         no_effect={"qk_head_dim", "embedding_initializer_range"},
         ignored=options.asked.ignore_config_fields,
     )
-    layers = first_dense_field(options.moe_layers, options.num_layers)
-    assert layers is not None
     return DeepseekV3Config(
         **{"q_lora_rank": None} | fields,
-        **layers,
-        n_routed_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
-        moe_intermediate_size=options.expert_size,
-        n_shared_experts=options.shared_size // options.expert_size,
-        norm_topk_prob=options.asked.normalize_topk_prob,
-        routed_scaling_factor=1.0,
-        n_group=1,
-        topk_group=1,
-        num_mtp_layers=0,
+        **routed_fields(options),
     )
 
+
+def routed_fields(options: "ResolvedOptions") -> dict[str, Any]:
+    """The fields that say how tokens are routed, in families that have them from DeepSeek-V3."""
+    layers = first_dense_field(options.moe_layers, options.num_layers)
+    assert layers is not None
+    return {
+        **layers,
+        "n_routed_experts": options.asked.num_experts,
+        "num_experts_per_tok": options.asked.experts_per_token,
+        "moe_intermediate_size": options.expert_size,
+        "n_shared_experts": options.shared_size // options.expert_size,
+        "norm_topk_prob": options.asked.normalize_topk_prob,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_mtp_layers": 0,
+    }
+
+
+SIGMOID_ROUTING = Routing(
+    scores="sigmoid", normalised="optional", selection_bias="mlp.gate.e_score_correction_bias"
+)
 
 DEEPSEEK_V3 = Architecture(
     name="deepseek_v3",
     dense={"youtu": DenseLayout(zeroed_padding=True)},
     convert_config=convert_config,
     experts_field="n_routed_experts",
-    routing=Routing(
-        scores="sigmoid",
-        normalised="optional",
-        selection_bias="mlp.gate.e_score_correction_bias",
-    ),
+    routing=SIGMOID_ROUTING,
     shared=ungated_shared_experts(),
     moe_layer_fields=first_dense_field,
 )

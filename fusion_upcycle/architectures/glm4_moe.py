@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from fusion_upcycle.architectures.base import (
     LLAMA_LAYOUT,
     Architecture,
-    Routing,
     first_dense_field,
     ungated_shared_experts,
 )
 from fusion_upcycle.architectures.config import carry_fields, no_window
+from fusion_upcycle.architectures.deepseek_v3 import SIGMOID_ROUTING, routed_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,22 +53,11 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
     # in a field that it does not list.
     fields["rope_parameters"] = fields["rope_parameters"] | {"partial_rotary_factor": 1.0}
     fields.setdefault("head_dim", source.hidden_size // source.num_attention_heads)
-    layers = first_dense_field(options.moe_layers, options.num_layers)
-    assert layers is not None
     return Glm4MoeConfig(
         **fields,
-        **layers,
+        **routed_fields(options),
         attention_bias=source.model_type == "qwen2",
         use_qk_norm=source.model_type == "qwen3",
-        n_routed_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
-        moe_intermediate_size=options.expert_size,
-        n_shared_experts=options.shared_size // options.expert_size,
-        norm_topk_prob=options.asked.normalize_topk_prob,
-        routed_scaling_factor=1.0,
-        n_group=1,
-        topk_group=1,
-        num_mtp_layers=0,
     )
 
 
@@ -77,11 +66,7 @@ GLM4_MOE = Architecture(
     dense={"qwen3": LLAMA_LAYOUT, "qwen2": LLAMA_LAYOUT, "llama": LLAMA_LAYOUT},
     convert_config=convert_config,
     experts_field="n_routed_experts",
-    routing=Routing(
-        scores="sigmoid",
-        normalised="optional",
-        selection_bias="mlp.gate.e_score_correction_bias",
-    ),
+    routing=SIGMOID_ROUTING,
     shared=ungated_shared_experts(),
     moe_layer_fields=first_dense_field,
     remapped_fields=frozenset({"attention_bias"}),
