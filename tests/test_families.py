@@ -142,6 +142,15 @@ def test_a_llama_gets_the_biases_that_readers_of_qwen2_moe_expect(tmp_path: Path
         assert torch.equal(bias, torch.zeros(size))
 
 
+def test_older_readers_are_told_that_whole_heads_are_rotated(tmp_path: Path) -> None:
+    """transformers 4 takes half of a head for GLM-4.5 unless this field says otherwise."""
+    source = dense_folder(tmp_path / "dense", "qwen3")
+    upcycle(source, tmp_path / "moe", target="glm4_moe", progress=False)
+    assert (
+        json.loads((tmp_path / "moe" / "config.json").read_text())["partial_rotary_factor"] == 1.0
+    )
+
+
 def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", "qwen3", head_dim=8)
     upcycle(source, tmp_path / "moe", progress=False)

@@ -193,7 +193,7 @@ def readable_config(config: "PreTrainedConfig") -> dict[str, Any]:
 
     transformers 5 writes `rope_parameters` and `dtype`, and one of `num_experts` and
     `num_local_experts`; older readers (transformers 4, vLLM, llama.cpp) look for `rope_theta`,
-    `rope_scaling`, `torch_dtype`, and the other one.
+    `rope_scaling`, `partial_rotary_factor`, `torch_dtype`, and the other one.
     """
     data = {key: value for key, value in config.to_dict().items() if key not in _NOT_WRITTEN}
     rope = data.get("rope_parameters")
@@ -201,6 +201,8 @@ def readable_config(config: "PreTrainedConfig") -> dict[str, Any]:
         data["rope_theta"] = rope["rope_theta"]
         if rope["rope_type"] != "default":
             data["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        if "partial_rotary_factor" in rope:
+            data["partial_rotary_factor"] = rope["partial_rotary_factor"]
     for name in ("num_experts", "num_local_experts"):
         if name in config.attribute_map:  # one name for the other
             data[name] = getattr(config, name)
