@@ -14,7 +14,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && 
 UNUSABLE := rebuild
 endif
 
-.PHONY: help venv demo test lint format clean rebuild
+.PHONY: help venv demo study test lint format clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,6 +22,9 @@ help:  ## list the targets
 
 demo: venv  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
+
+study: venv  ## train on: dense, upcycled or from nothing, at equal compute (12 minutes)
+	@$(BIN)/python examples/study.py
 
 test: lint  ## lint, types and tests: what CI runs
 	@echo "test: mypy"

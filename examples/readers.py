@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 SECTION = "readers"
+SAME = 1e-3
 PROMPT_TOKENS, NEW_TOKENS, VOCABULARY = 96, 32, 257
 PROMPT = json.loads(os.environ.get("READERS_PROMPT", "[]"))  # for the children
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512}
@@ -58,6 +59,7 @@ def main() -> None:
         parser.add_argument(option, metavar="PYTHON", help="run this reader")
     parser.add_argument("--llama-cpp-source", type=Path, help="with convert_hf_to_gguf.py")
     parser.add_argument("--record", type=Path, default=Path("outputs/readers"), metavar="FOLDER")
+    parser.add_argument("--table", type=Path, help="print the table of a record, as Markdown")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # function, model, result file
     arguments = parser.parse_args()
     if arguments.child:  # in the reader's environment, which need not have fusion_upcycle
@@ -65,7 +67,11 @@ def main() -> None:
         Path(result).write_text(json.dumps(globals()[function](model)))
         return
     from fusion_upcycle.report.record import write_run_record
+    from fusion_upcycle.report.tables import read_run_record
 
+    if arguments.table:
+        print(table(read_run_record(arguments.table)))
+        return
     with tempfile.TemporaryDirectory() as name:
         record = {"rows": measure(Path(name), arguments)}
     print(f"Run record: {write_run_record(SECTION, record, arguments.record)}")
@@ -235,20 +241,25 @@ def distance(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
 
 
 def table(record: dict[str, Any]) -> str:
+    """Conversions down, readers across: distance from the dense source in transformers 5."""
     from fusion_upcycle.report.tables import Table
 
-    rows = []
+    found: dict[str, dict[str, str]] = {}
     for row in record[SECTION]["rows"]:
         shared = {"auto": ""}.get(row["shared_expert"], f", shared expert {row['shared_expert']}")
-        cells = ["no result: see the record", "", "", ""]
-        if "error" not in row:
-            five, own = row["from_transformers_5"], row["from_itself"]
-            cells = [f"{five['max_abs_nats']:.1e}", f"{own['max_abs_nats']:.1e}"]
-            cells += [f"{five['argmax_agreement']:.1%}", str(five["same_greedy_tokens"])]
-        rows.append([row["reader"], row["source"], row["target"] + shared, *cells])
-    headers = ["reader", "source", "target", "off from the source in transformers 5, nats"]
-    headers += ["in the same reader", "same arg-max", f"same greedy tokens of {NEW_TOKENS}"]
-    return Table("Largest difference of a log-probability", headers, rows).to_markdown()
+        name = f"{row['source']} to {row['target']}{shared}"
+        found.setdefault(name, {})[row["reader"]] = _cell(row)
+    readers = list(dict.fromkeys(row["reader"] for row in record[SECTION]["rows"]))
+    rows = [[name, *(cells[reader] for reader in readers)] for name, cells in found.items()]
+    headers = ["largest difference of a log-probability, nats", *readers]
+    return Table("What other programs make of it", headers, rows).to_markdown()
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "from_transformers_5" not in row:
+        return "does not load" if "NaN" not in str(row["error"]) else "NaN"
+    off = row["from_transformers_5"]["max_abs_nats"]
+    return f"{off:.1e}" if off < SAME else f"**wrong** ({off:.1f})"
 
 
 if __name__ == "__main__":

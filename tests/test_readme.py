@@ -42,6 +42,11 @@ def families_table(kind: str) -> str:
     return str(getattr(families, f"{kind}_table")(record).to_markdown())
 
 
+def readers_table() -> str:
+    record = read_run_record(ROOT / "examples" / "results" / "readers")
+    return str(example("readers.py").table(record))
+
+
 def recipes_table() -> str:
     record = read_run_record(ROOT / "examples" / "results" / "recipes")
     return str(example("recipes.py").table(record).to_markdown())
@@ -71,6 +76,7 @@ def convert_tables() -> str:
         ("exactness", exactness_table),
         ("convert", convert_tables),
         ("recipes", recipes_table),
+        ("readers", readers_table),
         ("merging", merging_table),
         ("merge", merge_table),
         ("pairs", partial(families_table, "pairs")),
@@ -100,6 +106,18 @@ def test_the_merging_settings_are_the_best_of_equally_many_trials() -> None:
         assert len(mine) == 12
         best = min(mine, key=lambda trial: trial["bits_per_byte"]["mean"])
         assert best["settings"] == settings == record["merging"]["rows"][method]["settings"]
+
+
+def test_the_study_s_settings_are_the_best_of_equally_many_trials() -> None:
+    study = example("study.py")
+    trials = read_run_record(study.TUNING)["tuning"]["trials"]
+    chosen = study.chosen(trials)
+    for kind, settings in study.TRIALS.items():
+        mine = [trial for trial in trials if trial["kind"] == kind]
+        assert [trial["settings"] for trial in mine] == settings
+        assert len(mine) == 6
+        best = min(mine, key=lambda trial: trial["mean"])["settings"]
+        assert chosen[kind] == {name: v for name, v in best.items() if name != "start"}
 
 
 def test_every_file_and_folder_that_the_readme_names_exists() -> None:
