@@ -10,14 +10,14 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "upcycle.ipynb"
 
 
 def words(cell: Any) -> str:
-    """All text that a cell printed or returned."""
-    outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
-    return "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
+    """All text that a cell printed."""
+    return "".join(output.get("text", "") for output in cell.get("outputs", []))
 
 
 def table_of(cells: list[Any]) -> dict[str, str]:
-    """First column -> the rest, of the table of scores."""
-    (text,) = [words(cell) for cell in cells if "| bits per byte |" in words(cell)]
+    """First column -> the rest, of the table of scores; training on first use prints beside it."""
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    (text,) = [data["text/markdown"] for data in shown if "text/markdown" in data]
     rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()]
     return dict(rows)
 
