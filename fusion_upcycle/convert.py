@@ -159,14 +159,9 @@ def prove_folder(
     progress: bool,
 ) -> Proof:
     """Prove the folder `result` against the folder `source` that it was made from."""
-    check_written_config(result, upcycling.config)
-    try:
-        reader = CheckpointReader(result, read_once=True)
-    except UpcyclingError as error:
-        raise ProofError(f"The output cannot be read: {error}") from error
     return prove(
         upcycling,
-        reader,
+        open_result(upcycling, result),
         mode=mode,
         tokens=tokens,
         models=lambda: (
@@ -175,6 +170,19 @@ def prove_folder(
         ),
         progress=progress,
     )
+
+
+def open_result(upcycling: Upcycling, folder: Path) -> CheckpointReader:
+    """The written tensors of `upcycling`, once its config.json is known to say what was planned.
+
+    Raises:
+        ProofError: another config, or files that cannot be read.
+    """
+    check_written_config(folder, upcycling.config)
+    try:
+        return CheckpointReader(folder, read_once=True)
+    except UpcyclingError as error:
+        raise ProofError(f"The output cannot be read: {error}") from error
 
 
 def load_model(

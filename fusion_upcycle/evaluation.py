@@ -5,11 +5,12 @@ Shapes: B windows in a batch, C tokens of input per window, S stride, V vocabula
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LARGEST_LOSS = 700.0  # nats per token; exp() of more overflows
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each module's own mode is restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.inference_mode()
@@ -59,13 +72,8 @@ def perplexity(
             "embeddings: use the tokenizer that belongs to the model"
         )
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         nats = _total_nats(model, ids_N, counted_N, context_length, stride, batch_size, progress)
-    finally:
-        for module, training in modes:
-            module.training = training
 
     tokens = int(counted_N.sum())
     loss = nats / tokens

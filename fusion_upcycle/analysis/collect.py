@@ -3,8 +3,8 @@
 Shapes: B windows, T tokens of a window, N tokens counted, E experts, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.token_classes import TokenClasses
 from fusion_upcycle.analysis.windows import UNITS, Batch, DomainWindows, domain_windows
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.evaluation import max_positions
+from fusion_upcycle.evaluation import evaluating, max_positions
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.training.routers import Routers, find_routers
 
@@ -82,7 +82,7 @@ def collect(
     classes = TokenClasses(tokenizer)
     kept: dict[int, list[Tensor]] = {layer: [] for layer in routers.modules}
     seen = 0
-    with _evaluating(model), progress_bar("Analysing", total, progress, unit="token") as bar:
+    with evaluating(model), progress_bar("Analysing", total, progress, unit="token") as bar:
         for batch in windows.batches(BATCH_WINDOWS):
             _check_vocabulary(model, batch)
             counted = batch.counted_BT.flatten()
@@ -165,14 +165,3 @@ def _check_finite(counts: RoutingCounts) -> None:
             f"Router probabilities of layer(s) {broken} are not finite numbers: the weights are "
             "not usable (uninitialised, or overflowing in a short dtype)."
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

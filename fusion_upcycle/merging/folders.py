@@ -13,16 +13,15 @@ from fusion_upcycle.checkpoint.source import (
     locate,
     read_config,
 )
-from fusion_upcycle.convert import describe_source, load_model
+from fusion_upcycle.convert import describe_source, load_model, open_result
 from fusion_upcycle.documents import load_documents
-from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.options import make_merging_options
 from fusion_upcycle.merging.plan import BASE, DenseModel, Merging, plan_merging
 from fusion_upcycle.output import Converted, OutputOptions, write_output
 from fusion_upcycle.verification import Proof, resolve_mode, sample_tokens
 from fusion_upcycle.verification.merging import prove_merging
-from fusion_upcycle.verification.names import check_written_config
 
 #: What of a `tokenizer.json` decides which ids a text becomes; the rest is the last call's state.
 _TOKENIZER_FIELDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
@@ -91,14 +90,9 @@ def merge_into_moe(
 
     def prove_staged(staging: Path) -> Proof:
         upcycling = merging.upcycling
-        check_written_config(staging, upcycling.config)
-        try:
-            reader = CheckpointReader(staging, read_once=True)
-        except UpcyclingError as error:
-            raise ProofError(f"The output cannot be read: {error}") from error
         return prove_merging(
             merging,
-            reader,
+            open_result(upcycling, staging),
             mode=mode,
             tokens=tokens,
             moe=lambda: load_model(

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
 from fusion_upcycle.demo import DOMAINS
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.method.pool import plain, pooled_folder, require_pretrained
+from fusion_upcycle.method.pool import FUSION_BENCH_KEYS, plain, pooled_folder, require_pretrained
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.training.options import OPTION_NAMES, make_training_options
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from fusion_upcycle.training.run import Origin
 
 log = logging.getLogger(__name__)
-
-_FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
 
 
 @auto_register_config
@@ -73,7 +71,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         progress: bool = True,
         **kwargs: Any,
     ):
-        own = {key: kwargs.pop(key) for key in _FUSION_BENCH_KEYS if key in kwargs}
+        own = {key: kwargs.pop(key) for key in FUSION_BENCH_KEYS if key in kwargs}
         for name in kwargs:
             if name not in OPTION_NAMES:
                 known = [*self._config_mapping.values(), *OPTION_NAMES]
@@ -202,7 +200,7 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
 
     def __init__(self, upcycling: Any, training: Any, **kwargs: Any):
         for name in kwargs:
-            if name not in _FUSION_BENCH_KEYS:
+            if name not in FUSION_BENCH_KEYS:
                 raise unknown("option of the method:", name, ("upcycling", "training"))
         super().__init__(**kwargs)
         self._first: SparseUpcyclingAlgorithm = instantiate(upcycling, _recursive_=False)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.method.pool import plain
+from fusion_upcycle.method.pool import FUSION_BENCH_KEYS, plain
 from fusion_upcycle.options import AUTO, dtype_name
 from fusion_upcycle.output import OutputOptions
 from fusion_upcycle.report.record import write_run_record
@@ -43,7 +43,7 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     def __init__(self, **kwargs: Any):
         for name in kwargs:
-            if name not in ("_recursive_", "_usage_", "_version_"):  # FusionBench's own
+            if name not in FUSION_BENCH_KEYS:
                 raise unknown("option of the method:", name, self._config_mapping.values())
         super().__init__(**kwargs)
 

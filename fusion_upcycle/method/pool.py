@@ -11,6 +11,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError
 
+#: Keywords that FusionBench gives to every class of its configs.
+FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _LOADERS = (
     "transformers.AutoModelForCausalLM",
