@@ -17,6 +17,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle import upcycle
+from fusion_upcycle.analysis.report import write_analysis
+from fusion_upcycle.analysis.run import analyze_folder, demo_texts
 from fusion_upcycle.convert import plan_folder
 from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
-from fusion_upcycle.economics import Economics, economics
+from fusion_upcycle.economics import Cost, Economics, economics
 from fusion_upcycle.evaluation import perplexity
 from fusion_upcycle.options import make_options
 from fusion_upcycle.report.record import write_run_record
@@ -37,7 +40,13 @@ from fusion_upcycle.training.run import Origin, Places, train
 SECTION = "study"
 TUNING = Path(__file__).parent / "results" / "study" / "tuning"
 CONTEXT, BATCH = 256, 8
-MOE = {"num_experts": 8, "experts_per_token": 2}
+#: Kinds of MoE. The last two cost the FLOPs of the dense model: one expert for each token, or two
+#: halves of one.
+MOES: dict[str, dict[str, Any]] = {
+    "moe": {"num_experts": 8, "experts_per_token": 2},
+    "top-1": {"num_experts": 8, "experts_per_token": 1},
+    "halves": {"num_experts": 16, "experts_per_token": 2, "granularity": 2},
+}
 #: Bytes that the base was trained on: what a model from nothing gets on top of `--tokens`.
 BASE_TOKENS = 540 * BATCH * CONTEXT
 SCHEDULE = {"schedule": "cosine", "warmup_share": 0.05, "final_share": 0.0}
@@ -48,41 +57,35 @@ class Arm:
     """One continuation.
 
     Attributes:
-        kind: whose settings it takes, `dense` or `moe`.
+        kind: what is trained: `dense`, or a key of `MOES`.
         start: `base`, `fresh`, `wide` (fresh, of the MoE's active size), or an expert initialiser.
-        budget: `tokens`, `flops` (as many as the MoE's tokens cost), or `all` (with the base's).
+        budget: `tokens`, `flops` (as many as those tokens cost in the MoE of 8 experts), or `all`
+            (with the base's).
     """
 
     kind: str
     start: str
-    budget: str = "tokens"
+    budget: str
 
 
 ARMS = {
-    "dense, same tokens": Arm("dense", "base"),
+    "dense, same tokens": Arm("dense", "base", "tokens"),
+    "upcycled 8 top-2, copy": Arm("moe", "copy", "tokens"),
+    "upcycled 8 top-2, noise 0.01": Arm("moe", "noise", "tokens"),
+    "upcycled 8 top-2, drop 0.5": Arm("moe", "drop", "tokens"),
     "dense, same FLOPs": Arm("dense", "base", "flops"),
-    "upcycled, copy": Arm("moe", "copy"),
-    "upcycled, noise 0.01": Arm("moe", "noise"),
-    "upcycled, drop 0.5": Arm("moe", "drop"),
-    "MoE from scratch, all tokens": Arm("moe", "fresh", "all"),
-    "dense of the active size, from scratch, all tokens": Arm("dense", "wide", "all"),
+    "upcycled 8 top-1, noise 0.01, same FLOPs": Arm("top-1", "noise", "flops"),
+    "upcycled 16 halves top-2, noise 0.01, same FLOPs": Arm("halves", "noise", "flops"),
+    "MoE 8 top-2 from scratch, all tokens": Arm("moe", "fresh", "all"),
+    "dense of the MoE's active size, from scratch, all tokens": Arm("dense", "wide", "all"),
 }
-#: Trials of each kind: equally many.
-TRIALS: dict[str, list[dict[str, Any]]] = {
-    "dense": [{"learning_rate": rate} for rate in (3e-4, 6e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)],
-    "moe": [
-        {"learning_rate": 6e-4, "balance_weight": 0.01, "start": "noise"},
-        {"learning_rate": 1e-3, "balance_weight": 0.01, "start": "noise"},
-        {"learning_rate": 2e-3, "balance_weight": 0.01, "start": "noise"},
-        {"learning_rate": 1e-3, "balance_weight": 0.01, "start": "drop"},
-        {"learning_rate": 2e-3, "balance_weight": 0.003, "start": "drop"},
-        {
-            "learning_rate": 2e-3,
-            "balance_weight": 0.01,
-            "router_learning_rate": 6e-4,
-            "start": "drop",
-        },
-    ],
+#: At equal FLOPs; the dense model gets one trial more than any kind of MoE.
+TRIALS: dict[Arm, list[dict[str, Any]]] = {
+    Arm("dense", "base", "flops"): [{"learning_rate": rate} for rate in (1e-3, 1.5e-3, 2e-3, 3e-3)],
+    Arm("halves", "noise", "flops"): [{"learning_rate": rate} for rate in (2e-3, 3e-3)],
+    Arm("top-1", "noise", "flops"): [{"learning_rate": rate} for rate in (3e-3, 2e-3)],
+    Arm("moe", "drop", "tokens"): [{"learning_rate": rate} for rate in (2e-3, 3e-3)],
+    Arm("moe", "noise", "tokens"): [{"learning_rate": 2e-3}],
 }
 
 
@@ -91,7 +94,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
-    parser.add_argument("--tokens", type=int, default=500_000, help="of a continuation")
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="of a continuation")
     parser.add_argument("--tune", type=Path, metavar="RECORD", help="run the trials, and only them")
     parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table")
     parser.add_argument("--record", type=Path, help="where to leave the run record (OUTPUT)")
@@ -100,67 +103,68 @@ def main() -> None:
         trials = tune(arguments.output / "trials", arguments.tokens)
         print(f"Run record: {write_run_record('tuning', trials, arguments.tune)}")
         return
-    if not arguments.table:
-        found = study(arguments.output, arguments.tokens)
-        folder = arguments.record or arguments.output
-        print(f"Run record: {write_run_record(SECTION, found, folder)}")
-    record = read_run_record(arguments.table or folder)
+    if arguments.table:
+        print(table(read_run_record(arguments.table)).to_markdown())
+        return
+    folder = arguments.record or arguments.output
+    found = study(arguments.output, arguments.tokens)
+    print(f"Run record: {write_run_record(SECTION, found, folder)}")
+    record = read_run_record(folder)
     print(table(record).to_markdown())
-    if not arguments.table:
-        print(f"Curves: {draw(arguments.output, record)}")
-        print(f"The models, their logs and the page on the experts are in {arguments.output}")
+    print(f"Curves:     {draw(arguments.output, record)}")
+    print(f"Experts:    {look_at_experts(arguments.output, record)}")
+    print(f"The models and their logs are in {arguments.output}")
 
 
 @cache
-def costs() -> Economics:
-    return economics(plan_folder(demo_model("base"), make_options(**MOE)), CONTEXT)
+def costs(kind: str) -> Economics:
+    return economics(plan_folder(demo_model("base"), make_options(**MOES[kind])), CONTEXT)
 
 
 def study(output: Path, tokens: int) -> dict[str, Any]:
-    settings = chosen(read_run_record(TUNING)["tuning"]["trials"])
-    rows = {
-        name: run(arm, output / name.replace(" ", "_").replace(",", ""), tokens, settings[arm.kind])
-        for name, arm in ARMS.items()
-    }
-    return {"tokens": tokens, "settings": settings, "arms": rows}
+    trials = read_run_record(TUNING)["tuning"]["trials"]
+    rows = {}
+    for name, arm in ARMS.items():
+        settings = chosen(trials, arm)
+        rows[name] = {
+            "settings": settings,
+            **run(arm, output / folder_name(name), tokens, settings),
+        }
+        print(f"{name}: {mean(rows[name]):.4f} bits per byte", flush=True)
+    return {"tokens": tokens, "arms": rows}
 
 
 def tune(output: Path, tokens: int) -> dict[str, Any]:
-    """Equally many trials of both kinds, judged on validation text."""
+    """Equally many trials of each kind, to be judged on validation text."""
     trials = []
-    for kind, all_settings in TRIALS.items():
+    for arm, all_settings in TRIALS.items():
         for number, settings in enumerate(all_settings):
-            options = dict(settings)
-            arm = Arm(kind, options.pop("start", "base"))
-            row = run(arm, output / f"{kind}{number}", tokens, options, split="validation")
-            trials.append({"kind": kind, "settings": settings, "mean": mean(row), **row})
-            print(f"{kind} {settings}: {trials[-1]['mean']:.4f} bits per byte", flush=True)
+            row = run(arm, output / f"{arm.kind}_{arm.start}_{number}", tokens, settings)
+            trials.append({"arm": vars(arm), "settings": settings, **row})
+            print(f"{arm} {settings}: {mean(row, 'validation'):.4f} bits per byte", flush=True)
     return {"tokens": tokens, "trials": trials}
 
 
-def chosen(trials: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings of the best trial of each kind; the arms say themselves how they start."""
-    best = {
-        kind: min((t for t in trials if t["kind"] == kind), key=lambda t: t["mean"])
-        for kind in TRIALS
-    }
-    return {
-        kind: {name: value for name, value in trial["settings"].items() if name != "start"}
-        for kind, trial in best.items()
-    }
+def chosen(trials: list[dict[str, Any]], arm: Arm) -> dict[str, Any]:
+    """The settings of the best trial of this kind, on validation text.
+
+    Of those that start like `arm`; where none does, of all of its kind.
+    """
+    kind = [trial for trial in trials if trial["arm"]["kind"] == arm.kind]
+    alike = [trial for trial in kind if trial["arm"]["start"] == arm.start]
+    best: dict[str, Any] = min(alike or kind, key=lambda trial: mean(trial, "validation"))
+    return dict(best["settings"])
 
 
-def run(
-    arm: Arm, folder: Path, tokens: int, settings: dict[str, Any], *, split: str = "test"
-) -> dict[str, Any]:
+def run(arm: Arm, folder: Path, tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train one arm and score it, unless that was done."""
     result = folder / "result.json"
     if result.is_file():
-        return json.loads(result.read_text())
-    model, cost = start(arm.start, folder)
+        return dict(json.loads(result.read_text()))
+    model, cost = start(arm, folder)
     budget = {
         "tokens": tokens,
-        "flops": round(tokens * costs().upcycled.flops / costs().dense.flops),
+        "flops": round(tokens * costs("moe").upcycled.flops / cost.flops),
         "all": tokens + BASE_TOKENS,
     }[arm.budget]
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
@@ -177,18 +181,11 @@ def run(
         places=Places(folder / "work", folder / "logs", folder / "model", overwrite=True),
         origin=Origin(arm.start),
     )
-    bits = {
-        domain: perplexity(
-            trained.model,
-            tokenizer,
-            domain_text(domain, split),
-            context_length=CONTEXT,
-            stride=CONTEXT // 2,
-        )["bits_per_byte"]
-        for domain in DOMAINS
-    }
     row = {
-        "bits_per_byte": bits,
+        "bits_per_byte": {
+            split: bits_per_byte(trained.model, tokenizer, split)
+            for split in ("validation", "test")
+        },
         "tokens": trained.record["tokens_trained"],
         "training_flops": cost.training_flops(trained.record["tokens_trained"]),
         "cost": trained.record["cost"],
@@ -200,28 +197,43 @@ def run(
     return row
 
 
-def start(name: str, folder: Path) -> tuple[Any, Any]:
+def bits_per_byte(model: Any, tokenizer: Any, split: str) -> dict[str, float]:
+    """Of each domain's held-out text."""
+    texts = {domain: domain_text(domain, split) for domain in DOMAINS}
+    return {
+        domain: perplexity(model, tokenizer, text, context_length=CONTEXT, stride=CONTEXT // 2)[
+            "bits_per_byte"
+        ]
+        for domain, text in texts.items()
+    }
+
+
+def start(arm: Arm, folder: Path) -> tuple[Any, Cost]:
     """The model of an arm before training, and what it costs."""
     base = demo_model("base")
-    if name == "base":
-        return AutoModelForCausalLM.from_pretrained(base), costs().dense
-    if name == "wide":
+    if arm.start == "base":
+        return AutoModelForCausalLM.from_pretrained(base), costs("moe").dense
+    torch.manual_seed(0)
+    if arm.start == "wide":
         config = AutoConfig.from_pretrained(base)
-        config.intermediate_size *= MOE["experts_per_token"]
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config), costs().equal_active
+        config.intermediate_size *= MOES["moe"]["experts_per_token"]
+        return AutoModelForCausalLM.from_config(config), costs("moe").equal_active
     made = folder / "step0"
-    expert_init = "copy" if name == "fresh" else name
-    upcycle(base, made, expert_init=expert_init, overwrite=True, progress=False, **MOE)
-    if name == "fresh":
-        torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(made)
-        return AutoModelForCausalLM.from_config(config), costs().upcycled
-    return AutoModelForCausalLM.from_pretrained(made), costs().upcycled
+    expert_init = "copy" if arm.start == "fresh" else arm.start
+    upcycle(base, made, expert_init=expert_init, overwrite=True, progress=False, **MOES[arm.kind])
+    cost = costs(arm.kind).upcycled
+    if arm.start == "fresh":
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made)), cost
+    return AutoModelForCausalLM.from_pretrained(made), cost
 
 
-def mean(row: dict[str, Any]) -> float:
-    return float(sum(row["bits_per_byte"].values()) / len(row["bits_per_byte"]))
+def folder_name(arm: str) -> str:
+    return arm.replace(" ", "_").replace(",", "")
+
+
+def mean(row: dict[str, Any], split: str = "test") -> float:
+    bits = row["bits_per_byte"][split].values()
+    return float(sum(bits) / len(bits))
 
 
 def table(record: dict[str, Any]) -> Table:
@@ -231,13 +243,22 @@ def table(record: dict[str, Any]) -> Table:
             f"{row['tokens'] / 1e6:.2f}M",
             f"{row['training_flops'] / 1e12:.1f}T",
             f"{row['cost']['wall_seconds']:.0f}",
-            *(f"{bits:.3f}" for bits in row["bits_per_byte"].values()),
+            *(f"{bits:.3f}" for bits in row["bits_per_byte"]["test"].values()),
             f"{mean(row):.3f}",
         ]
         for name, row in record[SECTION]["arms"].items()
     ]
     headers = ["bits per byte after training", "tokens", "FLOPs", "seconds", *DOMAINS, "mean"]
     return Table("Continued, upcycled, or from nothing", headers, rows)
+
+
+def look_at_experts(output: Path, record: dict[str, Any]) -> Path:
+    """The page on the experts of the best upcycled model, before and after training."""
+    rows = record[SECTION]["arms"]
+    best = min((name for name in rows if "upcycled" in name), key=lambda name: mean(rows[name]))
+    folder, texts = output / folder_name(best), demo_texts()
+    before, after = (analyze_folder(folder / part, texts) for part in ("step0", "model"))
+    return write_analysis(after, output / "experts", before=before)
 
 
 def draw(output: Path, record: dict[str, Any]) -> Path:
@@ -252,11 +273,10 @@ def draw(output: Path, record: dict[str, Any]) -> Path:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     styles = ["-", "--", "-", "--", "-.", ":", (0, (5, 1, 1, 1))]
-    for (name, row), style, colour in zip(
-        record[SECTION]["arms"].items(), styles, plt.get_cmap("cividis")(np.linspace(0, 0.9, 7)),
-        strict=True,
-    ):  # fmt: skip
-        logged = read_metrics(output / name.replace(" ", "_").replace(",", "") / "logs")
+    arms = record[SECTION]["arms"]
+    colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(arms)))
+    for (name, row), style, colour in zip(arms.items(), cycle(styles), colours, strict=False):
+        logged = read_metrics(output / folder_name(name) / "logs")
         losses = [step["lm_nats_per_token"] for step in logged if "lm_nats_per_token" in step]
         smooth = np.convolve(losses, np.ones(9) / 9, mode="valid") / np.log(2)
         flops = np.linspace(0, row["training_flops"] / 1e12, len(smooth))

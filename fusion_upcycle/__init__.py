@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_upcycle.convert import upcycle
+    from fusion_upcycle.expansion.folders import expand
+    from fusion_upcycle.expansion.live import expand_model
+    from fusion_upcycle.expansion.options import ExpansionOptions
     from fusion_upcycle.experts import DuplicationPlan, Expert
+    from fusion_upcycle.importance.folders import folder_importance
     from fusion_upcycle.merging.folders import merge_into_moe
     from fusion_upcycle.method import (
         ContinuedPretrainingAlgorithm,
+        ExpertUpcyclingAlgorithm,
         MixtralForCausalLMMergingAlgorithm,
         MixtralForCausalLMUpscalingAlgorithm,
         MixtralMoEMergingAlgorithm,
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
 _HOME = {
     "ContinuedPretrainingAlgorithm": "fusion_upcycle.method",
     "DuplicationPlan": "fusion_upcycle.experts",
+    "ExpansionOptions": "fusion_upcycle.expansion.options",
     "Expert": "fusion_upcycle.experts",
+    "ExpertUpcyclingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMMergingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMUpscalingAlgorithm": "fusion_upcycle.method",
     "MixtralMoEMergingAlgorithm": "fusion_upcycle.method",
@@ -37,6 +44,9 @@ _HOME = {
     "SparseUpcyclingAlgorithm": "fusion_upcycle.method",
     "UpcycleAndTrainAlgorithm": "fusion_upcycle.method",
     "UpcyclingOptions": "fusion_upcycle.options",
+    "expand": "fusion_upcycle.expansion.folders",
+    "expand_model": "fusion_upcycle.expansion.live",
+    "folder_importance": "fusion_upcycle.importance.folders",
     "merge_into_moe": "fusion_upcycle.merging.folders",
     "upcycle": "fusion_upcycle.convert",
 }
@@ -44,7 +54,9 @@ _HOME = {
 __all__ = [
     "ContinuedPretrainingAlgorithm",
     "DuplicationPlan",
+    "ExpansionOptions",
     "Expert",
+    "ExpertUpcyclingAlgorithm",
     "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",
     "MixtralMoEMergingAlgorithm",
@@ -53,6 +65,9 @@ __all__ = [
     "SparseUpcyclingAlgorithm",
     "UpcycleAndTrainAlgorithm",
     "UpcyclingOptions",
+    "expand",
+    "expand_model",
+    "folder_importance",
     "merge_into_moe",
     "upcycle",
 ]

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,9 @@ from fusion_upcycle.checkpoint.source import (
     read_config,
 )
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.conversion import Conversion
 from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.model_card import EXPERT_UPCYCLING
 from fusion_upcycle.options import UpcyclingOptions, make_options
 from fusion_upcycle.output import Converted, OutputOptions, write_output
 from fusion_upcycle.planning import plan_upcycling
@@ -115,16 +119,26 @@ def verify(
     if mode == "none":
         raise UpcyclingError("verify needs a mode that verifies: layers, logits or auto.")
     output = Path(output).expanduser()
-    source_name, options = _read_record(output)
+    with reading_record(output) as record:
+        source_name, expanded = record["source"]["name"], record["method"] == EXPERT_UPCYCLING
+        if not isinstance(source_name, str):
+            raise TypeError(f"source {source_name!r}")
+        if not expanded:
+            options = make_options(**{**record["options"], "dtype": record["dtype"]})
     folder = locate(source or source_name)
+    if expanded:
+        from fusion_upcycle.expansion.folders import verify_expansion  # which imports this module
+
+        return verify_expansion(output, folder, mode=mode, progress=progress)
     upcycling = plan_folder(folder, options)
     tokens = sample_tokens(folder / "tokenizer.json", upcycling.config)
     mode = resolve_mode(mode, streaming=True, total_bytes=upcycling.total_bytes)
     return prove_folder(upcycling, folder, output, mode, tokens, progress=progress)
 
 
-def _read_record(output: Path) -> tuple[str, UpcyclingOptions]:
-    """Source and options of an output, from a record that may be damaged."""
+@contextmanager
+def reading_record(output: Path) -> Iterator[dict[str, Any]]:
+    """The record of an output; what goes wrong in the block is put down to its being damaged."""
     path = output / RECORD_FILE
     if not path.is_file():
         raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
@@ -132,10 +146,7 @@ def _read_record(output: Path) -> tuple[str, UpcyclingOptions]:
         record = json.loads(path.read_bytes())
         if "sources" in record:
             raise TypeError("a merge of several models is proven when it is made, and only then")
-        name, options = record["source"]["name"], {**record["options"], "dtype": record["dtype"]}
-        if not isinstance(name, str):
-            raise TypeError(f"source {name!r}")
-        return name, make_options(**options)
+        yield record
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcyclingError(
             f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "
@@ -172,13 +183,13 @@ def prove_folder(
     )
 
 
-def open_result(upcycling: Upcycling, folder: Path) -> CheckpointReader:
-    """The written tensors of `upcycling`, once its config.json is known to say what was planned.
+def open_result(conversion: Conversion, folder: Path) -> CheckpointReader:
+    """The written tensors of `conversion`, once its config.json is known to say what was planned.
 
     Raises:
         ProofError: another config, or files that cannot be read.
     """
-    check_written_config(folder, upcycling.config)
+    check_written_config(folder, conversion.config)
     try:
         return CheckpointReader(folder, read_once=True)
     except UpcyclingError as error:

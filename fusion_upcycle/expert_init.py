@@ -91,6 +91,40 @@ def permute(expert: Expert, generator: Generator) -> Expert:
     )
 
 
+def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Expert:
+    """Turn the weak singular directions of each matrix, and keep the strong ones.
+
+    With W = U S V^T, the strongest directions that hold `kept_energy` of ||W||^2 stay as they are;
+    the left singular vectors of the rest (the right ones of a tall matrix) are turned by a random
+    rotation of the space that they span. The singular values stay; a share of the function that no
+    large direction carries is drawn anew. Relative change of W: about sqrt(2 * (1 - kept_energy)).
+
+    Costs an eigendecomposition of the smaller side of each matrix, in float64: minutes for an
+    expert with D = 4096 on two cores.
+
+    Args:
+        kept_energy: 0 <= share <= 1.
+    """
+    if not (is_number(kept_energy) and 0 <= kept_energy <= 1):
+        raise UpcyclingError(f"kept_energy={kept_energy!r} must be a number 0 to 1 (default 0.9).")
+
+    def turn(weight: Tensor) -> Tensor:
+        tall = weight.shape[0] > weight.shape[1]
+        exact = (weight.T if tall else weight).double()
+        energy, directions = torch.linalg.eigh(exact @ exact.T)  # the weakest first
+        share = energy.clamp(min=0).cumsum(0) / energy.clamp(min=0).sum().clamp(min=1e-300)
+        weak = int((share <= 1 - kept_energy).sum())
+        drawn = torch.randn(weak, weak, generator=generator, dtype=torch.float64)
+        rotation, triangle = torch.linalg.qr(drawn)
+        rotation = rotation * triangle.diagonal().sign()  # else not uniform over all rotations
+        space = directions[:, :weak]
+        inside = space.T @ exact
+        turned = exact + space @ (rotation @ inside - inside)
+        return (turned.T if tall else turned).to(weight.dtype).contiguous()
+
+    return expert.map(turn)
+
+
 def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int) -> Expert:
     """Expert e keeps neurons `[e*F/N, (e+1)*F/N)`, and zeros elsewhere: a partition of the FFN.
 
@@ -126,6 +160,7 @@ EXPERT_INITS: dict[str, Callable[..., Expert]] = {
     "noise": noise,
     "drop": drop,
     "permute": permute,
+    "svd": svd,
     "subset": subset,
     "qwen2": qwen2,
 }

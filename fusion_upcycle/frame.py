@@ -52,6 +52,7 @@ def plan_frame(
     """
     architecture = architecture_for(source_config.model_type, options.target)
     resolved = resolve(options, architecture, source_config)
+    assert architecture.convert_config is not None, architecture.name
     config = architecture.convert_config(source_config, resolved)
     config.architectures = [target_class(source_config, config)]
     config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)

@@ -9,10 +9,11 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from fusion_upcycle.architectures.layout import class_name, with_kept_dtypes
+from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.tensors import StateDictSource, aligned
+from fusion_upcycle.conversion import Conversion
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.plan import DenseModel, Merging, plan_merging
@@ -94,35 +95,37 @@ def merge_live(
 
 
 def fill_live(
-    upcycling: Upcycling, dense: "PreTrainedModel"
+    conversion: Conversion, source: "PreTrainedModel"
 ) -> tuple["PreTrainedModel", LiveTensors]:
-    """transformers' own class with the planned tensors; device, mode and the like from `dense`."""
-    model_class = getattr(transformers, class_name(upcycling.config))
-    config = copy.deepcopy(upcycling.config)
-    with no_init_weights(), dense.device:
+    """transformers' own class with the planned tensors; device, mode and the like from `source`."""
+    model_class = getattr(transformers, class_name(conversion.config))
+    config = copy.deepcopy(conversion.config)
+    with no_init_weights(), source.device:
         moe = model_class._from_config(
-            config, dtype=upcycling.dtype, attn_implementation=dense.config._attn_implementation
+            config, dtype=conversion.dtype, attn_implementation=source.config._attn_implementation
         )
-    for name, tensor in with_kept_dtypes(moe).items():
-        module, _, attribute = name.rpartition(".")
-        getattr(moe.get_submodule(module), attribute).data = tensor
+    architecture, state = conversion.architecture, moe.state_dict()
+    for name, spec in conversion.specs.items():  # some are kept in another dtype than the rest
+        live_name, _ = architecture.live_slot(name, 1)
+        module, _, attribute = live_name.rpartition(".")
+        getattr(moe.get_submodule(module), attribute).data = state[live_name].to(spec.dtype)
     moe.tie_weights()  # skipped together with the initialisation
-    live = LiveTensors(moe, upcycling.architecture, upcycling.specs)
+    live = LiveTensors(moe, architecture, conversion.specs)
     # Nothing is initialised: what is not filled below would be uninitialised memory.
     whole = {t.data_ptr(): t.numel() for t in moe.state_dict().values()}  # tied tensors once
     assert sum(s.numel for s in live.specs.values()) == sum(whole.values())
     with torch.no_grad():
-        for name in upcycling.specs:
-            for made, place in aligned(upcycling.chunks(name), live.chunks(name)):
+        for name in conversion.specs:
+            for made, place in aligned(conversion.chunks(name), live.chunks(name)):
                 place.copy_(made)
-    if dense.can_generate():
-        moe.generation_config = copy.deepcopy(dense.generation_config)
-    moe.train(dense.training)
+    if source.can_generate():
+        moe.generation_config = copy.deepcopy(source.generation_config)
+    moe.train(source.training)
     return moe, live
 
 
 def save_live(
-    upcycling: Upcycling,
+    conversion: Conversion,
     proof: Proof,
     output: Path,
     *,
@@ -140,15 +143,15 @@ def save_live(
     """
 
     def prove_written(folder: Path) -> Proof:
-        check_written_config(folder, upcycling.config)
+        check_written_config(folder, conversion.config)
         if proof.mode != "none":
             check_tensors(
-                upcycling, CheckpointReader(folder, read_once=True), progress=options.progress
+                conversion, CheckpointReader(folder, read_once=True), progress=options.progress
             )
         return proof
 
     return write_output(
-        upcycling,
+        conversion,
         output,
         source=source,
         companions=companions,

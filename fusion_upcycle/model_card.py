@@ -6,6 +6,9 @@ from typing import Any
 
 from fusion_upcycle.options import UpcyclingOptions
 
+#: What a record calls the growing of an MoE.
+EXPERT_UPCYCLING = "expert upcycling"
+
 
 def model_card(record: dict[str, Any]) -> str:
     """A Hugging Face model card from the contents of `upcycling.json`."""
@@ -23,7 +26,8 @@ def model_card(record: dict[str, Any]) -> str:
     )
     initialisers = "\n".join(
         f"| {kind.replace('_', ' ')} | {_describe(options[kind])} |"
-        for kind in ("expert_init", "router_init")
+        for kind in ("expert_init", "router_init", "router_extension")
+        if kind in options
     )
     return f"""---
 {card.to_yaml()}
@@ -38,7 +42,7 @@ def model_card(record: dict[str, Any]) -> str:
 | class | {record["class"]} |
 | parameters, total | {counts["total"]:,} |
 | parameters, active per token | {counts["active"]:,} |
-| parameters of {"each" if "sources" in record else "the"} dense source | {counts["dense"]:,} |
+{_source_parameters(record)}
 | dtype | {record["dtype"]} |
 {initialisers}{_other_options(options)}
 | seed | {options["seed"]} |
@@ -48,6 +52,17 @@ def model_card(record: dict[str, Any]) -> str:
 
 `upcycling.json` holds the duplication plan, all options and the proof.
 """
+
+
+def _source_parameters(record: dict[str, Any]) -> str:
+    counts = record["parameters"]
+    if record["method"] == EXPERT_UPCYCLING:
+        return (
+            f"| parameters of the source, total | {counts['source']:,} |\n"
+            f"| parameters of the source, active per token | {counts['source_active']:,} |"
+        )
+    which = "each" if "sources" in record else "the"
+    return f"| parameters of {which} dense source | {counts['dense']:,} |"
 
 
 def _describe(initialiser: dict[str, Any]) -> str:
@@ -61,6 +76,8 @@ _SAID = (
     "experts_per_token",
     "expert_init",
     "router_init",
+    "router_extension",
+    "selection",
     "seed",
     "dtype",
     "target",
@@ -69,7 +86,10 @@ _SAID = (
 
 def _other_options(options: dict[str, Any]) -> str:
     """A row for each option that is not at its default."""
-    defaults = {field.name: field.default for field in fields(UpcyclingOptions)}
+    from fusion_upcycle.expansion.options import ExpansionOptions
+
+    kind = ExpansionOptions if "router_extension" in options else UpcyclingOptions
+    defaults = {field.name: field.default for field in fields(kind)}
     return "".join(
         f"\n| {name.replace('_', ' ')} | {value} |"
         for name, value in options.items()
@@ -80,6 +100,16 @@ def _other_options(options: dict[str, Any]) -> str:
 def _origin(record: dict[str, Any]) -> str:
     """What was made of which models."""
     options, version = record["options"], record["versions"]["fusion_upcycle"]
+    if record["method"] == EXPERT_UPCYCLING:
+        experts, chosen = record["num_experts"], record["experts_per_token"]
+        by = f", by {record['importance']['metric']}" if "importance" in record else ""
+        return f"""A sparse Mixture-of-Experts model grown from `{_public(record["source"])}` with \
+fusion_upcycle {version}:
+each of {len(record["plan"])} MoE layers went from {experts["before"]} to {experts["after"]} \
+experts (expert upcycling, arXiv 2604.19835;
+selection: {options["selection"]}{by}). The router picks {chosen["after"]} experts for each token, \
+and picked {chosen["before"]}.
+It has not been trained since."""
     if "sources" not in record:
         return f"""A sparse Mixture-of-Experts model upcycled from the dense model \
 `{_public(record["source"])}` with fusion_upcycle
@@ -112,6 +142,11 @@ def _caveat(record: dict[str, Any]) -> str:
         return "The conversion was **not verified** (`verify=none`)."
     if "sources" in record:
         return "A merge computes no one model's function: the distances are those of one sample."
+    if proof["claim"] == "approximate" and "reason" in proof:
+        return (
+            "Growing with top-k fixed does not keep the function: the model differs from its "
+            f"source before training, by the distance above ({proof['reason']})."
+        )
     if proof["claim"] == "approximate":
         return (
             "What was asked for does not keep the function: the model differs from its source "

@@ -169,25 +169,33 @@ class UpcyclingOptions:
 
     def _rehearse(self) -> None:
         """Run both initialisers once on toy tensors: bad options fail here, not hours later."""
-        generator = generator_for(0, 0, 0, "rehearsal")
-        toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
-        expert = self.expert_initialiser(0)(toy, generator)
-        if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
-            raise UpcyclingError(
-                f"expert_init {self.expert_init} writes into the expert that it is given, which is "
-                "the source itself. Make new tensors instead."
-            )
-        if not isinstance(expert, Expert) or any(
-            getattr(expert, part).shape != weight.shape for part, weight in vars(toy).items()
-        ):
-            raise UpcyclingError(
-                f"expert_init {self.expert_init} must return an Expert of the source's shapes."
-            )
-        row = self.initialise_router_row(3, generator)
+        check_expert_init(self.expert_initialiser(0))
+        row = self.initialise_router_row(3, generator_for(0, 0, 0, "rehearsal"))
         if not isinstance(row, torch.Tensor) or row.shape != (3,):
             raise UpcyclingError(
                 f"router_init {self.router_init} must return a row of shape [hidden_size]."
             )
+
+
+def check_expert_init(initialiser: ExpertInit) -> None:
+    """Run an expert initialiser once on a toy expert.
+
+    Raises:
+        UpcyclingError: bad options, or a function that is no initialiser.
+    """
+    toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
+    expert = initialiser(toy, generator_for(0, 0, 0, "rehearsal"))
+    if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
+        raise UpcyclingError(
+            f"expert_init {initialiser} writes into the expert that it is given, which is "
+            "the source itself. Make new tensors instead."
+        )
+    if not isinstance(expert, Expert) or any(
+        getattr(expert, part).shape != weight.shape for part, weight in vars(toy).items()
+    ):
+        raise UpcyclingError(
+            f"expert_init {initialiser} must return an Expert of the source's shapes."
+        )
 
 
 def make_options(**options: Any) -> UpcyclingOptions:

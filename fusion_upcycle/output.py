@@ -17,11 +17,11 @@ from fusion_upcycle.checkpoint.writer import (
     staging_folder,
     write_shards,
 )
+from fusion_upcycle.conversion import Conversion
 from fusion_upcycle.model_card import model_card
 from fusion_upcycle.options import dtype_name
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.report.record import Measured, versions
-from fusion_upcycle.upcycling import Upcycling
 from fusion_upcycle.verification import Proof
 
 
@@ -63,7 +63,7 @@ class Converted:
 
 
 def write_output(
-    upcycling: Upcycling,
+    conversion: Conversion,
     output: Path,
     *,
     source: dict[str, Any],
@@ -85,17 +85,17 @@ def write_output(
         about: what the record says beside and instead of the usual.
     """
     output = output.resolve()
-    shards = plan_shards(upcycling.specs, options.max_shard_size)
-    total = upcycling.total_bytes
+    shards = plan_shards(conversion.specs, options.max_shard_size)
+    total = conversion.total_bytes
     record: dict[str, Any] = {
         "name": output.name,
         "method": "sparse upcycling",
         "source": source,
-        "class": class_name(upcycling.config),
-        "dtype": dtype_name(upcycling.dtype),
-        "options": upcycling.options.to_json(),
-        "plan": upcycling.plan.to_json(),
-        "parameters": upcycling.parameters,
+        "class": class_name(conversion.config),
+        "dtype": dtype_name(conversion.dtype),
+        "options": conversion.options.to_json(),
+        "plan": conversion.plan.to_json(),
+        "parameters": conversion.parameters,
         "bytes": total,
         "shards": [shard.file for shard in shards],
         "versions": versions(),
@@ -106,8 +106,8 @@ def write_output(
         output, fingerprint, total_bytes=total, overwrite=options.overwrite
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            write_shards(staging, shards, upcycling.chunks, bar.update)
-            _write_json(staging / "config.json", readable_config(upcycling.config))
+            write_shards(staging, shards, conversion.chunks, bar.update)
+            _write_json(staging / "config.json", readable_config(conversion.config))
             record["copied_files"] = companions(staging)
         with Measured() as proving:
             proof = prove(staging)

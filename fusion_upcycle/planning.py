@@ -96,7 +96,7 @@ def plan_tensors(
         rules |= {prefix + name: Zeros() for name in dense.zeros}
     used = {name for layer in ffn_names.values() for names in layer for name in names.values()}
     used |= {name for name in source.specs if name.endswith(dense.derived)}
-    used |= _check_tied(source, frame.layout.tied)
+    used |= check_tied(source, frame.layout.tied)
     for name in source.specs:
         if name not in used:
             if name not in frame.layout.specs:
@@ -138,7 +138,7 @@ def _check_ffn(source: TensorSource, config: "PreTrainedConfig", names: Mapping[
                 "The checkpoint is incomplete, or the config belongs to another model."
             )
         shape = (narrow, wide) if part == "down_proj_DF" else (wide, narrow)
-        _check_shape(name, source.specs[name].shape, shape)
+        check_shape(name, source.specs[name].shape, shape)
 
 
 def _moe_rules(
@@ -207,7 +207,7 @@ def _check_padding(source: TensorSource, token: int) -> None:
         )
 
 
-def _check_tied(source: TensorSource, tied: Mapping[str, str]) -> set[str]:
+def check_tied(source: TensorSource, tied: Mapping[str, str]) -> set[str]:
     """Tied tensors that the source holds a second time: fine when equal, refused when not."""
     used = set()
     for name, twin in tied.items():
@@ -243,11 +243,11 @@ def _check_complete(
     assert rules.keys() <= expected.keys(), sorted(rules.keys() - expected.keys())[:3]
     for name, rule in rules.items():
         if isinstance(rule, Carried):
-            _check_shape(rule.source, source.specs[rule.source].shape, expected[name].shape)
-    return {name: rules[name] for name in sorted(expected, key=_writing_order)}
+            check_shape(rule.source, source.specs[rule.source].shape, expected[name].shape)
+    return {name: rules[name] for name in sorted(expected, key=writing_order)}
 
 
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise UpcyclingError(
             f"Source tensor {name} has shape {list(found)}, but its config.json calls for "
@@ -255,7 +255,7 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -
         )
 
 
-def _writing_order(name: str) -> tuple[int, list[int], str]:
+def writing_order(name: str) -> tuple[int, list[int], str]:
     """Embeddings, then layer by layer and expert by expert, then the rest."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     section = 1 if numbers else 0 if "embed" in name else 2

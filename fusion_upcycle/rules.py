@@ -8,16 +8,20 @@ from dataclasses import dataclass
 class Carried:
     """Rule: the source tensor of this name, bit for bit (cast where a dtype was asked for).
 
-    `scale` is the exactness scale of a `down_proj`: see the family's routing.
+    Attributes:
+        scale: the exactness scale of a `down_proj`: see the family's routing.
+        start: first element in the source, where that is one tensor of several experts; only as a
+            part of `Joined`.
     """
 
     source: str
     scale: float = 1.0
+    start: int = 0
 
 
 @dataclass(frozen=True)
 class Initialised:
-    """Rule: one matrix of the expert that the initialiser makes from the layer's dense FFN."""
+    """Rule: one matrix of the expert that the initialiser makes from its source expert."""
 
     layer: int
     expert: int
@@ -36,7 +40,14 @@ class Repeated:
 
 @dataclass(frozen=True)
 class RouterRows:
-    """Rule: the router of a layer, one fresh row for each group of experts."""
+    """Rule: the router of a layer: fresh rows, or an extension of those of the source."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class SelectionBias:
+    """Rule: the selection bias of a layer's router, extended."""
 
     layer: int
 
@@ -57,4 +68,4 @@ class Joined:
     rules: Sequence["Rule"]
 
 
-Rule = Carried | Initialised | Repeated | RouterRows | Zeros | Joined
+Rule = Carried | Initialised | Repeated | RouterRows | SelectionBias | Zeros | Joined

@@ -1,115 +1,46 @@
-"""Sparse upcycling as a lazy mapping: every target tensor, made when asked for, in pieces.
+"""Sparse upcycling as a conversion: a dense model is an MoE with one expert.
 
-A dense model is an MoE with one expert. Each tensor of the target has one rule that says where it
-comes from (`fusion_upcycle.planning` makes them). Nothing is read until a sink asks: a checkpoint
-folder or a live model, which so get the same bits.
+`fusion_upcycle.planning` makes the rules.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fusion_upcycle.architectures.base import Architecture
-from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, TensorSpec, cast
-from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
+from fusion_upcycle.checkpoint.tensors import TensorSpec, cast
+from fusion_upcycle.conversion import Conversion, scaled
+from fusion_upcycle.expert_init import ExpertInit
+from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
 from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.resolution import ResolvedOptions
-from fusion_upcycle.rules import (
-    Carried,
-    Initialised,
-    Joined,
-    Repeated,
-    RouterRows,
-    Rule,
-    Zeros,
-)
+from fusion_upcycle.rules import Carried, Initialised, Joined, Repeated, RouterRows, Rule
 from fusion_upcycle.shards import repeat_neurons, take_neurons
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
-
-@dataclass
-class Upcycling:
-    """A planned conversion: the target's tensors as a `TensorSource` that is computed lazily.
+@dataclass(kw_only=True)
+class Upcycling(Conversion):
+    """A planned sparse upcycling, or merge.
 
     Attributes:
-        source: where tensors come from.
-        source_config: of the dense model, with `architectures` and `dtype` set.
-        config: of the MoE.
         options: what was asked for, and in `resolved` what it means here.
-        rules: target tensor name -> where it comes from, in the order of writing.
-        specs: target tensor name -> dtype and shape.
         ffn_names: MoE layer -> for each source expert, part of `Expert` -> name in the source.
         router_rows: MoE layer -> router [E, D], where `options.router_init` does not make it.
-        averaged: names of the source's tensors that are means over several models.
     """
 
-    source: TensorSource
-    source_config: "PreTrainedConfig"
-    config: "PreTrainedConfig"
-    architecture: Architecture
     options: UpcyclingOptions
     resolved: ResolvedOptions
-    plan: DuplicationPlan
-    dtype: torch.dtype
-    rules: dict[str, Rule]
-    specs: dict[str, TensorSpec]
     ffn_names: Mapping[int, Sequence[Mapping[str, str]]]
     router_rows: Mapping[int, Tensor] | None = None
-    averaged: frozenset[str] = frozenset()
-    _last_expert: tuple[tuple[int, int], Expert] | None = field(default=None, repr=False)
 
-    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """The tensor as flat pieces in order, at most about 8 MiB resident for carried ones."""
-        end = self.specs[name].numel if stop is None else stop
-        return self._pieces(self.rules[name], self.specs[name], start, end)
-
-    def tensor(self, name: str) -> Tensor:
-        """One whole target tensor. Treat it as read-only: it may be a view of the source."""
-        rule, spec = self.rules[name], self.specs[name]
-        if isinstance(rule, Joined):
-            return torch.cat(list(self.chunks(name))).view(spec.shape)
-        tensor = self._made(rule, spec)
-        assert tensor.shape == spec.shape, (name, tensor.shape, spec)
-        return tensor
-
-    def _pieces(self, rule: Rule, spec: TensorSpec, start: int, end: int) -> Iterator[Tensor]:
-        if isinstance(rule, Joined):
-            size = spec.numel // len(rule.rules)
-            for index, part in enumerate(rule.rules):
-                first, last = max(start - index * size, 0), min(end - index * size, size)
-                if first < last:
-                    yield from self._pieces(part, TensorSpec(spec.dtype, (size,)), first, last)
-        elif isinstance(rule, Carried):
-            for chunk in self.source.chunks(rule.source, start, end):
-                yield _scaled(cast(chunk, rule.source, spec.dtype), rule.scale, rule.source)
-        else:
-            flat = self._made(rule, spec).reshape(-1)
-            assert flat.numel() == spec.numel, (rule, spec)
-            yield from flat[start:end].split(CHUNK_ELEMENTS)
-
-    def _made(self, rule: Rule, spec: TensorSpec) -> Tensor:
-        """What a rule other than `Joined` makes, in the dtype of `spec`."""
+    def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
         match rule:
-            case Carried():
-                source = self.source.tensor(rule.source)
-                return _scaled(cast(source, rule.source, spec.dtype), rule.scale, rule.source)
             case Repeated():
                 source = cast(self.source.tensor(rule.source), rule.source, spec.dtype)
                 repeated = repeat_neurons(rule.part, source, rule.size)
-                return _scaled(repeated, rule.scale, rule.source)
-            case Zeros():
-                return torch.zeros(spec.shape, dtype=spec.dtype)
-            case Initialised():
-                made = getattr(self._expert(rule.layer, rule.expert), rule.part)
-                name = f"{rule.part} of layer {rule.layer}'s FFN"
-                return cast(_scaled(made, self.resolved.scales[rule.part], name), name, spec.dtype)
+                return scaled(repeated, rule.scale, rule.source)
             case RouterRows():
                 return self._router(rule.layer).to(spec.dtype)
         raise AssertionError(rule)
@@ -127,41 +58,27 @@ class Upcycling:
         ]
         return torch.stack(rows).repeat_interleave(group, dim=0)
 
-    def _expert(self, layer: int, expert: int) -> Expert:
-        """The initialised expert; the last one is kept: its matrices are asked for in turn."""
-        if self._last_expert is None or self._last_expert[0] != (layer, expert):
-            self._last_expert = None  # free it before making the next
-            names = self.ffn_names[layer][self.plan.source_experts[layer][expert]]
-            # Cast before, so that a source of another dtype and a model loaded in the asked-for
-            # one give the same bits.
-            source = Expert(
-                *(
-                    cast(self.source.tensor(names[part]), names[part], self.dtype)
-                    for part in EXPERT_PARTS
-                )
-            )
-            if not self.resolved.sharding.whole:
-                neurons = self.resolved.sharding.neurons(self.options.seed, layer, expert)
-                source = take_neurons(source, neurons)
-            generator = generator_for(self.options.seed, layer, expert, "expert")
-            made = self.options.expert_initialiser(expert)(source, generator)
-            for part in EXPERT_PARTS:
-                if (
-                    not getattr(made, part).isfinite().all()
-                    and getattr(source, part).isfinite().all()
-                ):
-                    raise UpcyclingError(
-                        f"expert_init gives expert {expert} of layer {layer} values of {part} that "
-                        f"{self.dtype} cannot hold. Choose other options of it, or dtype=float32."
-                    )
-            self._last_expert = (layer, expert), made
-            self.source.release(names.values())
-        return self._last_expert[1]
+    def _initialiser(self, expert: int) -> ExpertInit:
+        return self.options.expert_initialiser(expert)
 
-    def release(self, names: Iterable[str]) -> None:
-        """Give back what `tensor` read of the source for these."""
-        rules = (self.rules[name] for name in names)
-        self.source.release(r.source for r in rules if isinstance(r, Carried | Repeated))
+    def _scaled(self, rule: Initialised, made: Tensor) -> Tensor:
+        name = f"{rule.part} of layer {rule.layer}'s FFN"
+        return scaled(made, self.resolved.scales[rule.part], name)
+
+    def _source_expert(self, layer: int, expert: int) -> tuple[Expert, Iterable[str]]:
+        names = self.ffn_names[layer][self.plan.source_experts[layer][expert]]
+        # Cast before, so that a source of another dtype and a model loaded in the asked-for
+        # one give the same bits.
+        source = Expert(
+            *(
+                cast(self.source.tensor(names[part]), names[part], self.dtype)
+                for part in EXPERT_PARTS
+            )
+        )
+        if not self.resolved.sharding.whole:
+            neurons = self.resolved.sharding.neurons(self.options.seed, layer, expert)
+            source = take_neurons(source, neurons)
+        return source, names.values()
 
     def with_copied_experts(self) -> "Upcycling":
         """The same conversion with plain copies as experts; exact wherever `resolved.exact`."""
@@ -215,20 +132,3 @@ class Upcycling:
             case Joined():
                 return [name for part in rule.rules for name in self._sources(part)]
         return []
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs.values())
-
-
-def _scaled(tensor: Tensor, scale: float, name: str) -> Tensor:
-    """`tensor * scale`; `name` is that of the source, for the error."""
-    if scale == 1.0:
-        return tensor
-    result = tensor * scale
-    if scale > 1.0 and result.isinf().any() and not tensor.isinf().any():
-        raise UpcyclingError(
-            f"Source tensor {name} reaches {tensor.abs().max():.3g}, which times {scale:g}, "
-            f"the exactness scale, is beyond {tensor.dtype}. Choose dtype=bfloat16 or float32."
-        )
-    return result

@@ -55,3 +55,27 @@ def test_the_merge_job_measures_both_routers(tmp_path: Path) -> None:
         assert "proven" in measured["proven"]
         assert measured["conversion"]["peak_rss"] > 0
         assert (tmp_path / router / "upcycling.json").is_file()
+
+
+def test_the_training_benchmark_measures_every_model(tmp_path: Path) -> None:
+    script, record = SCRIPT.with_name("train.py"), tmp_path / "train.json"
+    flags = ["--tiny", "--rounds=2", "--steps=1", f"--record={record}", "--accelerator=cpu"]
+    flags += ["--implementations", "grouped_mm", "deepgemm"]
+    subprocess.run([sys.executable, script, *flags], check=True)
+    printed = subprocess.run(
+        [sys.executable, script, f"--table={record}"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "Does not run here: MoE, deepgemm: DeepGEMM experts path requires bfloat16" in printed
+    assert "| MoE, deepgemm | 0.2M |" in printed
+    models = json.loads(record.read_text())["train"]["tiny"]["models"]
+    assert models.pop("MoE, deepgemm").keys() == {"parameters", "flops_per_token", "failed"}
+    assert list(models) == ["dense", "dense, same active FLOPs", "MoE, grouped_mm"]
+    for name, model in models.items():
+        assert f"| {name} |" in printed
+        assert len(model["steps"]) == 2
+        assert all(step["wall"] > 0 and step["cpu"] > 0 for step in model["steps"])
+        assert model["peak_bytes"] > 0
+    dense, wide, moe = models.values()
+    assert dense["parameters"] < wide["parameters"] < moe["parameters"]
+    # The router is all that the MoE computes more than a dense model of its active size.
+    assert moe["flops_per_token"] - wide["flops_per_token"] < 0.02 * wide["flops_per_token"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expert_init import EXPERT_INITS, copy, drop, noise, permute
+from fusion_upcycle.expert_init import EXPERT_INITS, copy, drop, noise, permute, svd
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
 from fusion_upcycle.initialisers import positioned
 
@@ -75,7 +75,7 @@ def test_the_same_generator_gives_the_same_bits(init: Callable[..., Expert]) -> 
     assert equal(init(make_expert(), generator(3)), init(make_expert(), generator(3)))
 
 
-@pytest.mark.parametrize("init", [noise, drop, permute])
+@pytest.mark.parametrize("init", [noise, drop, permute, svd])
 def test_another_generator_gives_another_expert(init: Callable[..., Expert]) -> None:
     assert not equal(init(make_expert(), generator(3)), init(make_expert(), generator(4)))
 
@@ -216,3 +216,39 @@ def test_permute_applies_one_order_to_all_three_matrices() -> None:
 def test_permute_moves_neurons() -> None:
     changed = changed_neurons(make_expert(), permute(make_expert(), generator()))
     assert len(changed["gate"]) > 0.9 * NEURONS
+
+
+@pytest.mark.parametrize("kept_energy", [0.5, 0.9])
+def test_svd_keeps_the_spectrum_and_the_strong_directions(kept_energy: float) -> None:
+    source = make_expert(torch.float64)
+    made = svd(source, generator(), kept_energy=kept_energy)
+    for part in EXPERT_PARTS:
+        before, after = getattr(source, part), getattr(made, part)
+        left, values, right = torch.linalg.svd(before, full_matrices=False)
+        torch.testing.assert_close(torch.linalg.svdvals(after), values)
+        energy = values.square().cumsum(0) / values.square().sum()
+        strong = int((energy < kept_energy).sum()) + 1  # until the share is reached
+        kept = (left[:, :strong] * values[:strong]) @ right[:strong]
+        weak, turned = before - kept, after - kept
+        # What is strong stays, and the rest lies in the space that it lay in.
+        assert (left[:, :strong].T @ turned).abs().max() < 1e-9
+        assert (turned @ right[:strong].T).abs().max() < 1e-9
+        change = (turned - weak).norm() / weak.norm()
+        assert 1.2 < change < 1.6  # a rotation at random: sqrt(2)
+
+
+def test_svd_that_keeps_everything_is_the_source() -> None:
+    made = svd(make_expert(), generator(), kept_energy=1.0)
+    for part, weight in vars(make_expert()).items():
+        torch.testing.assert_close(getattr(made, part), weight)
+
+
+def test_svd_of_zeros_is_zero() -> None:
+    zeros = Expert(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(3, 4))
+    assert equal(svd(zeros, generator()), zeros)
+
+
+@pytest.mark.parametrize("kept_energy", [-0.1, 1.1, float("nan"), "0.9"])
+def test_svd_refuses_a_share_that_is_none(kept_energy: object) -> None:
+    with pytest.raises(UpcyclingError, match="kept_energy"):
+        svd(make_expert(), generator(), kept_energy=kept_energy)  # type: ignore[arg-type]

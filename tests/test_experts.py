@@ -1,10 +1,13 @@
 """The duplication plan, and the one source of randomness."""
 
 import itertools
+import json
+from typing import Any
 
 import pytest
 import torch
 
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import DuplicationPlan, generator_for
 
 
@@ -56,3 +59,36 @@ def test_a_dense_plan_copies_the_only_expert_everywhere() -> None:
 
 def test_a_plan_as_json_names_layers_as_text() -> None:
     assert DuplicationPlan({0: (0, 1), 5: (1, 1)}).to_json() == {"0": [0, 1], "5": [1, 1]}
+
+
+def test_a_plan_comes_back_from_json() -> None:
+    plan = DuplicationPlan({0: (0, 1, 0), 5: (0, 1, 1)})
+    assert DuplicationPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize("data", [None, {"a": [0]}, {"0": 3}, {"0": [-1]}, {"0": ["x"]}], ids=str)
+def test_a_damaged_plan_is_refused(data: Any) -> None:
+    with pytest.raises(UpcyclingError, match=r"plan.* is damaged"):
+        DuplicationPlan.from_json(data)
+
+
+def test_each_expert_knows_which_copy_it_is() -> None:
+    assert DuplicationPlan({0: (0, 1, 1, 0, 1)}).copy_index(0) == (0, 0, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        ({0: (0, 1)}, r"of layers \[0\].*MoE layers are \[0, 2\]"),
+        ({0: (0, 1), 2: (0, 1, 1)}, r"different sizes \(\[2, 3\] experts\)"),
+        ({0: (1, 0, 0), 2: (0, 1, 1)}, "layer 0 is .* must begin with the source's experts"),
+        ({0: (0, 1, 2), 2: (0, 1, 1)}, "layer 0 is"),
+        ({0: (0,), 2: (0,)}, "layer 0 is"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_does_not_expand_the_model_is_refused(
+    plan: dict[int, tuple[int, ...]], match: str
+) -> None:
+    with pytest.raises(UpcyclingError, match=match):
+        DuplicationPlan(plan).check_expansion([0, 2], 2)

@@ -16,7 +16,10 @@ LIBRARY = sorted(
     if (path.suffix == ".py" or (path / "__init__.py").is_file())
     and path.stem not in FACE | {"__init__", "__main__"}
 )
-TENSORS_ONLY = ["fusion_upcycle.expert_init", "fusion_upcycle.router_init"]
+TENSORS_ONLY = [
+    f"fusion_upcycle.{name}"
+    for name in ("expert_init", "router_init", "router_extension", "selection")
+]
 HEAVY = ["torch", "transformers", "lightning", "fusion_bench"]
 
 

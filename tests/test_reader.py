@@ -118,6 +118,12 @@ def test_pieces_of_a_large_tensor_come_in_order(
     assert torch.equal(torch.cat(pieces), TENSORS[name].flatten())
 
 
+def test_a_range_beyond_the_end_is_cut_off_there(tmp_path: Path) -> None:
+    save_file({"x": torch.arange(3.0), "y": torch.ones(9)}, tmp_path / WEIGHTS)
+    (found,) = CheckpointReader(tmp_path).chunks("x", 1, 64)
+    assert torch.equal(found, torch.tensor([1.0, 2.0]))
+
+
 def test_a_released_tensor_can_be_read_again(tmp_path: Path) -> None:
     save_file({"x": torch.arange(100_000.0)}, tmp_path / WEIGHTS)
     reader = CheckpointReader(tmp_path)

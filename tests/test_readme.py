@@ -108,16 +108,22 @@ def test_the_merging_settings_are_the_best_of_equally_many_trials() -> None:
         assert best["settings"] == settings == record["merging"]["rows"][method]["settings"]
 
 
-def test_the_study_s_settings_are_the_best_of_equally_many_trials() -> None:
+def test_the_study_s_settings_are_the_best_of_recorded_trials_at_equal_flops() -> None:
     study = example("study.py")
     trials = read_run_record(study.TUNING)["tuning"]["trials"]
-    chosen = study.chosen(trials)
-    for kind, settings in study.TRIALS.items():
-        mine = [trial for trial in trials if trial["kind"] == kind]
-        assert [trial["settings"] for trial in mine] == settings
-        assert len(mine) == 6
-        best = min(mine, key=lambda trial: trial["mean"])["settings"]
-        assert chosen[kind] == {name: v for name, v in best.items() if name != "start"}
+    asked = [(vars(arm), given) for arm, settings in study.TRIALS.items() for given in settings]
+    assert [(trial["arm"], trial["settings"]) for trial in trials] == asked
+    counts = {kind: sum(arm["kind"] == kind for arm, _ in asked) for kind in ("dense", *study.MOES)}
+    assert max(counts, key=lambda kind: counts[kind]) == "dense"
+    flops = [trial["training_flops"] for trial in trials]
+    assert max(flops) / min(flops) < 1.01
+    arms = read_run_record(STUDY)["study"]["arms"]
+    for name, arm in study.ARMS.items():
+        assert arms[name]["settings"] == study.chosen(trials, arm)
+        for trial in trials:
+            if trial["arm"] == vars(arm):
+                best = study.mean({"bits_per_byte": arms[name]["bits_per_byte"]}, "validation")
+                assert best <= study.mean(trial, "validation")
 
 
 def test_every_file_and_folder_that_the_readme_names_exists() -> None:

@@ -167,16 +167,19 @@ def test_a_dense_model_has_no_routers() -> None:
 
 
 def test_an_unknown_moe_family_is_refused_by_name() -> None:
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    from transformers import GptOssConfig, GptOssForCausalLM
 
-    config = OlmoeConfig(
+    config = GptOssConfig(
         vocab_size=9,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        num_experts=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        layer_types=["full_attention"],
+        num_local_experts=2,
         num_experts_per_tok=1,
     )
-    with pytest.raises(UpcyclingError, match=r"olmoe .*mixtral"):
-        find_routers(OlmoeForCausalLM(config))
+    with pytest.raises(UpcyclingError, match=r"gpt_oss .*mixtral"):
+        find_routers(GptOssForCausalLM(config))

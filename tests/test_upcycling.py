@@ -416,7 +416,7 @@ def test_tensors_larger_than_a_piece_are_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "whole", expert_init="noise", dtype="bfloat16")
-    for module in ("checkpoint.reader", "upcycling", "architectures.live"):
+    for module in ("checkpoint.reader", "conversion", "architectures.live"):
         monkeypatch.setattr(f"fusion_upcycle.{module}.CHUNK_ELEMENTS", 100)
     convert(source, tmp_path / "pieces", expert_init="noise", dtype="bfloat16")
     assert_same_bits(tensors_of(tmp_path / "pieces"), tensors_of(tmp_path / "whole"))

@@ -144,13 +144,14 @@ def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
         if name in texts:
             raise UpcyclingError(f"--data {name} is given twice. Use another name for the second.")
         try:
-            texts[name] = load_documents(_files(path), f"--data {name}")
+            texts[name] = load_documents(text_files(path), f"--data {name}")
         except ValueError as error:
             raise UpcyclingError(str(error)) from error
     return texts
 
 
-def _files(path: str) -> str | list[str]:
+def text_files(path: str) -> str | list[str]:
+    """A file as it is; a folder as all files in it, hidden ones aside."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path

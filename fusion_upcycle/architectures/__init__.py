@@ -7,13 +7,14 @@ from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
 from fusion_upcycle.architectures.glm4_moe import GLM4_MOE
 from fusion_upcycle.architectures.granitemoe import GRANITEMOE
 from fusion_upcycle.architectures.mixtral import MIXTRAL
+from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.options import AUTO
 
-#: In the order in which `auto` looks for a family that takes the source.
+#: Families that dense models become, in the order in which `auto` looks for one.
 ARCHITECTURES: dict[str, Architecture] = {
     family.name: family
     for family in (
@@ -29,6 +30,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
+#: All families: those that can be trained and expanded.
+MOE_FAMILIES: dict[str, Architecture] = ARCHITECTURES | {OLMOE.name: OLMOE}
+
+#: MoE families of transformers that cannot be expanded -> why.
+_NOT_EXPANDED = {
+    "gpt_oss": "its experts have biases and lie transposed and interleaved in their files, which "
+    "no expert here can say",
+}
+
+
+def moe_family(model_type: str) -> Architecture:
+    """The family of an MoE model that is to be expanded.
+
+    Raises:
+        UpcyclingError: a dense model, or a family that is not known.
+    """
+    if model_type in MOE_FAMILIES:
+        return MOE_FAMILIES[model_type]
+    if any(model_type in family.dense for family in ARCHITECTURES.values()):
+        raise UpcyclingError(
+            f"The source is a dense {model_type!r} model, which has no experts to duplicate. Make "
+            "an MoE of it first, with sparse_upcycling."
+        )
+    reason = f": {_NOT_EXPANDED[model_type]}" if model_type in _NOT_EXPANDED else ""
+    raise UpcyclingError(
+        f"The source is a {model_type!r} model, which cannot be expanded{reason}. Supported: "
+        f"{', '.join(MOE_FAMILIES)}."
+    )
+
 
 def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     """The MoE family that a dense `model_type` becomes.
@@ -40,6 +70,11 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     Raises:
         UpcyclingError: lists what the target, or any target, takes.
     """
+    if target in MOE_FAMILIES.keys() - ARCHITECTURES.keys():
+        raise UpcyclingError(
+            f"target={target}: no dense model becomes a {target}; it can be expanded only. Choose "
+            f"one of: {', '.join(ARCHITECTURES)}."
+        )
     if target not in (AUTO, *ARCHITECTURES):
         raise unknown("target", str(target), [AUTO, *ARCHITECTURES])
     candidates = list(ARCHITECTURES.values()) if target == AUTO else [ARCHITECTURES[target]]

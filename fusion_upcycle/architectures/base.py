@@ -109,9 +109,10 @@ class Architecture:
 
     Attributes:
         name: the family's `model_type`.
-        dense: accepted dense `model_type` -> layout of its files.
+        dense: accepted dense `model_type` -> layout of its files; none for a family that can only
+            be expanded.
         convert_config: (dense config, resolved options) -> config of the MoE; raises
-            `UpcyclingError` naming what cannot be expressed.
+            `UpcyclingError` naming what cannot be expressed. None where `dense` is empty.
         expert_names: part of `Expert` -> name with an `{expert}` placeholder: the classic names,
             one tensor per expert and matrix, which vLLM and llama.cpp read. Without the placeholder
             one tensor holds all experts, gate before up.
@@ -128,8 +129,10 @@ class Architecture:
     """
 
     name: str
-    dense: Mapping[str, DenseLayout]
-    convert_config: Callable[["PreTrainedConfig", "ResolvedOptions"], "PreTrainedConfig"]
+    dense: Mapping[str, DenseLayout] = field(default_factory=dict)
+    convert_config: Callable[["PreTrainedConfig", "ResolvedOptions"], "PreTrainedConfig"] | None = (
+        None
+    )
     expert_names: Mapping[str, str] = field(default_factory=lambda: QWEN_EXPERT_NAMES)
     router_name: str = "mlp.gate.weight"
     experts_field: str = "num_experts"

@@ -157,7 +157,7 @@ REQUIRED = {
 
 
 #: Families whose published checkpoints name the code that later became transformers' own class.
-WITH_CODE = frozenset({"phi3", "ernie4_5", "youtu"})
+WITH_CODE = frozenset({"phi3", "ernie4_5", "ernie4_5_moe", "deepseek_v3", "youtu"})
 
 #: Left-overs in published configs, of which transformers' classes know nothing: harmless so.
 HARMLESS: dict[str, Any] = {

@@ -81,7 +81,7 @@ class CheckpointReader:
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Flat pieces in order; each piece's pages are released when the next is asked for."""
         spec, place = self.specs[name], self._places[name]
-        end = spec.numel if stop is None else stop
+        end = spec.numel if stop is None else min(stop, spec.numel)
         for at in range(start, max(start + 1, end), CHUNK_ELEMENTS):  # an empty one is one piece
             first = place.start + at * spec.dtype.itemsize
             count = min(CHUNK_ELEMENTS, end - at)

@@ -1,4 +1,4 @@
-"""`python -m fusion_upcycle`: upcycle, merge, inspect, verify, analyze without FusionBench."""
+"""`python -m fusion_upcycle`: upcycle, merge, expand, verify, analyze without FusionBench."""
 
 import argparse
 import re
@@ -6,18 +6,21 @@ import sys
 from collections.abc import Sequence
 
 from fusion_upcycle.cli.analysis_flags import add_analyze
+from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.errors import ProofError, UpcyclingError
 
 DESCRIPTION = """\
-Turn a dense language model into a sparse Mixture-of-Experts model.
+Turn a dense language model into a sparse Mixture-of-Experts model, and grow one.
 
-  inspect   what a checkpoint or recipe is and would become, and its cost; writes nothing
-  upcycle   dense folder or Hub id -> Mixture-of-Experts folder, proven to be the same function
-  merge     several fine-tunes of one model -> one Mixture-of-Experts folder
-  verify    prove an output folder again, against its source
-  analyze   what the experts of a model do with your texts: load, domains, similarity; a page
+  inspect     what a checkpoint or recipe is and would become, and its cost; writes nothing
+  upcycle     dense folder or Hub id -> Mixture-of-Experts folder, proven to be the same function
+  merge       several fine-tunes of one model -> one Mixture-of-Experts folder
+  importance  how much each expert of a model matters on your texts: scores and a figure
+  expand      Mixture-of-Experts folder -> one with more experts, at the same cost of a token
+  verify      prove an output folder again, against its source
+  analyze     what the experts of a model do with your texts: load, domains, similarity; a page
 """
 
 EXAMPLES = """\
@@ -27,6 +30,7 @@ examples:
   python -m fusion_upcycle upcycle  ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
   python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle merge    ./moe --model math=./math-1b --model code=./code-1b
+  python -m fusion_upcycle expand   ./llama-8x1b ./llama-16x1b --router-extension split --demo
   python -m fusion_upcycle verify   ./llama-8x1b
   python -m fusion_upcycle analyze  ./llama-8x1b --demo
 
@@ -117,13 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect, usage=inspect)
 
     verify = commands.add_parser("verify", help="prove an output folder against its source")
-    verify.add_argument("output", help="a folder made by upcycle")
+    verify.add_argument("output", help="a folder made by upcycle or expand")
     verify.add_argument("--source", help="where the source is now (default: where it was)")
     verify.add_argument("--mode", default="auto", help="layers | logits | auto")
     verify.add_argument("--quiet", action="store_true", help="no progress bars")
     verify.set_defaults(run=_verify)
 
     add_merge(commands)
+    add_importance(commands)
+    add_expand(commands)
     add_analyze(commands)
     return parser
 

@@ -73,9 +73,9 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     base = {} if parsed.base is None else {BASE: parsed.base}
     made = merge_into_moe(
-        base | _pairs("--model", parsed.model),
+        base | pairs("--model", parsed.model),
         parsed.output,
-        calibration=_pairs("--calibration", parsed.calibration),
+        calibration=pairs("--calibration", parsed.calibration),
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
@@ -85,12 +85,12 @@ def _merge(parsed: argparse.Namespace) -> None:
     print(f"{made.proof}\nOutput: {made.output}")
 
 
-def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
-    """NAME=PATH, each name once."""
-    pairs: dict[str, str] = {}
+def pairs(flag: str, texts: list[str]) -> dict[str, str]:
+    """The values of a flag NAME=PATH by name, each name once."""
+    found: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if not (name and equals and path) or name in pairs:
+        if not (name and equals and path) or name in found:
             raise UpcyclingError(f"{flag} {text!r} is not NAME=PATH with a name of its own.")
-        pairs[name] = path
-    return pairs
+        found[name] = path
+    return found

@@ -83,7 +83,7 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         "--expert-init",
         metavar="NAME[,OPTION=VALUE...]",
         help="copy | noise,noise_std=0.01 | drop,drop_ratio=0.5,paired=true | permute | subset | "
-        "qwen2,drop_ratio=0.5 (default: copy)",
+        "svd,kept_energy=0.9 | qwen2,drop_ratio=0.5 (default: copy)",
     )
     add(
         "--router-init",
@@ -148,6 +148,7 @@ def _layers(text: str) -> str | list[int]:
 _PARSERS = {
     "expert_init": _initialiser,
     "router_init": _initialiser,
+    "router_extension": _initialiser,
     "moe_layers": _layers,
     "ignore_config_fields": lambda text: text.split(","),
 }

@@ -12,9 +12,13 @@ from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion_upcycle.demo.recipe import BASE, MODELS, Recipe
 from fusion_upcycle.demo.texts import DOMAINS, domain_text, text_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_RECIPE = Recipe()
 
@@ -81,26 +85,16 @@ def _build(name: str, root: Path, recipe: Recipe) -> None:
 
     from fusion_upcycle.demo.tokenizer import byte_tokenizer
     from fusion_upcycle.demo.train import new_model, train
-    from fusion_upcycle.evaluation import perplexity
     from fusion_upcycle.report import Measured
 
     model = new_model(recipe) if name == BASE else LlamaForCausalLM.from_pretrained(root / BASE)
     with Measured() as cost:
         train(model, name, recipe)
     tokenizer = byte_tokenizer(recipe.context_length)
-    bits_per_byte = {
-        domain: perplexity(
-            model,
-            tokenizer,
-            domain_text(domain, "test"),
-            context_length=recipe.context_length,
-            stride=recipe.context_length // 2,
-        )["bits_per_byte"]
-        for domain in DOMAINS
-    }
+    bits = bits_per_byte(model, tokenizer, recipe.context_length)
     facts = {
         "name": name,
-        "bits_per_byte": bits_per_byte,
+        "bits_per_byte": bits,
         "reference_bits_per_byte": demo_reference(),
         "parameters": model.num_parameters(),
         "training": cost.as_record(),
@@ -111,14 +105,33 @@ def _build(name: str, root: Path, recipe: Recipe) -> None:
         folder = Path(temporary) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _name_tokenizer_class(folder / "tokenizer_config.json")
+        name_tokenizer_class(folder)
         (folder / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(name, bits_per_byte), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(name, bits), encoding="utf-8")
         folder.rename(root / name)
 
 
-def _name_tokenizer_class(path: Path) -> None:
+def bits_per_byte(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context_length: int
+) -> dict[str, float]:
+    """Of each domain's test split."""
+    from fusion_upcycle.evaluation import perplexity
+
+    return {
+        domain: perplexity(
+            model,
+            tokenizer,
+            domain_text(domain, "test"),
+            context_length=context_length,
+            stride=context_length // 2,
+        )["bits_per_byte"]
+        for domain in DOMAINS
+    }
+
+
+def name_tokenizer_class(folder: Path) -> None:
     """The name that transformers 4 and 5 both know; 5 writes one of its own."""
+    path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

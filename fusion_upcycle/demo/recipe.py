@@ -32,3 +32,23 @@ class Recipe:
     warmup_share: float = 0.05
     seed: int = 0
     version: int = 2  # raised when the training code changes what it makes: part of the cache key
+
+
+@dataclass(frozen=True)
+class MoERecipe:
+    """The demo MoE: the base upcycled, and trained on the three domains with AdamW.
+
+    Drop-upcycling and a weak balance loss make experts that differ, so that growing by copies with
+    top-k fixed visibly hurts, as in a large MoE.
+    """
+
+    num_experts: int = 4
+    experts_per_token: int = 2
+    expert_init: str = "drop"
+    tokens: int = 1_200_000
+    batch_size: int = 8
+    learning_rate: float = 2e-3  # falls to zero as a cosine
+    weight_decay: float = 0.1
+    balance_weight: float = 0.01
+    seed: int = 0
+    version: int = 1  # raised when code changes what is made: part of the cache key

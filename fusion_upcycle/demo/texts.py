@@ -48,6 +48,12 @@ def domain_text(domain: str, split: str) -> tuple[str, ...]:
     return _document_splits(domain)[split]
 
 
+def demo_documents(split: str) -> dict[str, dict[str, str]]:
+    """The text of all domains as `fusion_upcycle.documents` takes it."""
+    function = "fusion_upcycle.demo.domain_text"
+    return {d: {"_target_": function, "domain": d, "split": split} for d in DOMAINS}
+
+
 def text_identity() -> str:
     """Hash (sha256, hexadecimal) of all documents of all domains and splits."""
     digest = hashlib.sha256()

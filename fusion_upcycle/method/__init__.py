@@ -4,6 +4,7 @@ from fusion_upcycle.method.continued_pretraining import (
     ContinuedPretrainingAlgorithm,
     UpcycleAndTrainAlgorithm,
 )
+from fusion_upcycle.method.expert_upcycling import ExpertUpcyclingAlgorithm
 from fusion_upcycle.method.moe_merging import (
     MixtralForCausalLMMergingAlgorithm,
     MixtralMoEMergingAlgorithm,
@@ -17,6 +18,7 @@ from fusion_upcycle.method.sparse_upcycling import (
 
 __all__ = [
     "ContinuedPretrainingAlgorithm",
+    "ExpertUpcyclingAlgorithm",
     "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",
     "MixtralMoEMergingAlgorithm",

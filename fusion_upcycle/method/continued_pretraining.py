@@ -12,9 +12,14 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
-from fusion_upcycle.demo import DOMAINS
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.method.pool import FUSION_BENCH_KEYS, plain, pooled_folder, require_pretrained
+from fusion_upcycle.method.pool import (
+    FUSION_BENCH_KEYS,
+    named_texts,
+    plain,
+    pooled_folder,
+    require_pretrained,
+)
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.training.options import OPTION_NAMES, make_training_options
@@ -80,8 +85,8 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         if not data:
             raise UpcyclingError("method.data is not set: give {name: file}, or demo.")
         self._options = make_training_options(**{name: plain(v) for name, v in kwargs.items()})
-        self._data = _sources(plain(data), "train", "method.data") or {}
-        self._validation = _sources(plain(validation), "validation", "method.validation")
+        self._data = named_texts(data, "train", "method.data") or {}
+        self._validation = named_texts(validation, "validation", "method.validation")
         self._output, self._state, self._work = (
             None if path is None else Path(path).expanduser()
             for path in (save_checkpoint, optimizer_state, work_folder)
@@ -173,18 +178,6 @@ def _upcycling_options(folder: Path) -> dict[str, Any] | None:
     path = folder.expanduser() / RECORD_FILE
     record = json.loads(path.read_bytes()) if path.is_file() else {}
     return record["options"] if record.get("method") == "sparse upcycling" else None
-
-
-def _sources(data: Any, split: str, where: str) -> dict[str, Any] | None:
-    """Sources by name; those of the embedded text for `demo`."""
-    if data == "demo":
-        function = "fusion_upcycle.demo.domain_text"
-        return {d: {"_target_": function, "domain": d, "split": split} for d in DOMAINS}
-    if data is not None and not isinstance(data, Mapping):
-        raise UpcyclingError(
-            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the embedded text."
-        )
-    return data  # type: ignore[return-value]
 
 
 @auto_register_config

@@ -21,8 +21,8 @@ from fusion_upcycle.report.record import write_run_record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fusion_upcycle.conversion import Conversion
     from fusion_upcycle.output import Converted
-    from fusion_upcycle.upcycling import Upcycling
     from fusion_upcycle.verification import Proof
 
 log = logging.getLogger(__name__)
@@ -73,22 +73,24 @@ class ConversionAlgorithm(BaseAlgorithm):
     def _report(self, converted: "Converted") -> None:
         log.info("Written to %s; %s", converted.output, converted.proof)
         kept = (
-            *("class", "source", "sources", "experts", "calibration", "dtype", "options"),
+            *("class", "source", "sources", "experts", "calibration", "dtype", "options", "plan"),
+            *("num_experts", "experts_per_token", "importance", "router", "optimizer_state"),
             *("parameters", "bytes", "proof"),
         )
         record = {key: converted.record[key] for key in kept if key in converted.record}
         self._record(record | {"output": str(converted.output), "costs": converted.costs})
 
     def _report_live(
-        self, upcycling: "Upcycling", proof: "Proof", about: Mapping[str, Any] | None = None
+        self, conversion: "Conversion", proof: "Proof", about: Mapping[str, Any] | None = None
     ) -> None:
         log.info("Converted in memory; %s", proof)
         self._record(
             {
-                "class": class_name(upcycling.config),
-                "dtype": dtype_name(upcycling.dtype),
-                "options": upcycling.options.to_json(),
-                "parameters": upcycling.parameters,
+                "class": class_name(conversion.config),
+                "dtype": dtype_name(conversion.dtype),
+                "options": conversion.options.to_json(),
+                "plan": conversion.plan.to_json(),
+                "parameters": conversion.parameters,
                 "proof": proof.to_json(),
             }
             | dict(about or {})

@@ -1,6 +1,6 @@
 """What a FusionBench model pool says about its dense model: where it is, in which dtype."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CausalLMPool
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.errors import UpcyclingError
 
 #: Keywords that FusionBench gives to every class of its configs.
@@ -86,6 +87,18 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
     """`tokenizer.json` of the pool's tokenizer, where that is a local folder."""
     folder = getattr(pool, "tokenizer", None)
     return Path(folder).expanduser() / "tokenizer.json" if isinstance(folder, str) else None
+
+
+def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
+    """Texts by name, for `fusion_upcycle.documents`; those of the embedded text for `demo`."""
+    data = plain(data)
+    if data == "demo":
+        return demo_documents(split)
+    if data is not None and not isinstance(data, Mapping):
+        raise UpcyclingError(
+            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the embedded text."
+        )
+    return None if data is None else dict(data)
 
 
 def plain(value: Any) -> Any:

@@ -6,12 +6,15 @@ from typing import Any
 from fusion_bench import auto_register_config
 from fusion_bench.modelpool import CausalLMPool
 
-from fusion_upcycle.demo import demo_model
+from fusion_upcycle.demo import demo_model, demo_moe
+
+#: The demo model that is an MoE.
+MOE = "moe"
 
 
 @auto_register_config
 class DemoCausalLMPool(CausalLMPool):
-    """A ``CausalLMPool`` whose ``models`` are demo names: base, prose, source or arithmetic.
+    """A ``CausalLMPool`` whose ``models`` are demo names: base, prose, source, arithmetic; moe.
 
     They become the folders of these models, so that methods which read checkpoints from disk work
     as with any local path, and the tokenizer is theirs. ValueError for an unknown demo name.
@@ -22,7 +25,10 @@ class DemoCausalLMPool(CausalLMPool):
     ) -> None:
         if not models:
             raise ValueError("modelpool.models is empty: give {name: demo model}, e.g. base")
-        folders = {name: str(demo_model(demo)) for name, demo in models.items()}
+        folders = {
+            name: str(demo_moe() if demo == MOE else demo_model(demo))
+            for name, demo in models.items()
+        }
         super().__init__(
             folders,
             tokenizer=next(iter(folders.values())),  # all demo models have the same

@@ -207,11 +207,15 @@ class PretrainingModule(L.LightningModule):
                 parameter.grad = None
 
     def _clip(self, optimizer: Any) -> float:
-        """Clip the gradients, and return the norm they had."""
+        """Clip the gradients where they are too large, and return the norm they had."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self.options.gradient_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+        limit = self.options.gradient_clip
+        # clip_grad_norm_ would multiply by 1 too: all experts' gradients, read and written again.
+        if limit and norm + 1e-6 > limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        return norm
 
     def _require_finite(self, losses: Tensor, norm: float, step: int) -> None:
         if bool(losses.isfinite().all()) and norm < float("inf"):

@@ -38,14 +38,39 @@ _PREFIX = "model."  # of the model in the Lightning module
 
 def save_moments(state: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
     """Write a checkpoint's optimizer state, by name, into the folder of a model."""
+    write_moments({n.removeprefix(_PREFIX): dict(v) for n, v in state.items()}, folder)
+
+
+def write_moments(moments: Moments, folder: Path) -> None:
+    """Write moments into the folder of the model whose parameters they name."""
     path = folder / MOMENTS_FILE
     path.parent.mkdir(exist_ok=True)
     tensors = {
-        f"{name.removeprefix(_PREFIX)}/{kind}": value.contiguous()
-        for name, values in state.items()
+        f"{name}/{kind}": value.contiguous()
+        for name, values in moments.items()
         for kind, value in values.items()
     }
     save_file(tensors, path)
+
+
+def read_moments(folder: Path) -> Moments:
+    """The moments in the folder of a trained model, as they were saved.
+
+    Raises:
+        UpcyclingError: none there.
+    """
+    path = folder / MOMENTS_FILE
+    if not path.is_file():
+        raise UpcyclingError(
+            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
+            "continued_pretraining saved, or null."
+        )
+    saved: Moments = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # not a mapping
+            name, _, kind = key.rpartition("/")
+            saved.setdefault(name, {})[kind] = file.get_tensor(key)
+    return saved
 
 
 def load_moments(
@@ -61,17 +86,7 @@ def load_moments(
     Raises:
         UpcyclingError: no moments there, or they are of another model.
     """
-    path = folder / MOMENTS_FILE
-    if not path.is_file():
-        raise UpcyclingError(
-            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
-            "continued_pretraining saved, or null."
-        )
-    saved: Moments = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # not a mapping
-            name, _, kind = key.rpartition("/")
-            saved.setdefault(name, {})[kind] = file.get_tensor(key)
+    saved = read_moments(folder)
     config = read_config(folder)
     if config.model_type != model.config.model_type:
         if upcycling is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.errors import UpcyclingError
 
@@ -110,12 +110,12 @@ def find_routers(model: "PreTrainedModel") -> Routers:
         UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`.
     """
     config = model.config.get_text_config()
-    architecture = ARCHITECTURES.get(config.model_type)
+    architecture = MOE_FAMILIES.get(config.model_type)
     if architecture is None:
         if any("router_logits" in (m._can_record_outputs or {}) for m in _submodels(model)):
             raise UpcyclingError(
                 f"{config.model_type} is an MoE family whose routers are not known, so that "
-                f"neither balance nor health could be watched. Known: {', '.join(ARCHITECTURES)}. "
+                f"neither balance nor health could be watched. Known: {', '.join(MOE_FAMILIES)}. "
                 "To add one: a file in fusion_upcycle/architectures."
             )
         return Routers({})

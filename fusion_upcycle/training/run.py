@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from fusion_upcycle.training.module import IDENTITY, PretrainingModule
 from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import StatelessLoader, StepSampler, WindowOrder
+from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.validation import Validation
 
@@ -138,7 +140,9 @@ def train(
         if trainer.is_global_zero and not places.resume:
             shutil.rmtree(checkpoints, ignore_errors=True)
         loader = _loader(order, options, trainer)
-        trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        with kept_pages() if on_cpu else nullcontext():
+            trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
     module.routers.close()
     saved = load_checkpoint(checkpoints_in(checkpoints)[-1])
     trainer.strategy.barrier()  # all have opened it, and it may be removed

@@ -70,7 +70,7 @@ def prove_merging(
         )
         require_exact(found, layers)
         experts[model] = found.to_json()
-    check_shared_fields(upcycling)
+    check_shared_fields(upcycling, upcycling.architecture.remapped_fields)
     return Proof(
         mode=mode,
         claim="approximate",

@@ -1,6 +1,7 @@
 """Do names and config mean to transformers what they mean to us? Its own code is the oracle."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from fusion_upcycle.architectures.config import NO_EFFECT
 from fusion_upcycle.architectures.layout import class_name, file_layout
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.conversion import Conversion
 from fusion_upcycle.errors import ProofError
-from fusion_upcycle.upcycling import Upcycling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,7 +40,7 @@ _MICRO = {
 }
 
 
-def check_names(upcycling: Upcycling) -> None:
+def check_names(conversion: Conversion) -> None:
     """Our file names against transformers' own, bit by bit, on a micro model of the family.
 
     The rest of the proof reads and writes through our name table, so that two experts' matrices
@@ -50,11 +51,11 @@ def check_names(upcycling: Upcycling) -> None:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = copy.deepcopy(upcycling.config)
+    config = copy.deepcopy(conversion.config)
     for name, value in _MICRO.items():
         if getattr(config, name, None):  # absent, or 0 for a shared expert that is not there
             setattr(config, name, value)
-    architecture = upcycling.architecture
+    architecture = conversion.architecture
     setattr(config, architecture.experts_field, 3)
     config.num_experts_per_tok = 1
     if architecture.moe_layer_fields is not None:
@@ -81,17 +82,20 @@ def check_written_config(folder: Path, config: "PreTrainedConfig") -> None:
         raise ProofError(f"{folder / 'config.json'} differs: {differences(written, planned)}.")
 
 
-def check_shared_fields(upcycling: Upcycling) -> None:
-    """Fields that dense and MoE config share must have the same value.
+def check_shared_fields(conversion: Conversion, changed: Collection[str] = ()) -> None:
+    """Fields that the configs of source and result share must have the same value.
 
     The tokens of a proof may not reach what a field does: a sliding window of 4096, a rope scaling
     beyond the first positions.
 
+    Args:
+        changed: fields that the conversion is there to change.
+
     Raises:
         ProofError: names the fields that differ.
     """
-    before, after = meaning(upcycling.source_config), meaning(upcycling.config)
-    shared = before.keys() & after.keys() - upcycling.architecture.remapped_fields
+    before, after = meaning(conversion.source_config), meaning(conversion.config)
+    shared = before.keys() & after.keys() - {*changed}
     before, after = ({name: c[name] for name in shared} for c in (before, after))
     if before != after:
         raise ProofError(f"Config fields changed by the conversion: {differences(after, before)}.")

@@ -50,6 +50,9 @@ class Proof:
         experts: of a merge, for each source model: its experts in a MoE that chooses nothing else,
             against the dense model with its FFNs and the merged rest.
         sources: of a merge, distance of the MoE's outputs from those of each source model.
+        reason: of an expansion, why it is not exact.
+        restricted: of an expansion, distance of the source from the result with one expert for each
+            of the source's.
         wall_seconds: of the proof.
     """
 
@@ -64,6 +67,8 @@ class Proof:
     own_dtype: dict[str, float] | None = None
     experts: dict[str, dict[str, float]] | None = None
     sources: dict[str, dict[str, float]] | None = None
+    reason: str | None = None
+    restricted: dict[str, float] | None = None
     wall_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -78,9 +83,15 @@ class Proof:
         found = self.function
         assert found is not None
         verdict = "exact, proven" if self.holds else "approximate"
+        if self.reason is not None:
+            verdict = (
+                f"approximate ({self.reason}; with one expert for each of the source's, equal)"
+            )
         if self.rounded:
             verdict = "exact but for the rounding of scaled weights, proven in float32"
         parts = [f"largest difference {found['max_abs']:.2g} of output up to {found['scale']:.3g}"]
+        if "relative" in found:
+            parts.append(f"relative {found['relative']:.2g}")
         if "kl_nats" in found:
             parts.append(f"KL {found['kl_nats']:.2g} nats")
             parts.append(f"arg-max agreement {found['argmax_agreement']:.1%}")
@@ -147,7 +158,7 @@ def prove(
     else:
         # Exactness is judged in float32 or better, whatever the dtype of the weights.
         judged, layers = compare_streamed(upcycling, result, tokens.ids, progress=progress)
-    _require_finite(judged)
+    require_finite(judged)
     if upcycling.claims_exact and not upcycling.rounds_scales:
         require_exact(judged, layers)
     else:
@@ -168,7 +179,7 @@ def prove(
         )
     if own is not None and upcycling.claims_exact:
         _require_close(own)
-    check_shared_fields(upcycling)
+    check_shared_fields(upcycling, upcycling.architecture.remapped_fields)
     return Proof(
         mode=mode,
         claim=claim,
@@ -183,7 +194,7 @@ def prove(
     )
 
 
-def _require_finite(judged: Distance) -> None:
+def require_finite(judged: Distance) -> None:
     if not math.isfinite(judged.max_abs):
         raise ProofError(
             "The outputs of the result, or of its source, are not finite: a weight is, or became, "

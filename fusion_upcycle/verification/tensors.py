@@ -4,21 +4,20 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
+from fusion_upcycle.conversion import Conversion
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.rules import Carried, Joined, Rule
-from fusion_upcycle.upcycling import Upcycling
 
 
 def check_tensors(
-    upcycling: Upcycling, result: TensorSource, *, progress: bool = False
+    conversion: Conversion, result: TensorSource, *, progress: bool = False
 ) -> dict[str, int]:
     """Compare every tensor of `result` with its origin, bit for bit.
 
     Carried tensors (plain copies of experts among them) are compared with the source, means over
     several models with a second computation, initialised experts and routers with a second draw
     from the same seed. Names and shapes are compared with transformers' own class
-    (`Upcycling.specs` was made from it).
+    (`Conversion.specs` was made from it).
 
     Returns:
         Numbers of tensors compared, by kind.
@@ -26,33 +25,24 @@ def check_tensors(
     Raises:
         ProofError: names the first missing, unexpected or different tensor.
     """
-    if result.specs.keys() != upcycling.specs.keys():
-        missing = sorted(upcycling.specs.keys() - result.specs.keys())[:3]
-        unexpected = sorted(result.specs.keys() - upcycling.specs.keys())[:3]
+    if result.specs.keys() != conversion.specs.keys():
+        missing = sorted(conversion.specs.keys() - result.specs.keys())[:3]
+        unexpected = sorted(result.specs.keys() - conversion.specs.keys())[:3]
         raise ProofError(f"Tensors missing: {missing}; unexpected: {unexpected}.")
     counts = {"bit_equal_to_source": 0, "bit_equal_to_second_draw": 0}
-    with progress_bar("Comparing tensors", upcycling.total_bytes, progress) as bar:
-        for name, spec in upcycling.specs.items():
+    with progress_bar("Comparing tensors", conversion.total_bytes, progress) as bar:
+        for name, spec in conversion.specs.items():
             if result.specs[name] != spec:
                 raise ProofError(f"Tensor {name} is {result.specs[name]}, not {spec}.")
-            for made, found in aligned(upcycling.chunks(name), result.chunks(name)):
+            for made, found in aligned(conversion.chunks(name), result.chunks(name)):
                 if not _same_bits(made, found):
                     raise ProofError(
                         f"Tensor {name} differs from its origin: the output is damaged."
                     )
                 bar.update(found.nbytes)
-            kind = _kind(upcycling, upcycling.rules[name])
+            kind = conversion.origin_kind(name)
             counts[kind] = counts.get(kind, 0) + 1
     return counts
-
-
-def _kind(upcycling: Upcycling, rule: Rule) -> str:
-    """What a tensor was compared with."""
-    if isinstance(rule, Carried) and rule.source in upcycling.averaged:
-        return "bit_equal_to_average"
-    parts = rule.rules if isinstance(rule, Joined) else [rule]
-    carried = all(isinstance(part, Carried) and part.scale == 1.0 for part in parts)
-    return "bit_equal_to_source" if carried else "bit_equal_to_second_draw"
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,219 @@
+"""The commands `importance` and `expand`; light, so that `--help` is quick."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from fusion_upcycle.cli.merge_flags import pairs
+from fusion_upcycle.cli.planning_flags import given_options
+
+IMPORTANCE = """\
+How much each expert of a trained Mixture-of-Experts model matters, by gradients on your texts. One
+pass finds all metrics; they are saved as importance.json, with a figure, for `expand --scores`.
+
+The model is loaded, on a GPU if there is one: memory for its weights and one layer's gradients.
+"""
+
+IMPORTANCE_EXAMPLES = """\
+examples:
+  python -m fusion_upcycle importance ./olmoe --data web=./web.jsonl --data code=./code
+  python -m fusion_upcycle importance ./moe --demo --tokens 20000 --output ./scores
+"""
+
+EXPAND = """\
+Grow a Mixture-of-Experts model from E to M experts: experts are duplicated and the router gets rows
+for them. Each token still goes to as many experts, at the same cost. Then train on.
+
+Copies with the router row of their source are chosen together with it, which moves the loss. The
+router extensions split and fit avoid nearly all of that; they need text: --data or --demo. The
+model streams from folder to folder, but is loaded where a selection needs scores and there are no
+--scores: experts are then scored on the same text.
+"""
+
+EXPAND_EXAMPLES = """\
+examples:
+  python -m fusion_upcycle expand ./olmoe ./larger --num-experts 128
+  python -m fusion_upcycle expand ./olmoe ./larger --router-extension split --data web=./web.jsonl
+  python -m fusion_upcycle expand ./olmoe ./larger --num-experts 80 --selection greedy \\
+      --scores ./scores --router-extension fit --data web=./web.jsonl
+"""
+
+
+def add_importance(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its flags."""
+    importance = commands.add_parser(
+        "importance",
+        help="how much each expert of a MoE model matters on your texts: scores and figure",
+        description=IMPORTANCE,
+        epilog=IMPORTANCE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    importance.add_argument("model", help="local folder or Hugging Face Hub id of a MoE model")
+    _add_text(importance, required=True)
+    importance.add_argument(
+        "--optimizer-state",
+        metavar="FOLDER",
+        help="of the same model, saved by continued_pretraining: for the metric fisher",
+    )
+    importance.add_argument(
+        "--output",
+        default="importance",
+        metavar="FOLDER",
+        help="is made; files of the same names are replaced (default: ./importance)",
+    )
+    importance.add_argument("--quiet", action="store_true", help="no progress bars")
+    importance.set_defaults(run=_importance)
+
+
+def add_expand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command, its inputs, and one flag for each field of `ExpansionOptions`."""
+    expand = commands.add_parser(
+        "expand",
+        help="Mixture-of-Experts folder -> one with more experts",
+        description=EXPAND,
+        epilog=EXPAND_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    expand.add_argument("source", help="local folder or Hugging Face Hub id of a MoE model")
+    expand.add_argument("output", help="folder to make; appears only when complete and proven")
+    add = partial(expand.add_argument, default=argparse.SUPPRESS)
+    add("--num-experts", type=int, metavar="M", help="per layer, after (default: by --multiplier)")
+    add("--multiplier", type=int, metavar="m", help="M = m * E instead (default: 2)")
+    add(
+        "--selection",
+        metavar="NAME",
+        help="whom to duplicate: uniform | greedy | proportional | sampling | random "
+        "(default: uniform)",
+    )
+    add(
+        "--metric",
+        metavar="NAME",
+        help="grad_squared | saliency | weight_norm | load | fisher (default: grad_squared)",
+    )
+    add("--max-copies", type=int, metavar="C", help="places of one expert, at most (default: 3)")
+    add("--temperature", type=float, metavar="T", help="of sampling (default: 1)")
+    add(
+        "--expert-init",
+        metavar="NAME[,OPTION=VALUE...]",
+        help="of the copies: copy | noise,noise_std=0.01 | drop,drop_ratio=0.5,paired=true | "
+        "permute | svd,kept_energy=0.9 (default: copy)",
+    )
+    add(
+        "--router-extension",
+        metavar="NAME[,OPTION=VALUE...]",
+        help="copy | noise,noise_std=0.01 | bias,noise_std=0.01 | split,mixed_share=0.03 | "
+        "fit,after_split=false,min_copy_share=0.6,steps=600 (default: noise)",
+    )
+    add("--experts-per-token", type=int, metavar="K", help="top-k (default: the source's)")
+    add("--seed", type=int, metavar="S", help="of every random draw (default: 0)")
+    expand.add_argument(
+        "--scores", metavar="FOLDER", help="what `importance` wrote, for selections by a metric"
+    )
+    _add_text(expand, required=False)
+    expand.add_argument(
+        "--optimizer-state",
+        metavar="FOLDER",
+        help="of the same model, saved by continued_pretraining: its moments are expanded too",
+    )
+    expand.add_argument(
+        "--new-moments",
+        default="copy",
+        metavar="NAME",
+        help="of new experts: copy | reset | scale (default: copy)",
+    )
+    expand.add_argument("--verify", default="auto", help="layers | logits | none | auto")
+    expand.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    expand.add_argument("--max-shard-size", default="5GB", help="of the files (default: 5GB)")
+    expand.add_argument("--quiet", action="store_true", help="no progress bars")
+    expand.set_defaults(run=_expand)
+
+
+def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    texts = parser.add_mutually_exclusive_group(required=required)
+    texts.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="calibration text: a .txt (one document), .jsonl or .parquet (column `text`) file, or "
+        "a folder of such files; once for each text",
+    )
+    texts.add_argument("--demo", action="store_true", help="the embedded training text")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=65_536,
+        metavar="N",
+        help="of all texts together (default: 65536)",
+    )
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="T",
+        help="tokens of a sequence (default: 1024, or the model's positions)",
+    )
+
+
+def _calibration(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The texts as `fusion_upcycle.documents` takes them."""
+    from fusion_upcycle.analysis.run import text_files
+    from fusion_upcycle.demo.texts import demo_documents
+
+    if parsed.demo:
+        return demo_documents("train")
+    return {name: text_files(path) for name, path in pairs("--data", parsed.data).items()}
+
+
+def _importance(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fusion_upcycle.importance.figure import importance_table
+    from fusion_upcycle.importance.folders import folder_importance
+
+    importance = folder_importance(
+        parsed.model,
+        _calibration(parsed),
+        parsed.output,
+        tokens=parsed.tokens,
+        context_length=parsed.context_length,
+        optimizer_state=parsed.optimizer_state,
+        progress=not parsed.quiet,
+    )
+    Console().print(importance_table(importance).to_rich())
+    print(f"Output: {parsed.output}")
+
+
+def _expand(parsed: argparse.Namespace) -> None:
+    from fusion_upcycle.expansion.folders import IMPORTANCE_FOLDER, expand
+    from fusion_upcycle.expansion.options import ExpansionOptions
+
+    made = expand(
+        parsed.source,
+        parsed.output,
+        scores=parsed.scores,
+        calibration=_calibration(parsed),
+        calibration_tokens=parsed.tokens,
+        context_length=parsed.context_length,
+        optimizer_state=parsed.optimizer_state,
+        new_moments=parsed.new_moments,
+        verify=parsed.verify,
+        overwrite=parsed.overwrite,
+        max_shard_size=parsed.max_shard_size,
+        progress=not parsed.quiet,
+        **given_options(parsed, ExpansionOptions),
+    )
+    counts = made.record["parameters"]
+    print(made.proof)
+    print(
+        f"{counts['source'] / 1e9:.3g}B, {counts['source_active'] / 1e9:.3g}B active per token -> "
+        f"{counts['total'] / 1e9:.3g}B, {counts['active'] / 1e9:.3g}B active; "
+        f"{made.record['bytes'] / 1e9:.3g} GB"
+    )
+    if "router" in made.record:
+        layers = made.record["router"]["layers"].values()
+        shares = [share for r in layers if (share := r["smallest_copy_share"]) is not None]
+        if shares:
+            print(f"Least used copy, on the calibration text: {min(shares):.2f} of its fair share")
+    if (scores := made.output / IMPORTANCE_FOLDER).is_dir():
+        print(f"Importance: {scores}")
+    print(f"Output: {made.output}")

@@ -1,0 +1,191 @@
+"""An expansion as a conversion: a larger MoE of the same family, one expert at a time.
+
+`fusion_upcycle.expansion.plan` makes it.
+
+Shape suffixes: E source experts, M experts of the result, F intermediate size, D hidden size.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from fusion_upcycle.architectures.layout import file_layout
+from fusion_upcycle.checkpoint.tensors import TensorSpec
+from fusion_upcycle.conversion import Conversion
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expansion.options import ExpansionOptions
+from fusion_upcycle.expert_init import ExpertInit
+from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
+from fusion_upcycle.planning import layer_prefix
+from fusion_upcycle.rules import RouterRows, Rule, SelectionBias
+
+
+@dataclass(kw_only=True)
+class Expansion(Conversion):
+    """A planned expansion of an MoE.
+
+    Attributes:
+        num_experts: E, experts per MoE layer of the source.
+        expert_shape: F and D.
+        router_rows: MoE layer -> router [M, D], where `options.router_extension` does not make it.
+        selection_biases: MoE layer -> selection bias [M], likewise; None copies that of the source.
+    """
+
+    _wider: ClassVar[str] = "a source in float32"
+
+    options: ExpansionOptions
+    num_experts: int
+    expert_shape: tuple[int, int]
+    router_rows: Mapping[int, Tensor] | None = None
+    selection_biases: Mapping[int, Tensor] | None = None
+
+    @property
+    def total_experts(self) -> int:
+        """M."""
+        return len(next(iter(self.plan.source_experts.values())))
+
+    @property
+    def layers(self) -> list[int]:
+        """The MoE layers."""
+        return list(self.plan.source_experts)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is added, so that every tensor is the source's."""
+        return self.total_experts == self.num_experts and self.router_rows is None
+
+    @property
+    def experts_per_token(self) -> tuple[int, int]:
+        """Top-k of the source and of the result."""
+        return self.source_config.num_experts_per_tok, self.config.num_experts_per_tok
+
+    @property
+    def claims_exact(self) -> bool:
+        """Whether the result computes the source's function."""
+        before, after = self.experts_per_token
+        return self.is_identity and before == after
+
+    def with_router(
+        self, rows: Mapping[int, Tensor], biases: Mapping[int, Tensor] | None = None
+    ) -> "Expansion":
+        """The same expansion with these routers [M, D], and selection biases [M], of each layer.
+
+        Raises:
+            UpcyclingError: other layers or shapes, or biases where the family has none.
+        """
+        if biases is not None and self.architecture.routing.selection_bias is None:
+            raise UpcyclingError(f"{self.architecture.name} has no selection bias to set.")
+        for given, shape in ((rows, (self.total_experts, self.expert_shape[1])), (biases, None)):
+            for layer, tensor in (given or {}).items():
+                expected = shape or (self.total_experts,)
+                if layer not in self.plan.source_experts or tuple(tensor.shape) != expected:
+                    raise UpcyclingError(
+                        f"Router rows of layer {layer} have shape {list(tensor.shape)}; the "
+                        f"expansion needs {list(expected)} for layers {self.layers}."
+                    )
+            if given is not None and given.keys() != self.plan.source_experts.keys():
+                raise UpcyclingError(
+                    f"Router rows are of layers {sorted(given)}; the expansion needs {self.layers}."
+                )
+        rules = dict(self.rules)
+        for layer in self.layers:
+            rules[self.router_name(layer)] = RouterRows(layer)
+            if (name := self.bias_name(layer)) is not None and biases is not None:
+                rules[name] = SelectionBias(layer)
+        return replace(
+            self, router_rows=rows, selection_biases=biases, rules=rules, _last_expert=None
+        )
+
+    def origin_kind(self, name: str) -> str:
+        """What a proof compares this tensor with."""
+        match self.rules[name]:
+            case RouterRows() if self.router_rows is not None:
+                return "router_rows_as_given"
+            case SelectionBias() if self.selection_biases is not None:
+                return "router_rows_as_given"
+        return super().origin_kind(name)
+
+    def check_router(self) -> None:
+        """Refuse an expansion whose router is still to be made of calibration text.
+
+        Raises:
+            UpcyclingError: names the extension and the remedy.
+        """
+        calibrated = self.options.calibrated
+        if calibrated is not None and self.router_rows is None and not self.is_identity:
+            raise UpcyclingError(
+                f"router_extension={calibrated.name} makes the router's rows of calibration text, "
+                "and there is none. Give calibration text, or choose router_extension=noise."
+            )
+
+    def router_name(self, layer: int) -> str:
+        """Of the router [E, D] or [M, D] in the files."""
+        return layer_prefix(self.config, layer) + self.architecture.router_name
+
+    def bias_name(self, layer: int) -> str | None:
+        """Of the selection bias [E] or [M] in the files, if the family has one."""
+        name = self.architecture.routing.selection_bias
+        return None if name is None else layer_prefix(self.config, layer) + name
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters of the source and of the result, total and active per token."""
+        source = sum(spec.numel for spec in file_layout(self.source_config).specs.values())
+        total = sum(spec.numel for spec in self.specs.values())
+        layers = len(self.layers) * 3 * self.expert_shape[0] * self.expert_shape[1]
+        before, after = self.experts_per_token
+        return {
+            "source": source,
+            "source_active": source - (self.num_experts - before) * layers,
+            "total": total,
+            "active": total - (self.total_experts - after) * layers,
+        }
+
+    def _initialiser(self, expert: int) -> ExpertInit:
+        return self.options.initialise_copy
+
+    def _source_expert(self, layer: int, expert: int) -> tuple[Expert, Iterable[str]]:
+        size, hidden = self.expert_shape
+        origin = self.plan.source_experts[layer][expert]
+        parts, names = [], []
+        for part in EXPERT_PARTS:
+            place = self.architecture.place(origin, part, size * hidden)
+            names.append(name := layer_prefix(self.config, layer) + place.name)
+            flat = self.source.tensor(name).reshape(-1)[place.start : place.stop]
+            parts.append(flat.view((hidden, size) if part == "down_proj_DF" else (size, hidden)))
+        return Expert(*parts), names
+
+    def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
+        match rule:
+            case RouterRows():
+                return self._router(rule.layer).to(spec.dtype)
+            case SelectionBias():
+                # ERNIE 4.5 has it as [1, M].
+                return self._selection_bias(rule.layer).to(spec.dtype).view(spec.shape)
+        raise AssertionError(rule)
+
+    def _router(self, layer: int) -> Tensor:
+        """The router [M, D]."""
+        if self.router_rows is not None:
+            return self.router_rows[layer].cpu()
+        weight_ED = self.source.tensor(self.router_name(layer))
+        plan = self.plan.source_experts[layer]
+        self.check_router()
+        if self.options.extends_by_bias:
+            return weight_ED[list(plan)]
+        generator = generator_for(self.options.seed, layer, 0, "router_extension")
+        return self.options.extend_router(weight_ED, plan, generator)
+
+    def _selection_bias(self, layer: int) -> Tensor:
+        """The selection bias [M]."""
+        if self.selection_biases is not None:
+            return self.selection_biases[layer].cpu()
+        name = self.bias_name(layer)
+        assert name is not None
+        bias_E, plan = self.source.tensor(name).reshape(-1), self.plan.source_experts[layer]
+        if not self.options.extends_by_bias:
+            return bias_E[list(plan)]
+        generator = generator_for(self.options.seed, layer, 0, "selection_bias")
+        return self.options.extend_router(bias_E, plan, generator)

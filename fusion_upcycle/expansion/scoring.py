@@ -1,0 +1,52 @@
+"""Importance scores for a selection: given, or measured on the calibration text."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fusion_upcycle.analysis.drawing import require_matplotlib
+from fusion_upcycle.expansion.calibrate import CalibrationText
+from fusion_upcycle.expansion.options import ExpansionOptions
+from fusion_upcycle.importance.scores import Importance
+
+
+def load_scores(scores: str | Path | Importance | None) -> Importance | None:
+    """Importance scores, from their file or as they are."""
+    return Importance.load(Path(scores).expanduser()) if isinstance(scores, str | Path) else scores
+
+
+def measured_scores(
+    options: ExpansionOptions,
+    given: Importance | None,
+    text: CalibrationText | None,
+    *,
+    plan: Callable[[ExpansionOptions], object],
+    measure: Callable[[CalibrationText], Importance],
+) -> Importance | None:
+    """What `measure` finds, where the selection needs scores and none are given but text is.
+
+    Args:
+        plan: plans the expansion, to say what stands in the way before the long work.
+    """
+    if text is None or given is not None or not options.needs_scores:
+        return None
+    require_matplotlib()
+    plan(replace(options, selection="random"))  # needs no scores, and has the same limits
+    return measure(text)
+
+
+def scores_for(
+    options: ExpansionOptions, importance: Importance | None, identity: Mapping[str, Any] | None
+) -> tuple[dict[int, list[float]] | None, dict[str, Any]]:
+    """The scores that `options` go by, of the model of this identity; and what the record says.
+
+    Raises:
+        UpcyclingError: scores of another model, or without the metric.
+    """
+    if importance is None or not options.needs_scores:
+        return None, {}
+    assert identity is not None
+    importance.check(identity)
+    about = {"tokens": importance.tokens, "calibration": dict(importance.calibration)}
+    return importance.scores(options.metric), {"importance": {"metric": options.metric} | about}

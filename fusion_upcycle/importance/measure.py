@@ -1,0 +1,190 @@
+"""Importance of every expert, by all metrics, in one pass over calibration text.
+
+Gradients are reduced to numbers and freed as they appear, so that the peak is the model and one
+layer's gradients. Design and formulas: Expert Upcycling, arXiv 2604.19835.
+
+Shapes: W sequences, T tokens of one, V vocabulary, E experts, F intermediate, D hidden size.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fusion_upcycle.calibration import Sequences, calibration_sequences
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.evaluation import evaluating, max_positions
+from fusion_upcycle.identity import live_identity
+from fusion_upcycle.importance.accumulators import ExpertSums, second_moment_norms
+from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.training.losses import expert_counts
+from fusion_upcycle.training.routers import Routers, find_routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def measure_importance(
+    model: "PreTrainedModel",
+    texts: Mapping[str, Sequence[str]],
+    tokenizer_file: Path,
+    *,
+    tokens: int = 65_536,
+    context_length: int | None = None,
+    optimizer_state: Path | None = None,
+    progress: bool = False,
+) -> Importance:
+    """Score the experts of a causal LM; modes, gradients' flags and hooks are restored after.
+
+    A gradient is that of the mean next-token loss of one sequence, without a balance loss.
+
+    Args:
+        model: a trained MoE on its own device; or sharded by FSDP2, where every process calls this
+            with the same arguments and gets the same scores.
+        texts: name -> documents.
+        tokenizer_file: the model's `tokenizer.json`.
+        tokens: of calibration, divided evenly among the texts; a shorter text gives all it has.
+        context_length: tokens of a sequence; None is 1024, or what positions the model has.
+        optimizer_state: folder of the same model with AdamW's moments, for `fisher`.
+        progress: show a bar.
+
+    Raises:
+        UpcyclingError: a dense or unknown model; text that is too short, or of another tokenizer;
+            a gradient that is missing or not finite, by name; gradients that the model already has.
+    """
+    routers = find_routers(model)
+    try:
+        if not routers:
+            raise UpcyclingError(
+                f"This {model.config.get_text_config().model_type} model is dense: it has no "
+                "experts to score. Give a Mixture-of-Experts model."
+            )
+        length = context_length or min(1024, max_positions(model) or 1024)
+        sequences = calibration_sequences(
+            texts, tokenizer_file, tokens=tokens, context_length=length
+        )
+        _check(model, sequences, length)
+        sums = ExpertSums(expert_parameters(model, routers))
+        norms = None
+        if optimizer_state is not None:
+            norms = second_moment_norms(optimizer_state, sums.parameters)
+        counts = _backwards(model, routers, sequences, sums, progress)
+    finally:
+        routers.close()
+    layers = list(routers.modules)
+    load = {layer: (counts[layer] / sequences.tokens).tolist() for layer in layers}
+    unreached = {
+        layer: [expert for expert, count in enumerate(counts[layer].tolist()) if not count]
+        for layer in layers
+    }
+    unreached = {layer: experts for layer, experts in unreached.items() if experts}
+    if unreached:
+        log.warning(
+            "No calibration token reached these experts, whose gradient scores are 0: %s. More or "
+            "other calibration text may reach them.",
+            "; ".join(f"layer {layer}: {experts}" for layer, experts in unreached.items()),
+        )
+    return Importance(
+        sums.metrics(load, norms),
+        sequences.tokens,
+        sequences.to_json(),
+        live_identity(model),
+        unreached,
+    )
+
+
+def expert_parameters(
+    model: "PreTrainedModel", routers: Routers
+) -> dict[int, dict[str, nn.Parameter]]:
+    """MoE layer -> name -> parameter of all its routed experts, packed on the first axis."""
+    assert routers.architecture is not None
+    found: dict[int, dict[str, nn.Parameter]] = {layer: {} for layer in routers.modules}
+    places = {f"layers.{layer}.{routers.architecture.experts_module}": layer for layer in found}
+    for path, module in model.named_modules():
+        # The path may have anything before `layers`, and `layers.1` is no end of `layers.11`.
+        place = path[path.rfind("layers.") :]
+        if place in places:
+            for name, parameter in module.named_parameters():
+                found[places[place]][f"{path}.{name}"] = parameter
+    return found
+
+
+def _check(model: "PreTrainedModel", sequences: Sequences, length: int) -> None:
+    limit = max_positions(model)
+    if length < 2 or (limit is not None and length > limit):
+        raise UpcyclingError(
+            f"context_length={length} of the calibration must be from 2 to the model's "
+            f"{limit} positions."
+        )
+    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    largest = max(int(ids.max()) for ids in sequences.ids.values())
+    if largest >= embeddings:
+        raise UpcyclingError(
+            f"The tokenizer gives token id {largest}, but the model has {embeddings} embeddings: "
+            "use the tokenizer that belongs to the model."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            raise UpcyclingError(
+                f"The model has gradients already ({name}), which measuring importance would mix "
+                "with its own. Call model.zero_grad() before."
+            )
+
+
+def _backwards(
+    model: "PreTrainedModel",
+    routers: Routers,
+    sequences: Sequences,
+    sums: ExpertSums,
+    progress: bool,
+) -> dict[int, Tensor]:
+    """One backward pass for each sequence; returns layer -> tokens routed to each expert [E]."""
+    counts = {
+        layer: torch.zeros(routers.num_experts, dtype=torch.int64) for layer in routers.modules
+    }
+    rows = [row for ids in sequences.ids.values() for row in ids]
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_only_experts_have_gradients(model, sums))
+        bar = stack.enter_context(
+            progress_bar("Measuring importance", len(rows), progress, unit="sequence")
+        )
+        for number, ids_T in enumerate(rows):
+            ids_1T = ids_T[None].to(model.device)
+            with routers.listening() as routed:
+                logits_1TV = model(input_ids=ids_1T, use_cache=False).logits
+            cross_entropy(logits_1TV[0, :-1].float(), ids_1T[0, 1:]).backward()
+            for (layer, count_E), chosen in zip(counts.items(), routed.chosen, strict=True):
+                count_E += expert_counts(chosen, routers.num_experts).long().cpu()
+                sums.require_gradients(layer, number)
+            sums.next_sequence()
+            bar.update()
+    return counts
+
+
+@contextmanager
+def _only_experts_have_gradients(model: nn.Module, sums: ExpertSums) -> Iterator[None]:
+    """Gradients for experts alone, each reduced and freed as soon as it is there."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    experts = {id(p) for layer in sums.parameters.values() for p in layer.values()}
+    handles: list[Any] = []
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in experts)
+        handles += sums.attach()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
+            parameter.grad = None

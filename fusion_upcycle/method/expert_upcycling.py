@@ -1,0 +1,252 @@
+"""Expert upcycling: a trained MoE of any supported family grows from E to M experts."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_bench import BaseModelPool
+from fusion_bench.mixins import auto_register_config
+
+from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.expansion.calibrate import CALIBRATION_TOKENS
+from fusion_upcycle.expansion.folders import IMPORTANCE_FOLDER, expand
+from fusion_upcycle.expansion.live import expand_model
+from fusion_upcycle.expansion.moments import check_new_moments_name, expanded_state
+from fusion_upcycle.expansion.options import make_expansion_options
+from fusion_upcycle.importance.folders import write_importance
+from fusion_upcycle.live import save_live
+from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
+from fusion_upcycle.method.pool import (
+    PooledFolder,
+    named_texts,
+    plain,
+    pooled_folder,
+    require_own_tokenizer,
+    require_pretrained,
+    tokenizer_file,
+)
+from fusion_upcycle.options import dtype_name
+from fusion_upcycle.report.record import hydra_output_folder
+from fusion_upcycle.training.moments import write_moments
+from fusion_upcycle.verification import resolve_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fusion_upcycle.expansion.live import Expanded
+
+log = logging.getLogger(__name__)
+
+_IMPORTANCE = {"scores": None, "metric": "grad_squared"}
+_CALIBRATION = {"data": None, "tokens": CALIBRATION_TOKENS, "context_length": None}
+
+
+@auto_register_config
+class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
+    """Growing of a trained MoE from E to M experts by duplicating experts, top-k fixed.
+
+    Args:
+        num_experts: M, experts per layer of the result; None goes by `multiplier`.
+        save_checkpoint: folder to write; None keeps the result in memory only.
+        multiplier: m, M = m * E; None is 2.
+        selection: whom to duplicate: `uniform`, `greedy`, `proportional`, `sampling`, `random`;
+            this and the next are explained in `fusion_upcycle.ExpansionOptions`.
+        max_copies, temperature: of the selection.
+        importance: `scores`, the `importance.json` that was measured earlier, or None; `metric`,
+            the score that the selection goes by.
+        calibration: `data`, name -> documents (see `fusion_upcycle.documents`) or `demo`; `tokens`
+            of it; `context_length`. Router rows are made of it, and experts are scored on it where
+            scores are needed and not given.
+        expert_init: of the copies: `copy`, `noise`, `drop`, `permute`, `svd`, or a config node
+            with `_target_`.
+        router_extension: `copy`, `noise`, `bias`, `split`, `fit`, likewise.
+        experts_per_token: top-k; None keeps the source's.
+        optimizer_state: folder of the same model with AdamW's moments, which are expanded into
+            `save_checkpoint`.
+        new_moments: what new experts begin with there: `copy`, `reset`, `scale`.
+        tokenizer: folder or Hub id, where the pool has none.
+        seed: of every random draw.
+        verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.expand`.
+        return_model: False skips loading a streamed result.
+        overwrite: replace an earlier output of ours at `save_checkpoint`.
+        max_shard_size: of the files.
+
+    Raises:
+        UpcyclingError: an option that cannot be used; `run` raises it for the model.
+    """
+
+    # FusionBench's decorator makes an attribute of every argument.
+    optimizer_state: str | None
+    new_moments: str
+    tokenizer: str | None
+
+    def __init__(
+        self,
+        num_experts: int | None = None,
+        save_checkpoint: str | None = None,
+        *,
+        multiplier: int | None = None,
+        selection: str = "uniform",
+        max_copies: int = 3,
+        temperature: float = 1.0,
+        importance: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
+        expert_init: Any = "copy",
+        router_extension: Any = "noise",
+        experts_per_token: int | None = None,
+        optimizer_state: str | None = None,
+        new_moments: str = "copy",
+        tokenizer: str | None = None,
+        seed: int = 0,
+        verify: str = "auto",
+        return_model: bool = True,
+        overwrite: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        by = _node("importance", importance, _IMPORTANCE)
+        text = _node("calibration", calibration, _CALIBRATION)
+        self._options = make_expansion_options(
+            num_experts=num_experts,
+            multiplier=multiplier,
+            selection=selection,
+            metric=by["metric"],
+            max_copies=max_copies,
+            temperature=temperature,
+            expert_init=initialiser(expert_init),
+            router_extension=initialiser(router_extension),
+            experts_per_token=experts_per_token,
+            seed=seed,
+        )
+        self._inputs = {
+            "scores": by["scores"],
+            "calibration": named_texts(text["data"], "train", "method.calibration.data"),
+            "calibration_tokens": text["tokens"],
+            "context_length": text["context_length"],
+            "optimizer_state": optimizer_state,
+        }
+        check_new_moments_name(new_moments)
+        if optimizer_state is not None and save_checkpoint is None:
+            raise UpcyclingError(
+                "optimizer_state is expanded into the folder of the result, and there is none. Set "
+                "method.save_checkpoint=FOLDER, or optimizer_state=null."
+            )
+        resolve_mode(verify, streaming=False, total_bytes=0)
+        self._writing = self._output_options(overwrite, max_shard_size)
+
+    def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel | None":
+        """Expand `_pretrained_` of a pool, or a model.
+
+        With `save_checkpoint`, and a pool that names a folder or Hub id, the expansion streams from
+        folder to folder, and the result is loaded only if `return_model`.
+
+        Raises:
+            UpcyclingError: see `fusion_upcycle.expand`.
+        """
+        output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
+        if output is not None:
+            self._writing.check(output)
+        if not isinstance(modelpool, BaseModelPool):
+            return self._run_live(modelpool, output, pool=None)
+        require_pretrained(modelpool)
+        if output is not None and (found := pooled_folder(modelpool)) is not None:
+            require_own_tokenizer(modelpool, [found.source])
+            return self._run_streaming(found, output)
+        return self._run_live(modelpool.load_model("_pretrained_"), output, pool=modelpool)
+
+    def _run_streaming(self, found: PooledFolder, output: Path) -> "PreTrainedModel | None":
+        if self.tokenizer is not None:
+            raise UpcyclingError(
+                f"method.tokenizer={self.tokenizer} would not be used: streaming takes the "
+                "tokenizer of the model's own folder. Set it to null."
+            )
+        _check_dtype(found, locate(found.source))
+        converted = expand(
+            found.source,
+            output,
+            new_moments=self.new_moments,
+            verify=self.verify,
+            overwrite=self._writing.overwrite,
+            max_shard_size=self._writing.max_shard_size,
+            **self._inputs,
+            **vars(self._options),
+        )
+        if (measured := converted.output / IMPORTANCE_FOLDER).is_dir():
+            log.info("Importance scores: %s", measured)
+        return self._finish(converted)
+
+    def _run_live(
+        self, moe: "PreTrainedModel", output: Path | None, pool: BaseModelPool | None
+    ) -> "PreTrainedModel":
+        file = None if pool is None else tokenizer_file(pool)
+        folder = None if file is None else file.parent
+        made = expand_model(
+            moe,
+            tokenizer=folder if self.tokenizer is None else locate(self.tokenizer),
+            verify=self.verify,
+            progress=self._writing.progress,
+            **self._inputs,
+            **vars(self._options),
+        )
+        about = dict(made.about)
+        moments = None
+        if self.optimizer_state is not None:
+            state = Path(self.optimizer_state).expanduser()
+            moments, about["optimizer_state"] = expanded_state(
+                state, made.expansion, self.new_moments
+            )
+        if output is None:
+            self._report_live(made.expansion, made.proof, about)
+            _leave_scores(made)
+            return made.model
+
+        def put_companions(staging: Path) -> list[str]:
+            if moments is not None:
+                write_moments(moments, staging)
+            if made.measured is not None:
+                write_importance(made.measured, staging / IMPORTANCE_FOLDER)
+            return save_companions(made.model, pool, staging)
+
+        converted = save_live(
+            made.expansion,
+            made.proof,
+            output,
+            source={"name": type(moe).__name__ + " in memory", "from_hub": False},
+            companions=put_companions,
+            options=self._writing,
+            about=about,
+        )
+        self._report(converted)
+        return made.model
+
+
+def _node(name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of options with its defaults."""
+    given = plain(given) or {}
+    if not isinstance(given, Mapping):
+        raise UpcyclingError(f"method.{name}={given!r} must be a mapping of {', '.join(defaults)}.")
+    for option in given:
+        if option not in defaults:
+            raise unknown(f"option in method.{name}:", str(option), defaults)
+    return dict(defaults) | dict(given)
+
+
+def _check_dtype(found: PooledFolder, folder: Path) -> None:
+    """An expansion keeps every tensor's dtype."""
+    own = read_config(folder).dtype
+    if found.dtype is not None and own is not None and dtype_name(found.dtype) != dtype_name(own):
+        raise UpcyclingError(
+            f"modelpool dtype={found.dtype} cannot be honoured when streaming to "
+            f"method.save_checkpoint: the source is {dtype_name(own)}, and its tensors are kept as "
+            "they are. Remove it, or set method.save_checkpoint=null to expand in memory."
+        )
+
+
+def _leave_scores(made: "Expanded") -> None:
+    """Scores that were measured for a result in memory, in the run's own folder."""
+    folder = hydra_output_folder()
+    if made.measured is not None and folder is not None:
+        log.info("Importance scores: %s", write_importance(made.measured, Path(folder))[0])

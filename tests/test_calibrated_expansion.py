@@ -1,0 +1,242 @@
+"""Expansions that read text: router rows of `split` and `fit`, and importance that is measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import assert_same_bits, files_of, load, logits_of, tensors_of
+from tiny_moe import FAMILIES, moe_folder, moe_model
+
+from fusion_upcycle import expand, expand_model, folder_importance
+from fusion_upcycle.convert import verify
+from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.importance.folders import write_importance
+from fusion_upcycle.importance.scores import Importance
+
+TEXT = " ".join(f"{n} times {n} is {n * n}," for n in range(400))
+FIT = {"name": "fit", "steps": 3}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    """`calibration` and its size."""
+    (tmp_path / "sums.txt").write_text(TEXT)
+    return {
+        "calibration": {"sums": str(tmp_path / "sums.txt")},
+        "calibration_tokens": 1000,
+        "context_length": 50,
+    }
+
+
+def byte_moe(folder: Path, family: str = "mixtral", **kwargs: Any) -> Path:
+    """A tiny MoE that reads bytes."""
+    moe_folder(folder, family, **{"vocab_size": 257} | kwargs)
+    byte_tokenizer(64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return byte_moe(tmp_path / "moe")
+
+
+def refuses(source: Path, match: str, **options: Any) -> None:
+    """Both paths say so, and leave nothing behind."""
+    before = files_of(source.parent)
+    with pytest.raises(UpcyclingError, match=match):
+        expand(source, source.parent / "out", progress=False, **options)
+    assert files_of(source.parent) == before
+    with pytest.raises(UpcyclingError, match=match):
+        expand_model(load(source), tokenizer=source, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {"num_experts": 6, "router_extension": FIT}) for family in FAMILIES),
+        ("mixtral", {"multiplier": 2, "router_extension": "split"}),
+        ("granitemoe", {"multiplier": 3, "router_extension": "split"}),
+        ("qwen3_moe", {"multiplier": 2, "router_extension": FIT | {"after_split": True}}),
+        ("olmoe", {"num_experts": 6, "router_extension": FIT, "selection": "greedy"}),
+    ],
+    ids=str,
+)
+def test_a_folder_and_a_live_model_get_the_same_bits(
+    family: str, options: dict[str, Any], data: dict[str, Any], tmp_path: Path
+) -> None:
+    source = byte_moe(tmp_path / "moe", family)
+    made = expand(source, tmp_path / "out", progress=False, **data, **options)
+    live = expand_model(load(source), tokenizer=source, verify="none", **data, **options)
+    assert_same_bits(live.model.state_dict(), load(tmp_path / "out").state_dict())
+    assert json.loads(json.dumps(live.about["router"])) == made.record["router"]
+    assert made.proof.restricted is not None  # the source is within the result
+
+
+def test_the_record_says_what_the_router_does(
+    source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"router_extension": {"name": "split", "mixed_share": 0.1}}
+    made = expand(source, tmp_path / "out", progress=False, **data, **options)
+    router = made.record["router"]
+    assert router["tokens"] == 1000
+    assert router["calibration"]["texts"]["sums"]["sequences"] == 20
+    assert router["layers"].keys() == {"0", "1"}
+    for layer in router["layers"].values():
+        assert layer["one_group_share"] == pytest.approx(0.9, abs=0.02)
+        assert 0 < layer["smallest_copy_share"] <= 1
+        assert layer["margin"] > 0 and layer["weight_error"] < 0.2
+        assert len(layer["copy_shares"]) == 8
+    assert made.record["options"]["router_extension"] == options["router_extension"]
+    assert made.proof.reason is not None and "only nearly" in made.proof.reason
+    assert verify(tmp_path / "out", progress=False).function == made.proof.function
+
+
+def test_split_and_fit_keep_the_function_better_than_copies_do(
+    source: Path, data: dict[str, Any]
+) -> None:
+    ids = byte_tokenizer(64)(TEXT[:50], return_tensors="pt")["input_ids"]
+    expected = logits_of(load(source), ids)
+    distance = {}
+    for name, extension in {"copy": "copy", "split": "split", "fit": FIT | {"steps": 40}}.items():
+        text = {} if name == "copy" else data
+        made = expand_model(
+            load(source), tokenizer=source, router_extension=extension, verify="none", **text
+        )
+        distance[name] = float((logits_of(made.model, ids) - expected).norm())
+    assert distance["split"] < 0.7 * distance["copy"]
+    assert distance["fit"] < 0.7 * distance["copy"]
+
+
+def test_expanding_by_nothing_is_the_identity(
+    source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    for extension in ("split", "fit"):
+        for text in ({}, data):
+            options = {"num_experts": 4, "router_extension": extension} | text
+            made = expand(source, tmp_path / "out", overwrite=True, progress=False, **options)
+            assert made.proof.holds and "router" not in made.record
+            assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(source))
+
+
+def test_rows_are_rounded_before_they_are_reported(data: dict[str, Any], tmp_path: Path) -> None:
+    source = byte_moe(tmp_path / "moe", dtype=torch.bfloat16)
+    made = expand(source, tmp_path / "out", router_extension="split", progress=False, **data)
+    assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+    assert all(layer["weight_error"] < 0.2 for layer in made.record["router"]["layers"].values())
+
+
+def test_importance_is_measured_where_a_selection_needs_it(
+    source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"num_experts": 6, "selection": "greedy", "metric": "saliency"}
+    made = expand(source, tmp_path / "out", progress=False, **data, **options)
+    scores = Importance.load(tmp_path / "out" / "importance")
+    assert (tmp_path / "out" / "importance" / "importance.png").is_file()
+    assert made.record["importance"]["metric"] == "saliency"
+    best = [max(range(4), key=values.__getitem__) for values in scores.scores("saliency").values()]
+    assert [plan[4:] for plan in made.record["plan"].values()] == [[e, e] for e in best]
+    # The same scores, measured beforehand.
+    kwargs = {"tokens": 1000, "context_length": 50, "progress": False}
+    found = folder_importance(source, data["calibration"], tmp_path / "scores", **kwargs)
+    assert found.scores("saliency") == scores.scores("saliency")
+    again = expand(
+        source, tmp_path / "again", scores=tmp_path / "scores", progress=False, **options
+    )
+    assert again.record["plan"] == made.record["plan"]
+    assert not (tmp_path / "again" / "importance").exists()
+    live = expand_model(load(source), tokenizer=source, **data, **options)
+    assert live.measured is not None
+    assert_same_bits(live.model.state_dict(), load(tmp_path / "again").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("extension", "match"),
+    [
+        ({"name": "split", "margin": 6}, "Unknown option of router_extension split: 'margin'"),
+        ({"name": "split", "mixed_share": 1}, "mixed_share=1 must be between 0 and 1"),
+        ({"name": "fit", "min_copy_share": 1}, "min_copy_share=1 must be at least 0 and below 1"),
+        ({"name": "fit", "steps": 0}, "steps=0 of router_extension=fit must be 1 or more"),
+        ({"name": "fit", "steps": True}, "steps=True"),
+        ({"name": "fit", "after_split": "yes"}, "after_split='yes'.* must be true or false"),
+    ],
+    ids=str,
+)
+def test_options_of_split_and_fit_are_checked_before_anything_is_read(
+    extension: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UpcyclingError, match=match):
+        expand(tmp_path / "nowhere", tmp_path / "out", router_extension=extension)
+
+
+def test_split_of_a_plan_of_unequal_copies_names_the_remedy(
+    source: Path, data: dict[str, Any]
+) -> None:
+    match = r"layer 0 has \[2, 2, 1, 1\] places.*Choose router_extension=fit"
+    for extension in ("split", {"name": "fit", "after_split": True}):
+        refuses(source, match, num_experts=6, router_extension=extension, **data)
+
+
+def test_split_of_a_sigmoid_router_names_the_remedy(data: dict[str, Any], tmp_path: Path) -> None:
+    source = byte_moe(tmp_path / "moe", "glm4_moe")
+    refuses(source, "Choose router_extension=fit", router_extension="split", **data)
+
+
+def test_text_that_is_missing_or_that_nothing_reads(source: Path, data: dict[str, Any]) -> None:
+    refuses(source, "router_extension=fit.*there is none", router_extension="fit")
+    refuses(source, "nothing would read it: no scores are needed", **data)
+    refuses(source, "selection=greedy goes by importance", selection="greedy")
+    scores = folder_importance(source, data["calibration"], tokens=100, context_length=50)
+    options = {"selection": "greedy", "scores": scores}
+    refuses(source, "nothing would read it: the importance scores are given", **data, **options)
+
+
+def test_text_that_cannot_be_used(source: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    split = {"router_extension": "split"}
+    refuses(
+        source, "does not fill one sequence", **data | {"calibration": short(tmp_path)}, **split
+    )
+    refuses(source, "there is no file", **data | {"calibration": {"a": "none.txt"}}, **split)
+    refuses(source, "from 2 to the model's 64", **data | {"context_length": 65}, **split)
+    refuses(source, "tokens=0 of the calibration", **data | {"calibration_tokens": 0}, **split)
+    with pytest.raises(UpcyclingError, match=r"tokenizer\.json \(tokenizer\)"):
+        expand_model(load(source), **data, **split)
+    (source / "tokenizer.json").unlink()
+    refuses(source, r"needs the model's tokenizer\.json", **data, **split)
+
+
+def short(folder: Path) -> dict[str, str]:
+    (folder / "short.txt").write_text("short")
+    return {"short": str(folder / "short.txt")}
+
+
+def test_what_stands_in_the_way_is_said_before_experts_are_scored(
+    source: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("expansion.folders.score_folder", "expansion.live.measure_importance"):
+        monkeypatch.setattr(f"fusion_upcycle.{module}", lambda *_, **__: pytest.fail("scored"))
+    refuses(source, "Set max_copies to 4", num_experts=13, selection="greedy", **data)
+    refuses(source, "is less than the 4", num_experts=3, selection="sampling", **data)
+
+
+def test_scores_of_another_model_are_refused_by_name(
+    source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    other = byte_moe(tmp_path / "other", seed=1)
+    write_importance(
+        folder_importance(other, data["calibration"], tokens=100, context_length=50),
+        tmp_path / "scores",
+    )
+    options = {"selection": "greedy", "scores": tmp_path / "scores"}
+    refuses(source, r"scores are of a mixtral of 2 layers.*but the model given is", **options)
+    options["metric"] = "fisher"
+    refuses(other, "have no fisher.*optimizer_state", **options)
+
+
+def test_a_backbone_has_no_loss_to_score_experts_by(data: dict[str, Any], tmp_path: Path) -> None:
+    moe_model("mixtral", vocab_size=257, backbone=True).save_pretrained(tmp_path / "moe")
+    byte_tokenizer(64).save_pretrained(tmp_path / "moe")
+    with pytest.raises(UpcyclingError, match="is a MixtralModel: importance is that of a causal"):
+        folder_importance(tmp_path / "moe", data["calibration"])

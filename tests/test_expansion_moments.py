@@ -1,0 +1,153 @@
+"""AdamW's moments follow the plan of the parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import assert_same_bits, load, tensors_of, token_ids
+from tiny_moe import FAMILIES, moe_folder
+from transformers import PreTrainedModel
+
+from fusion_upcycle.architectures import MOE_FAMILIES
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expansion.folders import expand
+from fusion_upcycle.expansion.live import build_live_expansion, plan_live_expansion
+from fusion_upcycle.expansion.moments import expand_moments
+from fusion_upcycle.expansion.options import make_expansion_options
+from fusion_upcycle.training.moments import (
+    MOMENTS_FILE,
+    Moments,
+    load_moments,
+    place_moments,
+    read_moments,
+    write_moments,
+)
+
+
+def optimizer_of(model: PreTrainedModel) -> torch.optim.AdamW:
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    names, parameters = zip(*named, strict=True)
+    return torch.optim.AdamW([{"params": parameters, "names": names}], lr=1e-3)
+
+
+def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, times: int = 1) -> None:
+    for _ in range(times):
+        model(token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def moments_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Moments:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+
+
+def trained(folder: Path, family: str) -> Path:
+    """A folder with weights after three steps, and their moments."""
+    model = load(moe_folder(folder / "fresh", family))
+    optimizer = optimizer_of(model)
+    step(model, optimizer, 3)
+    model.save_pretrained(folder / "trained")
+    write_moments(moments_of(model, optimizer), folder / "trained")
+    return folder / "trained"
+
+
+def flat(moments: Moments) -> dict[str, torch.Tensor]:
+    return {f"{n}/{kind}": value for n, values in moments.items() for kind, value in values.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_moments_expand_alike(family: str, tmp_path: Path) -> None:
+    """What holds the weight of an expert twice holds its moments twice, in every family."""
+    source = trained(tmp_path, family)
+    options: dict[str, Any] = {"num_experts": 6, "router_extension": "copy", "verify": "none"}
+    expand(source, tmp_path / "out", optimizer_state=source, progress=False, **options)
+    before, after = load(source), load(tmp_path / "out")
+    grown = load_moments(tmp_path / "out", after, None)  # of this model, as training checks
+    assert grown.keys() == read_moments(source).keys()
+    # The moments as if they were weights: expanded in the same way as these.
+    for kind in ("exp_avg", "exp_avg_sq"):
+        moments = read_moments(source)
+        state = before.state_dict()
+        for name, values in moments.items():
+            state[name].copy_(values[kind])
+        options = {"num_experts": 6, "router_extension": "copy"}
+        expansion = plan_live_expansion(before, make_expansion_options(**options))
+        larger, _ = build_live_expansion(expansion, before, mode="none")
+        for name, values in grown.items():
+            assert torch.equal(larger.state_dict()[name], values[kind]), (name, kind)
+
+
+def test_as_many_experts_as_there_are_is_the_identity(tmp_path: Path) -> None:
+    source = trained(tmp_path, "qwen2_moe")
+    for new in ("copy", "reset", "scale"):
+        output = tmp_path / new
+        options = {"num_experts": 4, "optimizer_state": source, "new_moments": new}
+        done = expand(source, output, progress=False, **options)
+        assert_same_bits(flat(read_moments(output)), flat(read_moments(source)))
+        assert_same_bits(tensors_of(output), tensors_of(source))
+        assert done.record["optimizer_state"]["new_moments"] == new
+
+
+def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:
+    """Train, expand parameters and state together, train on: bit for bit the same."""
+    source = trained(tmp_path, "mixtral")
+    options: dict[str, Any] = {"num_experts": 7, "expert_init": "noise"}
+    expand(source, tmp_path / "out", optimizer_state=source, progress=False, **options)
+    by_folder = load(tmp_path / "out")
+    state = load_moments(tmp_path / "out", by_folder, None)
+    place_moments(optimizer := optimizer_of(by_folder), state)
+    step(by_folder, optimizer, 2)
+
+    model = load(source)
+    expansion = plan_live_expansion(model, make_expansion_options(**options))
+    in_memory, _ = build_live_expansion(expansion, model, mode="none")
+    place_moments(
+        optimizer := optimizer_of(in_memory), expand_moments(read_moments(source), expansion)
+    )
+    step(in_memory, optimizer, 2)
+    assert_same_bits(by_folder.state_dict(), in_memory.state_dict())
+
+
+def test_new_moments_of_copies(tmp_path: Path) -> None:
+    source = trained(tmp_path, "mixtral")
+    moments = read_moments(source)
+    expansion = plan_live_expansion(load(source), make_expansion_options(num_experts=10))
+    assert expansion.plan.source_experts[0] == (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)
+    name = "model.layers.1." + MOE_FAMILIES["mixtral"].experts_module + ".down_proj"
+    reset = expand_moments(moments, expansion, "reset")[name]
+    scaled = expand_moments(moments, expansion, "scale")[name]
+    for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+        old = moments[name][kind]
+        assert torch.equal(reset[kind][:4], old) and not reset[kind][4:].any()
+        assert torch.equal(scaled[kind][:4], old)
+        torch.testing.assert_close(scaled[kind][8], old[0] / 3**power)
+        torch.testing.assert_close(scaled[kind][7], old[3] / 2**power)
+    assert torch.equal(scaled["step"], moments[name]["step"])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"new_moments": "half"}, "Unknown new_moments 'half'"),
+        ({"expert_init": "permute"}, "new_moments=reset"),
+        ({"optimizer_state": "nowhere"}, "nowhere has no training/optimizer"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(
+    options: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    source = trained(tmp_path, "mixtral")
+    with pytest.raises(UpcyclingError, match=match):
+        expand(source, tmp_path / "out", progress=False, **{"optimizer_state": source} | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
+    source = trained(tmp_path, "mixtral")
+    other = trained(tmp_path / "other", "qwen3_moe")
+    with pytest.raises(UpcyclingError, match=r"The moments are of another model"):
+        expand(source, tmp_path / "out", optimizer_state=other, progress=False)
+    assert (other / MOMENTS_FILE).is_file() and not (tmp_path / "out").exists()
