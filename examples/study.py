@@ -79,12 +79,12 @@ ARMS = {
     "MoE 8 top-2 from scratch, all tokens": Arm("moe", "fresh", "all"),
     "dense of the MoE's active size, from scratch, all tokens": Arm("dense", "wide", "all"),
 }
-#: At equal FLOPs; the dense model gets one trial more than any kind of MoE.
+#: At equal FLOPs; the dense model gets more trials than any kind of MoE.
 TRIALS: dict[Arm, list[dict[str, Any]]] = {
     Arm("dense", "base", "flops"): [{"learning_rate": rate} for rate in (1e-3, 1.5e-3, 2e-3, 3e-3)],
     Arm("halves", "noise", "flops"): [{"learning_rate": rate} for rate in (2e-3, 3e-3)],
     Arm("top-1", "noise", "flops"): [{"learning_rate": rate} for rate in (3e-3, 2e-3)],
-    Arm("moe", "drop", "tokens"): [{"learning_rate": rate} for rate in (2e-3, 3e-3)],
+    Arm("moe", "drop", "tokens"): [{"learning_rate": 2e-3}],
     Arm("moe", "noise", "tokens"): [{"learning_rate": 2e-3}],
 }
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="where to leave the run record (OUTPUT)")
     arguments = parser.parse_args()
     if arguments.tune:
-        trials = tune(arguments.output / "trials", arguments.tokens)
+        trials = tune(arguments.output, arguments.tokens)
         print(f"Run record: {write_run_record('tuning', trials, arguments.tune)}")
         return
     if arguments.table:
@@ -128,7 +128,7 @@ def study(output: Path, tokens: int) -> dict[str, Any]:
         settings = chosen(trials, arm)
         rows[name] = {
             "settings": settings,
-            **run(arm, output / folder_name(name), tokens, settings),
+            **run(arm, output, tokens, settings),
         }
         print(f"{name}: {mean(rows[name]):.4f} bits per byte", flush=True)
     return {"tokens": tokens, "arms": rows}
@@ -138,8 +138,8 @@ def tune(output: Path, tokens: int) -> dict[str, Any]:
     """Equally many trials of each kind, to be judged on validation text."""
     trials = []
     for arm, all_settings in TRIALS.items():
-        for number, settings in enumerate(all_settings):
-            row = run(arm, output / f"{arm.kind}_{arm.start}_{number}", tokens, settings)
+        for settings in all_settings:
+            row = run(arm, output, tokens, settings)
             trials.append({"arm": vars(arm), "settings": settings, **row})
             print(f"{arm} {settings}: {mean(row, 'validation'):.4f} bits per byte", flush=True)
     return {"tokens": tokens, "trials": trials}
@@ -156,8 +156,14 @@ def chosen(trials: list[dict[str, Any]], arm: Arm) -> dict[str, Any]:
     return dict(best["settings"])
 
 
-def run(arm: Arm, folder: Path, tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
+def folder_of(arm: Arm, settings: dict[str, Any]) -> str:
+    """Where an arm is trained; a trial and an arm of the study that are the same share it."""
+    return "-".join([*vars(arm).values(), *(f"{name}={value}" for name, value in settings.items())])
+
+
+def run(arm: Arm, output: Path, tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train one arm and score it, unless that was done."""
+    folder = output / folder_of(arm, settings)
     result = folder / "result.json"
     if result.is_file():
         return dict(json.loads(result.read_text()))
@@ -227,10 +233,6 @@ def start(arm: Arm, folder: Path) -> tuple[Any, Cost]:
     return AutoModelForCausalLM.from_pretrained(made), cost
 
 
-def folder_name(arm: str) -> str:
-    return arm.replace(" ", "_").replace(",", "")
-
-
 def mean(row: dict[str, Any], split: str = "test") -> float:
     bits = row["bits_per_byte"][split].values()
     return float(sum(bits) / len(bits))
@@ -256,7 +258,7 @@ def look_at_experts(output: Path, record: dict[str, Any]) -> Path:
     """The page on the experts of the best upcycled model, before and after training."""
     rows = record[SECTION]["arms"]
     best = min((name for name in rows if "upcycled" in name), key=lambda name: mean(rows[name]))
-    folder, texts = output / folder_name(best), demo_texts()
+    folder, texts = output / folder_of(ARMS[best], rows[best]["settings"]), demo_texts()
     before, after = (analyze_folder(folder / part, texts) for part in ("step0", "model"))
     return write_analysis(after, output / "experts", before=before)
 
@@ -276,7 +278,7 @@ def draw(output: Path, record: dict[str, Any]) -> Path:
     arms = record[SECTION]["arms"]
     colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(arms)))
     for (name, row), style, colour in zip(arms.items(), cycle(styles), colours, strict=False):
-        logged = read_metrics(output / folder_name(name) / "logs")
+        logged = read_metrics(output / folder_of(ARMS[name], row["settings"]) / "logs")
         losses = [step["lm_nats_per_token"] for step in logged if "lm_nats_per_token" in step]
         smooth = np.convolve(losses, np.ones(9) / 9, mode="valid") / np.log(2)
         flops = np.linspace(0, row["training_flops"] / 1e12, len(smooth))

@@ -48,6 +48,8 @@ def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str
         shape = source.specs[name].shape
         parameters += spec.numel
         first = torch.cat([*source.chunks(name, 0, min(_ELEMENTS, spec.numel))])
+        if hasattr(first, "full_tensor"):  # sharded
+            first = first.full_tensor()
         values = first.to(torch.bfloat16).float()
         digest.update(f"{name} {list(shape)} {values.tolist()}".encode())
     return {

@@ -1,10 +1,12 @@
 """The benchmarks run, on tiny models; their numbers are in `examples/benchmarks/results`."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import dense_folder
 
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
@@ -79,3 +81,18 @@ def test_the_training_benchmark_measures_every_model(tmp_path: Path) -> None:
     assert dense["parameters"] < wide["parameters"] < moe["parameters"]
     # The router is all that the MoE computes more than a dense model of its active size.
     assert moe["flops_per_token"] - wide["flops_per_token"] < 0.02 * wide["flops_per_token"]
+
+
+def test_the_expansion_benchmark_measures_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("expand")
+    name = "copy, with moments"
+    monkeypatch.setattr(script, "RUNS", {name: script.RUNS[name]})
+    record = script.measure(tmp_path, script.TINY | {"vocab_size": 300}, 1024)
+    run = record["runs"][name]
+    assert run["peak_rss"] > 0 and run["cpu"] > 0 and run["proven"].startswith("approximate")
+    # Weights in bfloat16 and moments in float32, without the headers of their files.
+    assert run["bytes"] > run["parameters"]["total"] * (2 + 4 + 4)
+    assert f"| {name} | " in script.table(record).to_markdown()

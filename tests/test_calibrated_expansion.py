@@ -1,20 +1,24 @@
 """Expansions that read text: router rows of `split` and `fit`, and importance that is measured."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import assert_same_bits, files_of, load, logits_of, tensors_of
 from tiny_moe import FAMILIES, moe_folder, moe_model
 
 from fusion_upcycle import expand, expand_model, folder_importance
 from fusion_upcycle.convert import verify
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.expansion.fit import FittedRows
 from fusion_upcycle.importance.folders import write_importance
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.training.moments import write_moments
 
 TEXT = " ".join(f"{n} times {n} is {n * n}," for n in range(400))
 FIT = {"name": "fit", "steps": 3}
@@ -94,6 +98,81 @@ def test_the_record_says_what_the_router_does(
     assert verify(tmp_path / "out", progress=False).function == made.proof.function
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "ernie4_5_moe"])
+def test_routers_made_of_text_are_proven_again_too(
+    family: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    """No draw tells what they should be; their record does, and the source what the biases are."""
+    source, output = byte_moe(tmp_path / "moe", family), tmp_path / "out"
+    expand(source, output, router_extension=FIT, progress=False, **data)
+    tensors = tensors_of(output)
+    router = next(n for n in sorted(tensors, reverse=True) if n.endswith("gate.weight"))
+    biases = [n for n in tensors if n.endswith(("correction_bias", "statics.e_score_bias"))]
+    assert len(biases) == (0 if family == "mixtral" else 1), tensors.keys()
+    for name in [router, *biases]:
+        changed = tensors[name].clone().view(8, -1)
+        changed[[4, 5]] = changed[[5, 4]]
+        save_file(tensors | {name: changed.view(tensors[name].shape)}, output / "model.safetensors")
+        with pytest.raises(ProofError, match="router" if name == router else f"{name} differs"):
+            verify(output, progress=False)
+    save_file(tensors, output / "model.safetensors")
+    verify(output, progress=False)
+
+
+def test_a_copy_that_is_hardly_in_use_is_warned_of(
+    source: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def dying(*args: Any, **kwargs: Any) -> FittedRows:
+        rows_MD = torch.cat([args[0], args[0] - 100 * args[1].mean(0)])
+        return FittedRows(rows_MD, 0, 0.0, 0.0)
+
+    expand_model(load(source), tokenizer=source, router_extension=FIT, verify="none", **data)
+    assert not caplog.records
+    monkeypatch.setattr("fusion_upcycle.expansion.calibrate.fit_rows", dying)
+    expand_model(load(source), tokenizer=source, router_extension=FIT, verify="none", **data)
+    assert "gets 0.0" in caplog.text and ": 0, 1." in caplog.text
+
+
+def test_a_source_that_is_not_finite_or_has_one_expert(
+    source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = load(source)
+    broken.model.layers[1].mlp.gate.weight.data[0, 0] = torch.nan
+    broken.model.norm.weight.data[:] = torch.nan
+    broken.model.layers[0].post_attention_layernorm.weight.data[:] = torch.nan
+    with pytest.raises(UpcyclingError, match=r"layer 0.*not finite"):
+        expand_model(broken, tokenizer=source, router_extension=FIT, **data)
+    single = {"num_local_experts": 1, "num_experts_per_tok": 1}
+    one = byte_moe(tmp_path / "one" / "moe", **single)
+    for extension in ("split", "fit"):
+        refuses(one, "the source has one. Choose", router_extension=extension, **data)
+
+
+def test_router_inputs_take_no_memory_and_leave_no_file(
+    source: Path, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are mapped from files without a name, beside the output."""
+    places: list[Path] = []
+
+    real = tempfile.TemporaryFile
+
+    def temporary(dir: Path) -> Any:
+        places.append(dir)
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
+    (tmp_path / "there").mkdir()
+    expand(
+        source, tmp_path / "there" / "new" / "out", router_extension="split", progress=False, **data
+    )
+    assert places == [tmp_path / "there"] * 2
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["new"]
+    monkeypatch.setattr("fusion_upcycle.expansion.router_inputs._COPIES", 10**12)
+    refuses(
+        source, r"1,000 calibration tokens.*of memory.*Take fewer", router_extension="split", **data
+    )
+
+
 def test_split_and_fit_keep_the_function_better_than_copies_do(
     source: Path, data: dict[str, Any]
 ) -> None:
@@ -171,17 +250,57 @@ def test_options_of_split_and_fit_are_checked_before_anything_is_read(
         expand(tmp_path / "nowhere", tmp_path / "out", router_extension=extension)
 
 
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is said before a model runs on any text."""
+    for name in (
+        "folders.score_folder",
+        "live.measure_importance",
+        "calibrate.folder_router_inputs",
+    ):
+        monkeypatch.setattr(f"fusion_upcycle.expansion.{name}", lambda *_, **__: pytest.fail("ran"))
+
+
+@pytest.mark.usefixtures("nothing_runs")
 def test_split_of_a_plan_of_unequal_copies_names_the_remedy(
     source: Path, data: dict[str, Any]
 ) -> None:
     match = r"layer 0 has \[2, 2, 1, 1\] places.*Choose router_extension=fit"
     for extension in ("split", {"name": "fit", "after_split": True}):
         refuses(source, match, num_experts=6, router_extension=extension, **data)
+        scored = {"selection": "greedy", "router_extension": extension, **data}
+        refuses(source, "selection=greedy gives some more", num_experts=8, **scored)
+    copies = {"selection": "random", "max_copies": 3, "router_extension": "split", **data}
+    refuses(source, r"layer 0 has \[.*Choose router_extension=fit", num_experts=8, **copies)
 
 
+@pytest.mark.usefixtures("nothing_runs")
 def test_split_of_a_sigmoid_router_names_the_remedy(data: dict[str, Any], tmp_path: Path) -> None:
-    source = byte_moe(tmp_path / "moe", "glm4_moe")
-    refuses(source, "Choose router_extension=fit", router_extension="split", **data)
+    for family, what in {"glm4_moe": "sigmoid scores", "ernie4_5_moe": "softmax scores"}.items():
+        source = byte_moe(tmp_path / family / "moe", family)
+        match = f"{what} and a selection bias.*Choose router_extension=fit"
+        refuses(source, match, router_extension="split", **data)
+        scores = {"selection": "greedy", "max_copies": 2, "router_extension": "split"}
+        refuses(source, match, **scores, **data)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_moments_that_are_missing_or_of_another_model_are_refused_first(
+    source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"num_experts": 6, "selection": "greedy", "router_extension": "fit"} | data
+    refuses(source, "has no training/optimizer", optimizer_state=tmp_path / "x", **options)
+    # The same shapes, other weights: a fine-tuned sibling.
+    sibling = byte_moe(tmp_path / "sibling", seed=1)
+    moments = {
+        name: {"exp_avg": p, "exp_avg_sq": p.square(), "step": torch.tensor(1.0)}
+        for name, p in load(sibling).named_parameters()
+    }
+    write_moments(moments, sibling)
+    refuses(source, "is of a mixtral.*but the source is", optimizer_state=sibling, **options)
+    refuses(source, "is of a mixtral", optimizer_state=sibling, metric="fisher", **options)
+    (sibling / "training" / "optimizer.safetensors").write_bytes(b"broken")
+    refuses(source, "not a whole safetensors file", optimizer_state=sibling, **options)
 
 
 def test_text_that_is_missing_or_that_nothing_reads(source: Path, data: dict[str, Any]) -> None:
@@ -212,11 +331,10 @@ def short(folder: Path) -> dict[str, str]:
     return {"short": str(folder / "short.txt")}
 
 
+@pytest.mark.usefixtures("nothing_runs")
 def test_what_stands_in_the_way_is_said_before_experts_are_scored(
-    source: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    source: Path, data: dict[str, Any]
 ) -> None:
-    for module in ("expansion.folders.score_folder", "expansion.live.measure_importance"):
-        monkeypatch.setattr(f"fusion_upcycle.{module}", lambda *_, **__: pytest.fail("scored"))
     refuses(source, "Set max_copies to 4", num_experts=13, selection="greedy", **data)
     refuses(source, "is less than the 4", num_experts=3, selection="sampling", **data)
 

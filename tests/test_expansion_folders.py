@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import dense_folder, edit_config, edit_tensors, files_of, load, tensors_of
-from tiny_moe import moe_folder, moe_model
+from tiny_moe import moe_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusion_upcycle import upcycle
@@ -17,7 +17,6 @@ from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.convert import verify
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expansion.folders import expand
-from fusion_upcycle.expansion.live import plan_live_expansion
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
 from fusion_upcycle.expert_init import noise
@@ -60,7 +59,9 @@ def refuses(source: Path, match: str, **options: Any) -> None:
         ({"expert_init": {"name": "svd", "kept_energy": 2}}, "kept_energy=2"),
         ({"experts_per_token": 9}, "experts_per_token=9 is more than the 8 experts"),
         ({"experts": 8}, "Unknown option 'experts'"),
+        ({"num_experts": 10**9}, "more than the 65,536 possible"),
         ({"verify": "all"}, "Unknown verify mode 'all'"),
+        ({"new_moments": "zero"}, "Unknown new_moments 'zero'"),
         ({"scores": "nowhere.json"}, r"no importance scores at nowhere.json"),
     ],
     ids=str,
@@ -283,8 +284,3 @@ def test_an_initialiser_of_ones_own_cannot_be_proven_again(source: Path, tmp_pat
     expand(source, tmp_path / "out", num_experts=5, expert_init=mine, progress=False)
     with pytest.raises(UpcyclingError, match="function of your own"):
         verify(tmp_path / "out", progress=False)
-
-
-def test_a_live_model_that_is_not_loaded_is_refused() -> None:
-    with pytest.raises(UpcyclingError, match="meta device"):
-        plan_live_expansion(moe_model("mixtral").to("meta"), make_expansion_options())

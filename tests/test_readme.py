@@ -14,6 +14,7 @@ from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
 
 ROOT = Path(__file__).resolve().parents[1]
+STUDY = ROOT / "examples" / "results" / "study"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -69,6 +70,30 @@ def convert_tables() -> str:
     return str(example("benchmarks/convert.py").markdown(record))
 
 
+def train_table() -> str:
+    record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "train.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "benchmarks")
+        return str(example("benchmarks/train.py").table(record["train"], "main").to_markdown())
+
+
+def study_table() -> str:
+    return str(example("study.py").table(read_run_record(STUDY)).to_markdown())
+
+
+def importance_table() -> str:
+    record = read_run_record(ROOT / "examples" / "results" / "importance")
+    return str(example("importance.py").table(record).to_markdown())
+
+
+def growing_tables(script: str, section: str) -> str:
+    folder = ROOT / "examples" / "expert_upcycling" / "results" / script.removesuffix(".py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "expert_upcycling")
+        tables = example(f"expert_upcycling/{script}").tables(read_run_record(folder)[section])
+    return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -79,6 +104,11 @@ def convert_tables() -> str:
         ("readers", readers_table),
         ("merging", merging_table),
         ("merge", merge_table),
+        ("train", train_table),
+        ("study", study_table),
+        ("importance", importance_table),
+        ("router", partial(growing_tables, "router.py", "router")),
+        ("growing", partial(growing_tables, "study.py", "expert_upcycling")),
         ("pairs", partial(families_table, "pairs")),
         ("shards", partial(families_table, "shards")),
     ],

@@ -40,7 +40,7 @@ TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_attention_head
 #: (layers, experts): more experts in few layers, then more layers of few experts.
 SIZES = [(2, 8), (2, 32), (22, 2), (44, 2)]
 #: Jobs that print what only they know, and must not fail.
-OURS = ("fusion_upcycle", "merge")
+OURS = ("fusion_upcycle", "merge", "expand")
 TINY_SIZES = [(1, 2), (1, 8), (4, 2)]
 COLUMNS = ["what", "wall s", "all runs", "x write", "CPU s", "x write", "peak RSS MiB", "GB"]
 SCALING_COLUMNS = ["layers", "experts", "GB", "peak RSS MiB, conversion", "with the proof"]
@@ -129,7 +129,7 @@ def run_process(name: str, command: list[str], output: Path, source: Path) -> di
         wall (until all bytes are on the disk), cpu, peak_rss, bytes, load average before, and
         what a job of ours printed; `failed` where it did not end well.
     """
-    for file in source.iterdir():
+    for file in filter(Path.is_file, source.rglob("*")):
         with file.open("rb") as handle:
             while handle.read(2**23):
                 pass
@@ -148,7 +148,7 @@ def run_process(name: str, command: list[str], output: Path, source: Path) -> di
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     nbytes = 0
-    for file in output.glob("*"):
+    for file in filter(Path.is_file, output.rglob("*")):
         nbytes += file.stat().st_size
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

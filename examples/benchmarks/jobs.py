@@ -15,15 +15,18 @@ PIECE_BYTES = 8 * 2**20
 CALIBRATION_TOKENS = 1024
 
 
-def make_source(folder: str, config: dict[str, int], seed: int = 0) -> dict[str, Any]:
-    """A random bfloat16 Llama in three shards with a byte-level tokenizer."""
+def make_source(
+    folder: str, config: dict[str, int], seed: int = 0, family: str = "llama"
+) -> dict[str, Any]:
+    """A random bfloat16 model in three shards with a byte-level tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from fusion_upcycle.demo.tokenizer import byte_tokenizer
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16)
+    made = AutoConfig.for_model(family, **config)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     partial = Path(f"{folder}.partial")
     model.save_pretrained(partial, max_shard_size=model.num_parameters() * 2 * 4 // 11)
     byte_tokenizer(config["max_position_embeddings"]).save_pretrained(partial)
@@ -111,6 +114,49 @@ def merge(models: dict[str, str], output: str, router_init: str) -> dict[str, An
     }
 
 
+def expand(
+    source: str, output: str, tokens: int, options: dict[str, Any], moments: bool = False
+) -> dict[str, Any]:
+    """Our expansion to twice the experts with verify=layers; calibration on the demo's text."""
+    from fusion_upcycle import expand
+    from fusion_upcycle.demo.texts import demo_documents
+
+    made = expand(
+        source,
+        output,
+        multiplier=2,
+        calibration=demo_documents("train") if options["router_extension"] != "copy" else None,
+        calibration_tokens=tokens,
+        context_length=256,
+        optimizer_state=source if moments else None,
+        verify="layers",
+        progress=False,
+        **options,
+    )
+    return {
+        "proof": made.costs["prove"],
+        "write": made.costs["write"],
+        "parameters": made.record["parameters"],
+        "proven": made.record["proof_in_words"],
+    }
+
+
+def make_moments(folder: str) -> dict[str, Any]:
+    """AdamW's moments of a folder, in float32, beside its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fusion_upcycle.training.moments import write_moments
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    moments = {
+        name: {"exp_avg": p.detach(), "exp_avg_sq": p.detach().square(), "step": torch.tensor(9.0)}
+        for name, p in model.named_parameters()
+    }
+    write_moments(moments, Path(folder))
+    return {}
+
+
 def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
     """The obvious way with transformers alone: build the MoE, copy weights, save."""
     import torch
@@ -146,5 +192,6 @@ def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job = {f.__name__: f for f in (make_source, plain_write, fusion_upcycle, merge, in_memory)}
+    jobs = (make_source, make_moments, plain_write, fusion_upcycle, merge, expand, in_memory)
+    job = {function.__name__: function for function in jobs}
     print(json.dumps(job[sys.argv[1]](**json.loads(sys.argv[2]))))

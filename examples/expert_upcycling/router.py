@@ -4,7 +4,8 @@ Question: top-k fixed, a duplicated expert and its copy are chosen together. How
           jump with each router extension, are the copies in use, and which one ends lowest after
           training on?
 Command:  python examples/expert_upcycling/router.py [--output FOLDER]       (about 30 minutes)
-          python examples/expert_upcycling/router.py --table RECORD  (results/router beside this)
+          ... --only jumps --source FOLDER --output FOLDER      (of another trained Mixtral)
+          ... --table examples/expert_upcycling/results/router
 Needs:    two cores; no download. What was stopped goes on with the next row.
 Expected: a table of jumps in nats per byte with the smallest copy share, and one of losses after
           training. Calibration and training read training text, all losses are on validation text.
@@ -41,12 +42,8 @@ from fusion_upcycle.training.run import Origin, Places, train
 
 SECTION = "router"
 CONTEXT, CALIBRATION_TOKENS = 256, 49_152
-PLANS = {
-    "uniform 4 -> 8": ("uniform", 8),
-    "uniform 4 -> 16": ("uniform", 16),
-    "greedy 4 -> 6": ("greedy", 6),
-    "greedy 4 -> 7": ("greedy", 7),
-}
+#: Selections, and how many times as many experts.
+PLANS = (("uniform", 2), ("uniform", 4), ("greedy", 1.5), ("greedy", 1.75))
 #: Extension -> options; `split+fit` is `split`, polished.
 EXTENSIONS = ("copy", "noise", "split", "fit", "split+fit")
 #: What is trained on: name -> extension and options, all of them uniform 4 -> 8.
@@ -84,8 +81,10 @@ def main() -> None:
 def jumps(source: Path, output: Path) -> dict[str, Any]:
     """Loss before and after, without training, of each plan and extension."""
     before = once(output / "before.json", lambda: losses(source))
-    rows = []
-    for plan_name, (selection, num_experts) in PLANS.items():
+    rows, experts = [], load(source).config.num_local_experts
+    for selection, times in PLANS:
+        num_experts = int(times * experts)
+        plan_name = f"{selection} {experts} -> {num_experts}"
         for extension in EXTENSIONS:
             if selection != "uniform" and extension.startswith("split"):
                 continue
@@ -280,11 +279,10 @@ def tables(record: dict[str, Any]) -> list[Table]:
                     f"{min(shares):.2f}",
                     "-" if None in groups else f"{min(groups):.3f}",
                     f"{max(layer['weight_error'] for layer in layers):.3f}",
-                    f"{row['seconds_per_layer']:.1f}",
                 ]
             )
         headers = ["plan, router extension", "jump, nats per byte", "smallest copy share"]
-        headers += ["top-k in one group", "weight error", "seconds per layer"]
+        headers += ["top-k in one group", "weight error"]
         made.append(Table(f"Not grown: {before:.4f} nats per byte", headers, rows))
     if "trials" in record:
         rows = [

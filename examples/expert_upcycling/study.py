@@ -22,11 +22,10 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+from study_report import FROM_THE_START, NOT_GROWN, draw, tables
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle.demo import DOMAINS, demo_moe, domain_text
@@ -35,13 +34,11 @@ from fusion_upcycle.evaluation import perplexity
 from fusion_upcycle.expansion.folders import expand
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.report.record import write_run_record
-from fusion_upcycle.report.tables import Table, read_run_record
-from fusion_upcycle.training.logs import read_metrics
+from fusion_upcycle.report.tables import read_run_record
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.run import Origin, Places, train
 
 SECTION = "expert_upcycling"
-NOT_GROWN, FROM_THE_START = "not grown", "from the start"
 METRICS = ("weight_norm", "grad_squared", "saliency")
 SEEDS = (0, 1, 2)
 
@@ -61,6 +58,19 @@ class Setting:
     calibration_tokens: int
     learning_rate: float
     precision: str = "32-true"
+    accelerator: str = "cpu"
+
+    def base_model(self) -> Path:
+        return demo_moe(self.moe, self.base, accelerator=self.accelerator)
+
+    def from_the_start(self) -> Path:
+        """The base with twice the experts from the start, by the same recipe."""
+        moe = replace(self.moe, num_experts=self.num_experts)
+        return demo_moe(moe, self.base, accelerator=self.accelerator)
+
+    @property
+    def num_experts(self) -> int:
+        return 2 * self.moe.num_experts
 
 
 SMALL = Setting(Recipe(), MoERecipe(), (100_000, 500_000), 49_152, 1e-3)
@@ -72,6 +82,7 @@ LARGE = Setting(
     262_144,
     5e-4,
     "bf16-mixed",
+    "auto",
 )
 
 
@@ -133,8 +144,8 @@ def main() -> None:
 def study(setting: Setting, output: Path, jobs: int, large: bool) -> dict[str, Any]:
     """All runs, `jobs` at a time, each in a process with its share of the cores."""
     output.mkdir(parents=True, exist_ok=True)
-    base = demo_moe(setting.moe, setting.base)  # once, before all need it
-    demo_moe(larger(setting), setting.base)
+    base = setting.base_model()  # once, before all need it
+    setting.from_the_start()
     scores_of(base, setting, output)
     # Short and cheap ones last, so that no core waits long.
     runs = [
@@ -157,7 +168,10 @@ def study(setting: Setting, output: Path, jobs: int, large: bool) -> dict[str, A
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(start, runs))
-    results = [json.loads((output / one.folder / "result.json").read_text()) for one in runs]
+    results = [
+        {"folder": one.folder, **json.loads((output / one.folder / "result.json").read_text())}
+        for one in runs
+    ]
     return {"setting": asdict(setting), "base": str(base.name), "runs": results}
 
 
@@ -179,14 +193,17 @@ def scores_of(base: Path, setting: Setting, output: Path) -> Path:
 
 def run(one: Run, setting: Setting, output: Path) -> None:
     """Grow, train and score one model; a run that was killed goes on."""
-    folder, base = output / one.folder, demo_moe(setting.moe, setting.base)
+    folder, base = output / one.folder, setting.base_model()
     if one.arm == NOT_GROWN:
         start = base
     elif one.arm == FROM_THE_START:
-        start = demo_moe(larger(setting), setting.base)
+        start = setting.from_the_start()
     else:
         start = grow(one, setting, output, folder / "step0")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(start), load_tokenizer(base)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(start),
+        AutoTokenizer.from_pretrained(base),
+    )
     before = losses(model, tokenizer, setting)
     options = make_training_options(
         tokens=one.budget,
@@ -195,6 +212,7 @@ def run(one: Run, setting: Setting, output: Path) -> None:
         learning_rate=setting.learning_rate,
         balance_weight=setting.moe.balance_weight,
         precision=setting.precision,
+        accelerator=setting.accelerator,
         schedule="cosine",
         final_share=0.0,
         seed=one.seed,
@@ -222,12 +240,12 @@ def run(one: Run, setting: Setting, output: Path) -> None:
 def grow(one: Run, setting: Setting, output: Path, folder: Path) -> Path:
     """The base with twice the experts, as the arm says."""
     selection, router = one.arm.split(", ")
-    base = demo_moe(setting.moe, setting.base)
+    base = setting.base_model()
     by_score, calibrated = selection in METRICS, router in ("split", "fit")
     expand(
         base,
         folder,
-        num_experts=larger(setting).num_experts,
+        num_experts=setting.num_experts,
         selection="greedy" if by_score else selection,
         metric=selection if by_score else "grad_squared",
         scores=scores_of(base, setting, output) if by_score else None,
@@ -244,18 +262,9 @@ def grow(one: Run, setting: Setting, output: Path, folder: Path) -> Path:
     return folder
 
 
-def larger(setting: Setting) -> MoERecipe:
-    """The recipe of the base with twice the experts from the start."""
-    return replace(setting.moe, num_experts=2 * setting.moe.num_experts)
-
-
 def training_text() -> dict[str, Any]:
     function = "fusion_upcycle.demo.domain_text"
     return {d: {"_target_": function, "domain": d, "split": "train"} for d in DOMAINS}
-
-
-def load_tokenizer(base: Path) -> Any:
-    return AutoTokenizer.from_pretrained(base)
 
 
 def losses(model: Any, tokenizer: Any, setting: Setting) -> dict[str, float]:
@@ -271,77 +280,6 @@ def losses(model: Any, tokenizer: Any, setting: Setting) -> dict[str, float]:
         )["loss_nats_per_token"]
         for domain in DOMAINS
     }
-
-
-def loss(run: dict[str, Any], when: str = "losses") -> float:
-    return mean(run[when].values())
-
-
-def tables(record: dict[str, Any]) -> list[Table]:
-    """One table for each budget."""
-    return [budget_table(record, budget) for budget in record["setting"]["budgets"]]
-
-
-def budget_table(record: dict[str, Any], budget: int) -> Table:
-    runs = [run for run in record["runs"] if run["budget"] == budget]
-    by_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in arms()}
-    kept, full = ([loss(run) for run in by_arm[arm]] for arm in (NOT_GROWN, FROM_THE_START))
-    gap, spread = mean(kept) - mean(full), max(stdev(kept), stdev(full))
-    step0 = loss(by_arm[NOT_GROWN][0], "start")
-    rows = []
-    for arm, found in by_arm.items():
-        ends = [loss(run) for run in found]
-        closed = "-" if arm in (NOT_GROWN, FROM_THE_START) else "undefined"
-        if closed != "-" and gap > spread:
-            closed = f"{(mean(kept) - mean(ends)) / gap:.0%}"
-        jump = mean(loss(run, "start") for run in found) - step0
-        rows.append(
-            [
-                arm,
-                str(len(found)),
-                f"{jump:+.4f}" if arm != FROM_THE_START else "-",
-                f"{mean(ends):.4f}",
-                f"{stdev(ends):.4f}" if len(ends) > 1 else "-",
-                f"{mean(ends) - mean(kept):+.4f}",
-                f"{mean(ends) - mean(full):+.4f}",
-                closed,
-            ]
-        )
-    headers = ["experts, router", "seeds", "jump", "loss, nats/byte", "spread"]
-    headers += ["against not grown", "against from the start", "gap closed"]
-    return Table(f"After {budget / 1e6:.1f}M tokens", headers, rows)
-
-
-def draw(output: Path, record: dict[str, Any]) -> Path:
-    """Training loss of the longest runs of the first seed, beside that of the model not grown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    budget = max(record["setting"]["budgets"])
-
-    def smooth(arm: str) -> Any:
-        logged = read_metrics(output / Run(arm, budget, SEEDS[0]).folder / "logs")
-        found = [step["lm_nats_per_token"] for step in logged if "lm_nats_per_token" in step]
-        return np.convolve(found, np.ones(7) / 7, mode="valid")
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    shown = [arm for arm, seeds in arms().items() if arm != NOT_GROWN and len(seeds) > 1]
-    reference = smooth(NOT_GROWN)
-    colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(shown)))
-    for arm, style, colour in zip(shown, cycle(["-", "--", "-.", ":"]), colours, strict=False):
-        difference = smooth(arm) - reference
-        tokens = np.linspace(0, budget / 1e6, len(difference))
-        axes.plot(tokens, difference, label=arm, linestyle=style, color=colour)
-    axes.axhline(0, color="black", linewidth=0.8, label=NOT_GROWN)
-    axes.set_xlabel("tokens of the continuation, millions")
-    axes.set_ylabel("training loss less that of the MoE not grown,\nnats per byte, same windows")
-    axes.legend()
-    for suffix in ("png", "svg"):
-        figure.savefig(output / f"curves.{suffix}", dpi=150)
-    return output / "curves.png"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class CheckpointReader:
 
     Args:
         folder: a local folder with `model.safetensors`, or shards and their index.
+        file: the one file to read; None finds the model's.
         read_once: what was released leaves the page cache too. Reading more than fits is faster
             so, nothing else is pushed out, and a proof sees what is on the disk.
 
@@ -50,20 +51,21 @@ class CheckpointReader:
         UpcyclingError: missing, truncated, inconsistent, quantised or pickled files, by name.
     """
 
-    def __init__(self, folder: Path, *, read_once: bool = False):
+    def __init__(self, folder: Path, *, file: str | None = None, read_once: bool = False):
         self.folder = folder
         self._read_once = read_once
         self._places: dict[str, _Place] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self.specs: dict[str, TensorSpec] = {}
-        weight_map = _weight_map(folder)
-        for file in sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]:
-            names = self._open(file)
+        weight_map = _weight_map(folder) if file is None else {}
+        files = sorted(set(weight_map.values())) if weight_map else [file or SINGLE_FILE]
+        for shard in files:
+            names = self._open(shard)
             if weight_map:
-                listed = {name for name, where in weight_map.items() if where == file}
+                listed = {name for name, where in weight_map.items() if where == shard}
                 if names != listed:
                     raise UpcyclingError(
-                        f"{folder / file} and {INDEX_FILE} disagree: in the index only "
+                        f"{folder / shard} and {INDEX_FILE} disagree: in the index only "
                         f"{sorted(listed - names)[:3]}, in the file only "
                         f"{sorted(names - listed)[:3]}. Download the folder again."
                     )

@@ -21,12 +21,20 @@ from fusion_upcycle.demo.texts import DOMAINS
 DEFAULT_MOE_RECIPE = MoERecipe()
 
 
-def demo_moe(recipe: MoERecipe = DEFAULT_MOE_RECIPE, base_recipe: Recipe = DEFAULT_RECIPE) -> Path:
+def demo_moe(
+    recipe: MoERecipe = DEFAULT_MOE_RECIPE,
+    base_recipe: Recipe = DEFAULT_RECIPE,
+    *,
+    accelerator: str = "cpu",
+) -> Path:
     """Folder of a trained Mixtral of 4 experts, top-2, made of the demo base on first use.
 
     It lies beside the other demo models and has AdamW's moments. `demo.json` in it has the cost
     and the held-out bits per byte. Processes that ask at the same time wait for the one that
     trains.
+
+    Args:
+        accelerator: Lightning's, for a larger recipe; `cpu` gives the same model on every machine.
     """
     from filelock import FileLock
 
@@ -36,7 +44,7 @@ def demo_moe(recipe: MoERecipe = DEFAULT_MOE_RECIPE, base_recipe: Recipe = DEFAU
         with FileLock(root / f".{name}.lock"):
             if not (root / name).is_dir():
                 print(f"demo: training an MoE once, cached in {root / name}", flush=True)
-                _build(base, root / name, recipe, base_recipe)
+                _build(base, root / name, recipe, base_recipe, accelerator)
     return root / name
 
 
@@ -44,7 +52,9 @@ def _digest(recipe: MoERecipe) -> str:
     return sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:8]
 
 
-def _build(base: Path, folder: Path, recipe: MoERecipe, base_recipe: Recipe) -> None:
+def _build(
+    base: Path, folder: Path, recipe: MoERecipe, base_recipe: Recipe, accelerator: str
+) -> None:
     """Upcycle, train, and move the complete folder to its name."""
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +75,7 @@ def _build(base: Path, folder: Path, recipe: MoERecipe, base_recipe: Recipe) -> 
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         balance_weight=recipe.balance_weight,
-        accelerator="cpu",  # the same model on every machine
+        accelerator=accelerator,
     )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         step0, made = Path(temporary) / "step0", Path(temporary) / folder.name

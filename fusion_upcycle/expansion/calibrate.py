@@ -1,15 +1,15 @@
 """Router rows made of calibration text: `router_extension` `split` and `fit`.
 
 The source runs streamed, one expert in memory, through transformers' own forward pass: from a
-folder or from memory the same bits. In memory are the router inputs, 4 bytes x tokens x hidden size
-x MoE layers.
+folder or from memory the same bits. Beside it are the router inputs of one layer, 4 bytes x tokens
+x hidden size, twice where rows are fitted; those of the other layers are on the disk.
 
 Shapes: N tokens, E experts, M experts after, D hidden size.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.fit import fit_rows
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expansion.router_inputs import RouterInputs, folder_router_inputs
+from fusion_upcycle.expansion.routing import routing_rule
 from fusion_upcycle.expansion.rows import rows_report
-from fusion_upcycle.expansion.split import split_rows
+from fusion_upcycle.expansion.split import check_split, split_rows
 from fusion_upcycle.experts import generator_for
 from fusion_upcycle.merging.folders import load_calibration
 from fusion_upcycle.progress import progress_bar
@@ -30,6 +31,10 @@ from fusion_upcycle.progress import progress_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+log = logging.getLogger(__name__)
+
+#: Share of the fair one below which a copy of `split` is warned of; `fit` has `min_copy_share`.
+FEW = 0.5
 #: Of calibration text, for importance scores and for router rows.
 CALIBRATION_TOKENS = 65_536
 _CONTEXT_LENGTH = 1024
@@ -104,16 +109,28 @@ def read_calibration(
 
 
 def check_calibrated(expansion: Expansion) -> None:
-    """Refuse, before any text is run, a plan that the router extension cannot serve.
+    """Refuse, before any text is run, a plan or a router that the extension cannot serve.
 
     Raises:
-        UpcyclingError: `split` of a plan in which experts have different numbers of copies.
+        UpcyclingError: `split` of a plan in which experts have different numbers of copies, or of
+            routers that feel a shift of all logits.
     """
     calibrated, experts = expansion.options.calibrated, expansion.num_experts
-    if calibrated is None or not calibrated.uses_split or expansion.is_identity:
+    if calibrated is None or expansion.router_rows is not None or expansion.is_identity:
         return
+    if experts == 1:
+        raise UpcyclingError(
+            f"router_extension={calibrated.name} keeps a choice among experts, and the source has "
+            "one. Choose router_extension=noise."
+        )
     copies = expansion.total_experts // experts
     for layer, plan in expansion.plan.source_experts.items():
+        bias = expansion.bias_name(layer)
+        bias_E = None if bias is None else expansion.source.tensor(bias).reshape(-1)
+        rule = routing_rule(expansion.source_config, bias_E)
+        if not calibrated.uses_split:
+            continue
+        check_split(rule)
         if plan != tuple(range(experts)) * copies:
             counts = [plan.count(expert) for expert in range(experts)]
             raise UpcyclingError(
@@ -124,10 +141,42 @@ def check_calibrated(expansion: Expansion) -> None:
             )
 
 
+def check_before_scores(options: ExpansionOptions, stand_in: Expansion) -> None:
+    """Refuse, before experts are scored, what cannot be served whatever the scores are.
+
+    Args:
+        stand_in: an expansion of the same options by another plan, chosen without scores.
+
+    Raises:
+        UpcyclingError: as `check_calibrated`; `split` with scores that must decide who gets more.
+    """
+    experts, total = stand_in.num_experts, stand_in.total_experts
+    calibrated = options.calibrated
+    if (
+        calibrated is not None
+        and calibrated.uses_split
+        and experts < total != experts * options.max_copies
+    ):
+        raise UpcyclingError(
+            "router_extension=split needs as many copies of each expert, and "
+            f"selection={options.selection} gives some more than others. Choose "
+            "router_extension=fit (without after_split), or selection=uniform with num_experts "
+            f"a multiple of {experts}."
+        )
+    check_calibrated(stand_in)
+
+
 def calibrate_router(
-    expansion: Expansion, text: CalibrationText | None, *, progress: bool = False
+    expansion: Expansion,
+    text: CalibrationText | None,
+    *,
+    scratch: Path | None = None,
+    progress: bool = False,
 ) -> tuple[Expansion, dict[str, Any]]:
     """The expansion with router rows made of text, and what the record says of them.
+
+    Args:
+        scratch: folder for temporary files; None is the system's.
 
     Returns:
         The expansion as it is, and nothing, where its options make rows without text, or where
@@ -142,13 +191,25 @@ def calibrate_router(
         return expansion, {}
     assert text is not None  # or `Expansion.check_router` has refused
     inputs = folder_router_inputs(
-        expansion.source_config, expansion.source, text.sequences, progress=progress
+        expansion.source_config,
+        expansion.source,
+        text.sequences,
+        scratch=scratch,
+        progress=progress,
     )
     rows: dict[int, Tensor] = {}
     layers: dict[str, Any] = {}
     with progress_bar("Finding router rows", len(inputs), progress, unit="layer") as bar:
         for layer in expansion.layers:
             seen = inputs.pop(layer)  # freed as soon as it was looked at
+            if not (
+                bool(seen.inputs_ND.any())
+                and (seen.inputs_ND @ seen.weight_ED.T.float()).isfinite().all()
+            ):
+                raise UpcyclingError(
+                    f"No router rows can be made for layer {layer}: what its router sees and says "
+                    "of the calibration text is not finite, or all zero. The source is damaged."
+                )
             made, found = _rows(expansion, layer, seen)
             # Reported is what is written.
             rows[layer] = made.to(expansion.specs[expansion.router_name(layer)].dtype)
@@ -161,14 +222,31 @@ def calibrate_router(
             )
             layers[str(layer)] = found | report.to_json()
             bar.update()
-    digest = sha256(b"".join(made.float().numpy().tobytes() for made in rows.values()))
+    _warn(layers, calibrated.options.get("min_copy_share", FEW))
     about = {
         "tokens": text.sequences.tokens,
         "calibration": text.sequences.to_json(),
-        "rows_sha256": digest.hexdigest(),
         "layers": layers,
     }
     return expansion.with_router(rows), {"router": about}
+
+
+def _warn(layers: Mapping[str, Any], few: float) -> None:
+    """Say where a copy is hardly in use: such a function is kept by experts that learn nothing."""
+    shares = {
+        layer: share
+        for layer, said in layers.items()
+        if (share := said["smallest_copy_share"]) is not None and share < few
+    }
+    if shares:
+        log.warning(
+            "The least used copy gets %.2f of its fair share of the calibration tokens; layers "
+            "with less than %.2g: %s. Copies that few tokens reach learn little: take more "
+            "calibration text, or router_extension=fit with a larger min_copy_share.",
+            min(shares.values()),
+            few,
+            ", ".join(shares),
+        )
 
 
 def _rows(expansion: Expansion, layer: int, seen: RouterInputs) -> tuple[Tensor, dict[str, Any]]:

@@ -5,8 +5,9 @@
 Shape suffixes: E source experts, M experts of the result, F intermediate size, D hidden size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import ClassVar
 
 from torch import Tensor
@@ -119,6 +120,27 @@ class Expansion(Conversion):
                 f"router_extension={calibrated.name} makes the router's rows of calibration text, "
                 "and there is none. Give calibration text, or choose router_extension=noise."
             )
+
+    @property
+    def router_sha256(self) -> dict[str, str | None] | None:
+        """Digests of the `rows` and `biases` that were given, as written; None without rows."""
+        if self.router_rows is None:
+            return None
+        rows, biases = self.router_rows, self.selection_biases
+
+        def digest(tensors: Mapping[int, Tensor], name_of: Callable[[int], str | None]) -> str:
+            found = sha256()
+            for layer in self.layers:
+                name = name_of(layer)
+                assert name is not None  # or `with_router` has refused
+                written = tensors[layer].cpu().to(self.specs[name].dtype)
+                found.update(written.double().numpy().tobytes())
+            return found.hexdigest()
+
+        return {
+            "rows": digest(rows, self.router_name),
+            "biases": None if biases is None else digest(biases, self.bias_name),
+        }
 
     def router_name(self, layer: int) -> str:
         """Of the router [E, D] or [M, D] in the files."""

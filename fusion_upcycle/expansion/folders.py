@@ -1,7 +1,6 @@
 """Expert upcycling from folder to folder, streaming: neither model is ever in memory."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,13 @@ from fusion_upcycle.expansion.calibrate import (
     read_calibration,
 )
 from fusion_upcycle.expansion.expansion import Expansion
-from fusion_upcycle.expansion.moments import expanded_state
+from fusion_upcycle.expansion.moments import (
+    check_new_moments,
+    check_state,
+    write_expanded_state,
+)
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
-from fusion_upcycle.expansion.plan import plan_expansion
+from fusion_upcycle.expansion.plan import checked_config, plan_expansion
 from fusion_upcycle.expansion.proof import prove_expansion
 from fusion_upcycle.expansion.scoring import load_scores, measured_scores, scores_for
 from fusion_upcycle.experts import DuplicationPlan
@@ -35,7 +38,6 @@ from fusion_upcycle.importance.folders import score_folder, write_importance
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.model_card import EXPERT_UPCYCLING
 from fusion_upcycle.output import Converted, OutputOptions, write_output
-from fusion_upcycle.training.moments import Moments, write_moments
 from fusion_upcycle.verification import Proof, Tokens, resolve_mode, sample_tokens
 
 if TYPE_CHECKING:
@@ -103,6 +105,8 @@ def expand(
         ProofError: the result is not what it claims to be; nothing is left behind.
     """
     chosen = make_expansion_options(**options)
+    state = None if optimizer_state is None else Path(optimizer_state).expanduser()
+    check_new_moments(chosen, new_moments, used=state is not None)
     resolve_mode(verify, streaming=True, total_bytes=0)
     output, folder = Path(output).expanduser().resolve(), locate(source)
     writing = OutputOptions(overwrite, max_shard_size, progress)
@@ -114,6 +118,8 @@ def expand(
     check_companions(folder)
     config, importance = read_config(folder), load_scores(scores)
     moe_family(config.model_type)
+    if state is not None:
+        check_state(state, checked_config(config), folder_identity(folder))
     text = read_calibration(
         calibration,
         chosen,
@@ -124,12 +130,11 @@ def expand(
         scored=importance is not None,
         routed=router_rows is not None,
     )
-    state = None if optimizer_state is None else Path(optimizer_state).expanduser()
     measured = measured_scores(
         chosen,
         importance,
         text,
-        plan=partial(_plan_folder, folder, None),
+        plan=lambda options: _plan_folder(folder, None, options)[0],
         measure=lambda text: score_folder(
             folder,
             text.texts,
@@ -145,16 +150,16 @@ def expand(
     if text is None:
         expansion.check_router()
     check_calibrated(expansion)
-    moments: Moments | None = None
     if state is not None:
-        moments, about["optimizer_state"] = expanded_state(state, expansion, new_moments)
-    expansion, calibrated = calibrate_router(expansion, text, progress=progress)
+        about["optimizer_state"] = {"source": str(state), "new_moments": new_moments}
+    scratch = next(parent for parent in output.parents if parent.is_dir())
+    expansion, calibrated = calibrate_router(expansion, text, scratch=scratch, progress=progress)
     tokens = sample_tokens(folder / "tokenizer.json", expansion.config)
     mode = resolve_mode(verify, streaming=True, total_bytes=expansion.total_bytes)
 
     def put_companions(staging: Path) -> list[str]:
-        if moments is not None:
-            write_moments(moments, staging)
+        if state is not None:
+            write_expanded_state(state, expansion, staging, new_moments)
         if measured is not None:
             write_importance(measured, staging / IMPORTANCE_FOLDER)
         return copy_companions(folder, staging)
@@ -193,10 +198,14 @@ def verify_expansion(
     with reading_record(output) as record:
         options = make_expansion_options(**record["options"])
         plan = DuplicationPlan.from_json(record["plan"])
-        given = bool(record["router_rows_given"])
+        digests = record["router_sha256"]
+        biases_given = digests is not None and digests["biases"] is not None
     expansion = plan_expansion(CheckpointReader(source), read_config(source), options, plan=plan)
-    if given:
-        expansion = expansion.with_router(*_routers_of(expansion, output))
+    if digests is not None:
+        rows, biases = _routers_of(expansion, output)
+        expansion = expansion.with_router(rows, biases if biases_given else None)
+        if expansion.router_sha256 != digests:
+            raise ProofError(f"The router of {output} is not the one that was made for it.")
     tokens = sample_tokens(source / "tokenizer.json", expansion.config)
     mode = resolve_mode(mode, streaming=True, total_bytes=expansion.total_bytes)
     return _prove_folder(expansion, source, output, mode, tokens, progress=progress)
@@ -210,7 +219,7 @@ def describe_expansion(expansion: Expansion) -> dict[str, Any]:
         "family": expansion.architecture.name,
         "num_experts": {"before": expansion.num_experts, "after": expansion.total_experts},
         "experts_per_token": {"before": before, "after": after},
-        "router_rows_given": expansion.router_rows is not None,
+        "router_sha256": expansion.router_sha256,
     }
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fusion_upcycle.architectures import moe_family
-from fusion_upcycle.architectures.layout import file_layout
+from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.layout import class_name, empty_model, file_layout
 from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, StateDictSource
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.calibrate import (
     CALIBRATION_TOKENS,
     calibrate_router,
@@ -20,6 +22,7 @@ from fusion_upcycle.expansion.calibrate import (
 )
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.folders import describe_expansion
+from fusion_upcycle.expansion.moments import check_state
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import checked_config, plan_expansion
 from fusion_upcycle.expansion.proof import prove_expansion
@@ -31,7 +34,7 @@ from fusion_upcycle.live import fill_live
 from fusion_upcycle.verification import Proof, resolve_mode, sample_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def expand_model(
     Args:
         moe: causal LM or backbone of a family that can be expanded; it is left as it is.
         scores, calibration, calibration_tokens, context_length: as `expand` takes them.
-        optimizer_state: folder of the same model with AdamW's moments, for scores by `fisher`.
+        optimizer_state: folder of the same model with AdamW's moments, for scores by `fisher`;
+            `write_expanded_state` expands them.
         tokenizer: folder of the model's `tokenizer.json`, for calibration and the proof's tokens.
         verify: `layers` computes in float32; `logits` runs both models too; `none` leaves the
             result unproven; `auto` goes by the size.
@@ -84,8 +88,12 @@ def expand_model(
     """
     chosen = make_expansion_options(**options)
     resolve_mode(verify, streaming=False, total_bytes=0)
+    _, config = _check_live(moe)
     file = None if tokenizer is None else Path(tokenizer).expanduser() / "tokenizer.json"
     given = load_scores(scores)
+    state = None if optimizer_state is None else Path(optimizer_state).expanduser()
+    if state is not None:
+        check_state(state, config, live_identity(moe))
     text = read_calibration(
         calibration,
         chosen,
@@ -95,12 +103,11 @@ def expand_model(
         context_length=context_length,
         scored=given is not None,
     )
-    state = None if optimizer_state is None else Path(optimizer_state).expanduser()
     measured = measured_scores(
         chosen,
         given,
         text,
-        plan=lambda options: plan_live_expansion(moe, options),
+        plan=lambda options: _plan_live(moe, options, None)[0],
         measure=lambda text: measure_importance(
             moe,
             text.texts,
@@ -139,16 +146,40 @@ def plan_live_expansion(
 def _plan_live(
     moe: "PreTrainedModel", options: ExpansionOptions, importance: Importance | None
 ) -> tuple[Expansion, dict[str, Any]]:
-    architecture = moe_family(moe.config.model_type)
-    StateDictSource(moe.state_dict())  # refuses what is not in memory or not floating point
-    config = copy.deepcopy(moe.config)
-    config.architectures = [type(moe).__name__]
-    config.dtype = None
-    config = checked_config(config)
+    architecture, config = _check_live(moe)
     wanted = importance is not None and options.needs_scores
     scores, about = scores_for(options, importance, live_identity(moe) if wanted else None)
     source = _OnCPU(moe, architecture, file_layout(config).specs)
     return plan_expansion(source, config, options, scores=scores), about
+
+
+def _check_live(moe: "PreTrainedModel") -> tuple[Architecture, "PreTrainedConfig"]:
+    """Family and config of a model that is in memory and has the tensors of its class."""
+    if getattr(moe, "config", None) is None:
+        raise UpcyclingError(
+            f"A {type(moe).__name__} is no model of transformers. Give the model that it wraps."
+        )
+    architecture = moe_family(moe.config.model_type)
+    state = StateDictSource(moe.state_dict())  # refuses what is not in memory, not floating point
+    config = copy.deepcopy(moe.config)
+    config.architectures = [type(moe).__name__]
+    config.dtype = None
+    config = checked_config(config)
+    expected = {name: tuple(t.shape) for name, t in empty_model(config).state_dict().items()}
+    for name in sorted(expected.keys() | state.specs.keys()):
+        shape = state.specs[name].shape if name in state.specs else None
+        if shape == expected.get(name):
+            continue
+        if name not in expected:
+            raise UpcyclingError(
+                f"The model has {name}, for which {class_name(config)} has no place: it would be "
+                "lost. Merge adapters into the weights (merge_and_unload), or remove it."
+            )
+        raise UpcyclingError(
+            f"By its config the model has {name} {list(expected[name])}, but it "
+            f"{f'is {list(shape)}' if shape else 'is not there'}: the config is of another model."
+        )
+    return architecture, config
 
 
 def build_live_expansion(
@@ -183,5 +214,5 @@ class _OnCPU(LiveTensors):
         return super().tensor(name).cpu()
 
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        for piece in super().tensor(name).view(-1)[start:stop].split(CHUNK_ELEMENTS):
+        for piece in super().tensor(name).reshape(-1)[start:stop].split(CHUNK_ELEMENTS):
             yield piece.cpu()

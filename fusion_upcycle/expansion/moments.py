@@ -5,34 +5,100 @@ Moments lie as the live model has its parameters: the experts of a layer packed 
 Shape suffixes: E source experts, M experts of the result.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusion_upcycle import expert_init
 from fusion_upcycle.architectures.layout import empty_model
+from fusion_upcycle.checkpoint.tensors import TensorSpec
+from fusion_upcycle.checkpoint.writer import Shard, write_shards
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expansion.expansion import Expansion
+from fusion_upcycle.expansion.options import ExpansionOptions
+from fusion_upcycle.identity import describe, folder_identity
 from fusion_upcycle.initialisers import bare_function
 from fusion_upcycle.planning import layer_prefix
-from fusion_upcycle.training.moments import Moments, read_moments
+from fusion_upcycle.training.moments import MOMENTS_FILE, Moments, moments_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from transformers import PreTrainedConfig
 
 #: What new experts and router rows begin with.
 NEW_MOMENTS = ("copy", "reset", "scale")
 
 
-def expanded_state(folder: Path, expansion: Expansion, new: str) -> tuple[Moments, dict[str, Any]]:
-    """The moments in the folder of a trained model, expanded; and what the record says.
+def check_state(folder: Path, config: "PreTrainedConfig", model: "Mapping[str, Any]") -> None:
+    """Refuse moments that are not of this model, reading no more than the header of their file.
+
+    Args:
+        folder: of a trained model, with its moments.
+        config: of the model that is expanded, with `architectures` set.
+        model: its identity, as `fusion_upcycle.identity` has it.
 
     Raises:
-        UpcyclingError: as `expand_moments` and `check_moments`; none there.
+        UpcyclingError: no moments there, or moments of another model.
     """
-    check_new_moments(expansion, new)
-    moments = expand_moments(read_moments(folder), expansion, new)
-    check_moments(moments, expansion)
-    return moments, {"source": str(folder), "new_moments": new}
+    shapes = {name: tuple(p.shape) for name, p in empty_model(config).named_parameters()}
+    for key, spec in moments_reader(folder).specs.items():
+        name = key.rpartition("/")[0]
+        if name not in shapes or spec.shape not in (shapes[name], ()):
+            raise UpcyclingError(
+                f"optimizer_state={folder}: {name} {list(spec.shape)} is not a parameter of the "
+                f"{config.model_type} source. The moments are of another model."
+            )
+    # A model trained otherwise has parameters of the same shapes.
+    if (folder / "config.json").is_file():
+        found = folder_identity(folder)
+        if found["sha256"] != model["sha256"]:
+            raise UpcyclingError(
+                f"optimizer_state={folder} is of {describe(found)}, but the source is "
+                f"{describe(model)}. Give the folder of the same model, or null."
+            )
+
+
+def write_expanded_state(
+    folder: Path, expansion: Expansion, staging: Path, new: str = "copy"
+) -> None:
+    """Write the expanded moments into the folder of the result, one expert in memory at a time.
+
+    Args:
+        folder: of the source's moments, which `check_state` has seen.
+        new: as `expand_moments` takes it.
+    """
+    reader = moments_reader(folder)
+    layers = _expert_parameters(expansion)
+
+    def plan_of(key: str) -> tuple[int, ...] | None:
+        name, _, _ = key.rpartition("/")
+        return layers.get(name) if reader.specs[key].shape else None
+
+    def chunks(key: str) -> Iterator[Tensor]:
+        if (plan := plan_of(key)) is None:
+            yield from reader.chunks(key)
+            return
+        size = reader.specs[key].numel // expansion.num_experts
+        kind = key.rpartition("/")[2]
+        for expert, origin in enumerate(plan):
+            for piece in reader.chunks(key, origin * size, (origin + 1) * size):
+                yield _of_expert(piece, kind, plan, expert, expansion.num_experts, new)
+
+    specs = {
+        key: TensorSpec(spec.dtype, (len(plan), *spec.shape[1:]))
+        if (plan := plan_of(key))
+        else spec
+        for key, spec in reader.specs.items()
+    }
+    path = staging / MOMENTS_FILE
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)  # of a killed run, and perhaps of other moments
+    write_shards(staging, [Shard(MOMENTS_FILE, specs)], chunks, lambda _: None)
 
 
 def expand_moments(moments: Moments, expansion: Expansion, new: str = "copy") -> Moments:
@@ -45,90 +111,59 @@ def expand_moments(moments: Moments, expansion: Expansion, new: str = "copy") ->
             about three times as long (betas 0.9 and 0.999). `scale`: `exp_avg` / c and
             `exp_avg_sq` / c^2 for a source expert that now has c places, among which its tokens
             are shared; the length of the first step is that of `copy`.
-
-    Raises:
-        UpcyclingError: moments of another model, an unknown choice, or one that the initialiser of
-            the new experts makes meaningless.
     """
-    check_new_moments(expansion, new)
     result = dict(moments)
-    for layer, plan in expansion.plan.source_experts.items():
-        for name in _expert_parameters(expansion, layer):
-            if name in moments:
-                result[name] = {
-                    kind: value
-                    if value.ndim == 0
-                    else _expanded(name, kind, value, plan, expansion.num_experts, new)
-                    for kind, value in moments[name].items()
-                }
+    for name, plan in _expert_parameters(expansion).items():
+        if name in moments:
+            result[name] = {
+                kind: value
+                if value.ndim == 0
+                else torch.stack(
+                    [
+                        _of_expert(value[origin], kind, plan, expert, expansion.num_experts, new)
+                        for expert, origin in enumerate(plan)
+                    ]
+                )
+                for kind, value in moments[name].items()
+            }
     return result
 
 
-def check_new_moments(expansion: Expansion, new: str) -> None:
-    """Check the choice for an expansion.
+def check_new_moments(options: ExpansionOptions, new: str, *, used: bool) -> None:
+    """Check the choice of what new experts begin with, and, where it is used, that it makes sense.
 
     Raises:
-        UpcyclingError: as `expand_moments`.
+        UpcyclingError: an unknown one, or one that their initialiser makes meaningless.
     """
-    check_new_moments_name(new)
-    permuted = bare_function(expansion.options.initialise_copy) is expert_init.permute
-    if permuted and new != "reset":
+    if new not in NEW_MOMENTS:
+        raise unknown("new_moments", str(new), NEW_MOMENTS)
+    permuted = bare_function(options.initialise_copy) is expert_init.permute
+    if used and permuted and new != "reset":
         raise UpcyclingError(
             f"new_moments={new}: with expert_init=permute the neurons of a new expert are in "
             "another order than their moments. Choose new_moments=reset, or another expert_init."
         )
 
 
-def check_new_moments_name(new: str) -> None:
-    """Check the choice where there is no expansion yet.
-
-    Raises:
-        UpcyclingError: an unknown one.
-    """
-    if new not in NEW_MOMENTS:
-        raise unknown("new_moments", str(new), NEW_MOMENTS)
-
-
-def check_moments(moments: Moments, expansion: Expansion) -> None:
-    """Every moment is of a parameter of the result, and has its shape.
-
-    Raises:
-        UpcyclingError: names one that is not.
-    """
-    shapes = {
-        name: tensor.shape for name, tensor in empty_model(expansion.config).named_parameters()
-    }
-    for name, values in moments.items():
-        if name not in shapes or values["exp_avg"].shape != shapes[name]:
-            raise UpcyclingError(
-                f"optimizer_state: {name} {list(values['exp_avg'].shape)} is not a parameter of "
-                f"the {expansion.architecture.name} source. The moments are of another model."
-            )
-
-
-def _expert_parameters(expansion: Expansion, layer: int) -> list[str]:
-    """Live names of a layer's parameters that have one entry for each expert."""
+def _expert_parameters(expansion: Expansion) -> dict[str, tuple[int, ...]]:
+    """Live names of the parameters that have one entry for each expert -> plan of their layer."""
     family = expansion.architecture
     router = family.live_names.get(family.router_name, family.router_name)
     names = [f"{family.experts_module}.{part}" for part in ("gate_up_proj", "down_proj")]
-    return [layer_prefix(expansion.config, layer) + name for name in (*names, router)]
+    return {
+        layer_prefix(expansion.config, layer) + name: plan
+        for layer, plan in expansion.plan.source_experts.items()
+        for name in (*names, router)
+    }
 
 
-def _expanded(
-    name: str, kind: str, value: Tensor, plan: tuple[int, ...], num_experts: int, new: str
+def _of_expert(
+    old: Tensor, kind: str, plan: tuple[int, ...], expert: int, num_experts: int, new: str
 ) -> Tensor:
-    """The moment [M, ...] of a parameter from that of [E, ...]."""
-    if len(value) != num_experts:
-        raise UpcyclingError(
-            f"optimizer_state: {name} {list(value.shape)} is of {len(value)} experts, and the "
-            f"source has {num_experts}. The moments are of another model."
-        )
-    result = value[list(plan)]
+    """The moment of an expert of the result, from that of its source expert."""
+    if expert < num_experts or new == "copy":
+        return old
     if new == "reset":
-        result[num_experts:] = 0
-    elif new == "scale":
-        places = torch.bincount(torch.tensor(plan))[list(plan[num_experts:])]
-        power = 2 if kind == "exp_avg_sq" else 1
-        factor = (1 / places.double() ** power).to(value.dtype)
-        result[num_experts:] *= factor.view(-1, *[1] * (value.ndim - 1))
-    return result
+        return torch.zeros_like(old)
+    places = plan.count(plan[expert])
+    return old * torch.tensor(1 / places ** (2 if kind == "exp_avg_sq" else 1), dtype=old.dtype)

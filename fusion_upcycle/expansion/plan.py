@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+#: What seeds of random draws can tell apart.
+_MOST_EXPERTS = 2**16
+
+
 def plan_expansion(
     source: TensorSource,
     source_config: "PreTrainedConfig",
@@ -67,6 +71,7 @@ def plan_expansion(
     _check_source(source, source_config, before)
     plan = plan or _choose(options, layers, num_experts, scores)
     plan.check_expansion(layers, num_experts)
+    _check_number(len(plan.source_experts[layers[0]]))
     config = _target_config(source_config, architecture, plan, num_experts, options)
     said = source_config.dtype is not None
     dtype = source_dtype(source, source_config) if said else _main_dtype(source)
@@ -161,6 +166,7 @@ def _choose(
     scores: Mapping[int, Sequence[float]] | None,
 ) -> DuplicationPlan:
     total = options.total_experts(num_experts)
+    _check_number(total)
     if total < num_experts:
         raise UpcyclingError(
             f"num_experts={total} is less than the {num_experts} experts that the source has: "
@@ -188,6 +194,11 @@ def _choose(
         temperature=options.temperature,
         seed=options.seed,
     )
+
+
+def _check_number(total: int) -> None:
+    if total > _MOST_EXPERTS:
+        raise UpcyclingError(f"num_experts={total} is more than the {_MOST_EXPERTS:,} possible.")
 
 
 def _check_source(source: TensorSource, config: "PreTrainedConfig", layout: FileLayout) -> None:

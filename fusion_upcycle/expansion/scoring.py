@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.analysis.drawing import require_matplotlib
-from fusion_upcycle.expansion.calibrate import CalibrationText
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expansion.calibrate import CalibrationText, check_before_scores
+from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.importance.scores import Importance
 
 
 def load_scores(scores: str | Path | Importance | None) -> Importance | None:
     """Importance scores, from their file or as they are."""
-    return Importance.load(Path(scores).expanduser()) if isinstance(scores, str | Path) else scores
+    if isinstance(scores, str | Path):
+        return Importance.load(Path(scores).expanduser())
+    if scores is not None and not isinstance(scores, Importance):
+        raise UpcyclingError(
+            f"scores={scores!r} must be the importance.json of this model, or what "
+            "folder_importance returns."
+        )
+    return scores
 
 
 def measured_scores(
@@ -21,7 +30,7 @@ def measured_scores(
     given: Importance | None,
     text: CalibrationText | None,
     *,
-    plan: Callable[[ExpansionOptions], object],
+    plan: Callable[[ExpansionOptions], Expansion],
     measure: Callable[[CalibrationText], Importance],
 ) -> Importance | None:
     """What `measure` finds, where the selection needs scores and none are given but text is.
@@ -32,7 +41,8 @@ def measured_scores(
     if text is None or given is not None or not options.needs_scores:
         return None
     require_matplotlib()
-    plan(replace(options, selection="random"))  # needs no scores, and has the same limits
+    # Needs no scores, and has the same limits.
+    check_before_scores(options, plan(replace(options, selection="random")))
     return measure(text)
 
 

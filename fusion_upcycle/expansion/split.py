@@ -64,14 +64,7 @@ def split_rows(
         UpcyclingError: a rule under which a shift of all logits is not neutral, or a share that is
             none.
     """
-    if not rule.keeps_shifts:
-        raise UpcyclingError(
-            "router_extension=split shifts the logits of all experts of a copy group alike, which "
-            f"is neutral for softmax scores without a selection bias; this router has "
-            f"{rule.scores} scores"
-            + ("" if rule.selection_bias_E is None else " and a selection bias")
-            + ". Choose router_extension=fit, which keeps the logits where they are."
-        )
+    check_split(rule)
     if not (is_number(mixed_share) and 0 < mixed_share < 1):
         raise UpcyclingError(
             f"mixed_share={mixed_share!r} must be between 0 and 1 (default {MIXED_SHARE})."
@@ -86,3 +79,19 @@ def split_rows(
     scale = float(needed_N.quantile(1 - mixed_share))
     rows_GED = weight_ED + scale * groups.directions_GD[:, None]
     return SplitRows(rows_GED.flatten(0, 1), scale * float(margin_N.median()), groups.residual)
+
+
+def check_split(rule: RoutingRule) -> None:
+    """Refuse a router that split rows would change.
+
+    Raises:
+        UpcyclingError: a rule under which a shift of all logits is not neutral.
+    """
+    if not rule.keeps_shifts:
+        raise UpcyclingError(
+            "router_extension=split shifts the logits of all experts of a copy group alike, which "
+            f"is neutral for softmax scores without a selection bias; this router has "
+            f"{rule.scores} scores"
+            + ("" if rule.selection_bias_E is None else " and a selection bias")
+            + ". Choose router_extension=fit, which keeps the logits where they are."
+        )

@@ -103,7 +103,10 @@ class Importance:
         try:
             content = json.loads(path.read_bytes())
             return _from_json(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError),
+            *(OverflowError, RecursionError),  # of what was forged
+        ) as error:
             raise UpcyclingError(
                 f"{path} cannot be read as importance scores ({error!r}). Measure them again."
             ) from error
@@ -117,17 +120,22 @@ def _from_json(content: Any) -> Importance:
         for name, layers in content["metrics"].items()
     }
     number = content["model"]["num_experts"]
+    describe(content["model"])  # has all that an error would say of it
+    if not isinstance(content["calibration"], dict) or type(content["tokens"]) is not int:
+        raise TypeError("calibration and tokens are not what is written")
     for name, layers in metrics.items():
         if name not in METRICS:
             raise unknown("importance metric", name, METRICS)
+        if len(layers) != len(content["metrics"][name]):
+            raise ValueError(f"{name} has a layer twice")
         if layers.keys() != next(iter(metrics.values())).keys():
             raise ValueError(f"{name} has other layers")
         for layer, values in layers.items():
             fine = [is_number(value) and math.isfinite(value) and value >= 0 for value in values]
             if len(values) != number or not all(fine):
                 raise ValueError(f"{name} of layer {layer} is not {number} scores of 0 or more")
-    if not metrics or "sha256" not in content["model"]:
-        raise ValueError("no metrics, or no identity of the model")
+    if not metrics:
+        raise ValueError("no metrics")
     return Importance(
         metrics,
         content["tokens"],

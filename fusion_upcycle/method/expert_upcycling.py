@@ -13,7 +13,7 @@ from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expansion.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.folders import IMPORTANCE_FOLDER, expand
 from fusion_upcycle.expansion.live import expand_model
-from fusion_upcycle.expansion.moments import check_new_moments_name, expanded_state
+from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
 from fusion_upcycle.expansion.options import make_expansion_options
 from fusion_upcycle.importance.folders import write_importance
 from fusion_upcycle.live import save_live
@@ -29,7 +29,6 @@ from fusion_upcycle.method.pool import (
 )
 from fusion_upcycle.options import dtype_name
 from fusion_upcycle.report.record import hydra_output_folder
-from fusion_upcycle.training.moments import write_moments
 from fusion_upcycle.verification import resolve_mode
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
             "context_length": text["context_length"],
             "optimizer_state": optimizer_state,
         }
-        check_new_moments_name(new_moments)
+        check_new_moments(self._options, new_moments, used=optimizer_state is not None)
         if optimizer_state is not None and save_checkpoint is None:
             raise UpcyclingError(
                 "optimizer_state is expanded into the folder of the result, and there is none. Set "
@@ -192,20 +191,18 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
             **vars(self._options),
         )
         about = dict(made.about)
-        moments = None
+        state = None
         if self.optimizer_state is not None:
             state = Path(self.optimizer_state).expanduser()
-            moments, about["optimizer_state"] = expanded_state(
-                state, made.expansion, self.new_moments
-            )
+            about["optimizer_state"] = {"source": str(state), "new_moments": self.new_moments}
         if output is None:
             self._report_live(made.expansion, made.proof, about)
             _leave_scores(made)
             return made.model
 
         def put_companions(staging: Path) -> list[str]:
-            if moments is not None:
-                write_moments(moments, staging)
+            if state is not None:
+                write_expanded_state(state, made.expansion, staging, self.new_moments)
             if made.measured is not None:
                 write_importance(made.measured, staging / IMPORTANCE_FOLDER)
             return save_companions(made.model, pool, staging)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.errors import UpcyclingError
@@ -59,18 +59,39 @@ def read_moments(folder: Path) -> Moments:
     Raises:
         UpcyclingError: none there.
     """
+    reader = moments_reader(folder)
+    saved: Moments = {}
+    for key in reader.specs:
+        name, _, kind = key.rpartition("/")
+        saved.setdefault(name, {})[kind] = reader.tensor(key).clone()
+    return saved
+
+
+def moments_reader(folder: Path) -> CheckpointReader:
+    """The file of moments in the folder of a trained model; its names are `PARAMETER/KIND`.
+
+    Raises:
+        UpcyclingError: none there, or a file that is damaged or not one of ours.
+    """
     path = folder / MOMENTS_FILE
     if not path.is_file():
         raise UpcyclingError(
             f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
             "continued_pretraining saved, or null."
         )
-    saved: Moments = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # not a mapping
-            name, _, kind = key.rpartition("/")
-            saved.setdefault(name, {})[kind] = file.get_tensor(key)
-    return saved
+    reader = CheckpointReader(path.parent, file=path.name)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, spec in reader.specs.items():
+        name, _, kind = key.rpartition("/")
+        shapes.setdefault(name, {})[kind] = spec.shape
+    for name, kinds in shapes.items():
+        whole = kinds.keys() == {*_KINDS, "step"} and kinds["step"] == ()
+        if not whole or kinds["exp_avg"] != kinds["exp_avg_sq"]:
+            raise UpcyclingError(
+                f"{path}: {name} has {kinds}, which are not AdamW's moments of one parameter. Give "
+                "the folder of a model that continued_pretraining saved, or null."
+            )
+    return reader
 
 
 def load_moments(
