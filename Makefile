@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: venv  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
 
-study: venv  ## train on: dense, upcycled or from nothing, at equal compute (12 minutes)
+study: venv  ## train on: dense, upcycled or from nothing, at equal compute (20 minutes)
 	@$(BIN)/python examples/study.py
 
 test: lint  ## lint, types and tests: what CI runs

@@ -73,7 +73,8 @@ def judge(name: str, experts: int, output: Path) -> dict[str, Any]:
     (figures := output / f"{experts}_experts").mkdir(parents=True, exist_ok=True)
     drawn = save_importance_map(importance, figures)
     print(f"{name}: {drawn[0]}", flush=True)
-    return {"scores": scores, "truth": silenced(model, folder)}
+    truth = silenced(model, folder)
+    return {"scores": scores, "truth": truth, "spearman": all_correlations(scores, truth)}
 
 
 @torch.inference_mode()
@@ -104,29 +105,43 @@ def silenced(model: Any, folder: Path) -> dict[int, list[float]]:
 
 
 def table(record: dict[str, Any]) -> Table:
-    rows = []
-    for name, model in record[SECTION]["models"].items():
-        for tokens, scores in model["scores"].items():
-            for metric in METRICS:
-                layers, pooled, low, high = correlations(scores[metric], model["truth"])
-                first = f"{name}, {metric}, {int(tokens):,} tokens"
-                rows.append(
-                    [first, f"{layers:+.2f}", f"{pooled:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-                )
+    rows = [
+        [
+            f"{name}, {metric}, {int(tokens):,} tokens",
+            f"{found['layers']:+.2f}",
+            f"{found['all']:+.2f}",
+            f"{found['low']:+.2f} to {found['high']:+.2f}",
+        ]
+        for name, model in record[SECTION]["models"].items()
+        for tokens, metrics in model["spearman"].items()
+        for metric, found in metrics.items()
+    ]
     headers = ["model, score, calibration", "mean of layers", "all experts", "95 % interval"]
     return Table("Spearman correlation with the loss when an expert is silenced", headers, rows)
 
 
-def correlations(scores: dict[str, Any], truth: dict[str, Any]) -> tuple[float, ...]:
+def all_correlations(scores: dict[str, Any], truth: dict[Any, Any]) -> dict[str, Any]:
+    """Tokens of calibration -> metric -> its correlations with the truth."""
+    return {
+        tokens: {metric: correlations(metrics[metric], truth) for metric in METRICS}
+        for tokens, metrics in scores.items()
+    }
+
+
+def correlations(scores: dict[Any, Any], truth: dict[Any, Any]) -> dict[str, float]:
     """Mean of the layers' correlations; that of all experts, and its interval."""
     frames = [pd.DataFrame({"score": scores[layer], "truth": truth[layer]}) for layer in truth]
-    layers = sum(spearman(frame) for frame in frames) / len(frames)
     pooled = pd.concat(frames, ignore_index=True)
     drawn = pd.Series(
         spearman(pooled.sample(frac=1, replace=True, random_state=seed))
         for seed in range(RESAMPLED)
     )
-    return layers, spearman(pooled), drawn.quantile(0.025), drawn.quantile(0.975)
+    return {
+        "layers": sum(spearman(frame) for frame in frames) / len(frames),
+        "all": spearman(pooled),
+        "low": float(drawn.quantile(0.025)),
+        "high": float(drawn.quantile(0.975)),
+    }
 
 
 def spearman(frame: pd.DataFrame) -> float:

@@ -2,15 +2,15 @@
 
 Question: given a trained dense model and more compute, which continuation ends lowest on held-out
           text: the dense model itself, its upcycled MoE, or something started from nothing?
-Command:  make study, or: python examples/study.py [--output FOLDER]      (12 minutes on two cores)
+Command:  make study, or: python examples/study.py [--output FOLDER]   (20 minutes on two cores)
           python examples/study.py --tune examples/results/study/tuning   (the trials behind it)
           python examples/study.py --table examples/results/study         (prints the table again)
 Needs:    two cores; no download. A study that was stopped goes on with the next arm.
 Expected: the table of bits per byte with tokens, FLOPs and wall time of each arm, curves.png, and a
           page on the experts of the trained MoE.
 
-All arms see the same windows in the same order, with the same schedule. The settings of the dense
-and of the MoE arms are the best of equally many trials each, on validation text, all recorded.
+All arms see the same windows in the same order, with the same schedule. Settings are the best of
+recorded trials on validation text, at equal FLOPs; the dense model has most of them.
 """
 
 import argparse
@@ -276,17 +276,19 @@ def draw(output: Path, record: dict[str, Any]) -> Path:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     styles = ["-", "--", "-", "--", "-.", ":", (0, (5, 1, 1, 1))]
     arms = record[SECTION]["arms"]
-    colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(arms)))
-    for (name, row), style, colour in zip(arms.items(), cycle(styles), colours, strict=False):
+    # Okabe and Ito's colours, which colour-blind people can tell apart.
+    colours = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7"]
+    colours += ["#999999", "#7A4B00"]
+    for (name, row), style, colour in zip(arms.items(), cycle(styles), cycle(colours)):
         logged = read_metrics(output / folder_of(ARMS[name], row["settings"]) / "logs")
         losses = [step["lm_nats_per_token"] for step in logged if "lm_nats_per_token" in step]
-        smooth = np.convolve(losses, np.ones(9) / 9, mode="valid") / np.log(2)
+        smooth = np.convolve(losses, np.ones(25) / 25, mode="valid") / np.log(2)
         flops = np.linspace(0, row["training_flops"] / 1e12, len(smooth))
         axes.plot(flops, smooth, label=name, linestyle=style, color=colour)
     axes.set_xlabel("training compute of the continuation, 10^12 FLOPs")
-    axes.set_ylabel("training loss, bits per byte (mean of 45 steps)")
-    axes.set_ylim(top=3.5)
-    axes.legend()
+    axes.set_ylabel("training loss, bits per byte (mean of 125 steps)")
+    axes.set_ylim(top=2.6)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     for suffix in ("png", "svg"):
         figure.savefig(output / f"curves.{suffix}", dpi=150)
     return output / "curves.png"
