@@ -26,9 +26,18 @@ def example(path: str) -> ModuleType:
     return module
 
 
+def example_with_siblings(path: str) -> ModuleType:
+    """A script that imports another one of its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend((ROOT / "examples" / path).parent)
+        return example(path)
+
+
 def demo_table() -> str:
     folder = ROOT / "examples" / "results" / "demo"
-    records = {name: read_run_record(folder / name) for name in ("dense", "upcycled")}
+    demo = example_with_siblings("demo.py")
+    names = ("dense", "upcycled", "dense, trained on", "upcycled, trained on")
+    records = {name: read_run_record(folder / demo.folder_name(name)) for name in names}
     return bits_per_byte_table("", records).to_markdown()
 
 
@@ -60,9 +69,7 @@ def merging_table() -> str:
 
 def merge_table() -> str:
     record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "merge.json").read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "benchmarks")
-        return str(example("benchmarks/merge.py").table(record["merge"]).to_markdown())
+    return str(example_with_siblings("benchmarks/merge.py").table(record["merge"]).to_markdown())
 
 
 def convert_tables() -> str:
@@ -72,9 +79,9 @@ def convert_tables() -> str:
 
 def train_table() -> str:
     record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "train.json").read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "benchmarks")
-        return str(example("benchmarks/train.py").table(record["train"], "main").to_markdown())
+    return str(
+        example_with_siblings("benchmarks/train.py").table(record["train"], "main").to_markdown()
+    )
 
 
 def study_table() -> str:
@@ -88,9 +95,8 @@ def importance_table() -> str:
 
 def growing_tables(script: str, section: str) -> str:
     folder = ROOT / "examples" / "expert_upcycling" / "results" / script.removesuffix(".py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "expert_upcycling")
-        tables = example(f"expert_upcycling/{script}").tables(read_run_record(folder)[section])
+    made = example_with_siblings(f"expert_upcycling/{script}")
+    tables = made.tables(read_run_record(folder)[section])
     return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
 
 
