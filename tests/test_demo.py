@@ -14,10 +14,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusion_upcycle.demo import DOMAINS, MODELS, SPLITS, demo_model, demo_reference, domain_text
+from fusion_upcycle.demo import (
+    DOMAINS,
+    MODELS,
+    SPLITS,
+    demo_model,
+    demo_moe,
+    demo_reference,
+    domain_text,
+)
 from fusion_upcycle.demo import __main__ as demo_command
 from fusion_upcycle.demo import models as demo_models
-from fusion_upcycle.demo.recipe import Recipe
+from fusion_upcycle.demo import moe as demo_moe_module
+from fusion_upcycle.demo.recipe import MoERecipe, Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -178,6 +187,32 @@ def test_training_is_repeatable_and_learns(tmp_path: Path, monkeypatch: pytest.M
     longer = replace(TINY, base_steps=60)
     facts = json.loads((demo_model("base", longer) / "demo.json").read_text())
     assert facts["bits_per_byte"]["prose"] < bits[0]["prose"] - 0.3
+
+
+@pytest.mark.filterwarnings("ignore:Routers out of balance")
+def test_the_moe_is_the_base_upcycled_trained_and_cached(
+    cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = MoERecipe(tokens=2048, batch_size=2)
+    made = demo_moe(recipe, TINY)
+    assert " an MoE " in capfd.readouterr().out
+    assert demo_moe(recipe, TINY) == made
+    assert " an MoE " not in capfd.readouterr().out, "the MoE was not cached"
+    folders = {path.name for path in made.parent.iterdir() if path.is_dir()}
+    assert folders <= {*MODELS, made.name}, "work of the training was left"
+    assert (made / "training" / "optimizer.safetensors").is_file()
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
+    experts = model.model.layers[0].mlp.experts.down_proj
+    assert not any(torch.equal(experts[a], experts[b]) for a, b in combinations(range(4), 2))
+    facts = json.loads((made / "demo.json").read_text())
+    assert facts["parameters"] == model.num_parameters()
+    assert facts["bits_per_byte"].keys() == set(DOMAINS)
+
+
+def test_the_key_of_the_moe_follows_its_recipe() -> None:
+    assert demo_moe_module._digest(MoERecipe()) == demo_moe_module._digest(replace(MoERecipe()))
+    assert demo_moe_module._digest(MoERecipe()) != demo_moe_module._digest(MoERecipe(seed=1))
 
 
 def test_two_processes_at_once_train_once(tmp_path: Path) -> None:
