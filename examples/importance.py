@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from fusion_upcycle.calibration import calibration_sequences
 from fusion_upcycle.demo import DOMAINS, demo_moe, domain_text
 from fusion_upcycle.demo.recipe import MoERecipe
 from fusion_upcycle.importance.figure import save_importance_map
@@ -29,6 +28,7 @@ from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import METRICS
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
+from fusion_upcycle.texts.windows import calibration_sequences
 
 SECTION = "importance"
 CONTEXT, JUDGED_TOKENS = 256, 12_288

@@ -32,11 +32,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from fusion_upcycle import MoEMergingAlgorithm
 from fusion_upcycle.demo import DOMAINS, MODELS, demo_model, domain_text
-from fusion_upcycle.evaluation import perplexity
 from fusion_upcycle.modelpool import DemoCausalLMPool
 from fusion_upcycle.progress import loading_bars
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
+from fusion_upcycle.texts.perplexity import perplexity
 
 CONTEXT = 256
 POOL = {"_pretrained_": "base"} | {domain: domain for domain in DOMAINS}

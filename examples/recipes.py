@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fusion_upcycle.economics import embedding_parameters
-from fusion_upcycle.options import make_options
-from fusion_upcycle.recipes import RECIPES, plan_recipe, recipe_options
+from fusion_upcycle.inspection.economics import embedding_parameters
+from fusion_upcycle.inspection.recipes import RECIPES, plan_recipe, recipe_options
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
+from fusion_upcycle.upcycling.options import make_options
 
 SECTION = "recipes"
 

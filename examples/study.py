@@ -27,15 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fusion_upcycle import upcycle
 from fusion_upcycle.analysis.report import write_analysis
 from fusion_upcycle.analysis.run import analyze_folder, demo_texts
-from fusion_upcycle.convert import plan_folder
 from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
-from fusion_upcycle.economics import Cost, Economics, economics
-from fusion_upcycle.evaluation import perplexity
-from fusion_upcycle.options import make_options
+from fusion_upcycle.inspection.economics import Cost, Economics, economics
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
+from fusion_upcycle.texts.perplexity import perplexity
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.run import Origin, Places, train
+from fusion_upcycle.upcycling.options import make_options
+from fusion_upcycle.upcycling.run import plan_folder
 
 SECTION = "study"
 TUNING = Path(__file__).parent / "results" / "study" / "tuning"

@@ -10,13 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusion_upcycle.convert import upcycle
-    from fusion_upcycle.expansion.folders import expand
     from fusion_upcycle.expansion.live import expand_model
     from fusion_upcycle.expansion.options import ExpansionOptions
+    from fusion_upcycle.expansion.run import expand
     from fusion_upcycle.experts import DuplicationPlan, Expert
-    from fusion_upcycle.importance.folders import folder_importance
-    from fusion_upcycle.merging.folders import merge_into_moe
+    from fusion_upcycle.importance.run import folder_importance
+    from fusion_upcycle.merging.run import merge_into_moe
     from fusion_upcycle.method import (
         ContinuedPretrainingAlgorithm,
         ExpertUpcyclingAlgorithm,
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
         SparseUpcyclingAlgorithm,
         UpcycleAndTrainAlgorithm,
     )
-    from fusion_upcycle.options import UpcyclingOptions
+    from fusion_upcycle.upcycling.options import UpcyclingOptions
+    from fusion_upcycle.upcycling.run import upcycle
 
 _HOME = {
     "ContinuedPretrainingAlgorithm": "fusion_upcycle.method",
@@ -43,12 +43,12 @@ _HOME = {
     "MoEMergingAlgorithm": "fusion_upcycle.method",
     "SparseUpcyclingAlgorithm": "fusion_upcycle.method",
     "UpcycleAndTrainAlgorithm": "fusion_upcycle.method",
-    "UpcyclingOptions": "fusion_upcycle.options",
-    "expand": "fusion_upcycle.expansion.folders",
+    "UpcyclingOptions": "fusion_upcycle.upcycling.options",
+    "expand": "fusion_upcycle.expansion.run",
     "expand_model": "fusion_upcycle.expansion.live",
-    "folder_importance": "fusion_upcycle.importance.folders",
-    "merge_into_moe": "fusion_upcycle.merging.folders",
-    "upcycle": "fusion_upcycle.convert",
+    "folder_importance": "fusion_upcycle.importance.run",
+    "merge_into_moe": "fusion_upcycle.merging.run",
+    "upcycle": "fusion_upcycle.upcycling.run",
 }
 
 __all__ = [

@@ -1,6 +1,5 @@
 """How users' mistakes are reported: what, where, what to do. Invariants of ours are `assert`."""
 
-import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -19,8 +18,3 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return UpcyclingError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
-
-
-def is_number(value: object) -> bool:
-    """Whether an option, which may come from a command line as text, is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

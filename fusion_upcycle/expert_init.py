@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError, is_number
+from fusion_upcycle.checks import is_number
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
 
 ExpertInit = Callable[[Expert, Generator], Expert]

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError, is_number
+from fusion_upcycle.checks import is_number
+from fusion_upcycle.errors import UpcyclingError
 
 RouterExtension = Callable[[Tensor, Sequence[int], Generator], Tensor]
 

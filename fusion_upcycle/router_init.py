@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError, is_number
+from fusion_upcycle.checks import is_number
+from fusion_upcycle.errors import UpcyclingError
 
 RouterInit = Callable[[int, Generator], Tensor]
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError, is_number, unknown
+from fusion_upcycle.checks import is_number
+from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.experts import DuplicationPlan, generator_for
 
 #: Scores [E] of a layer, number of copies, most copies of one expert, temperature, generator

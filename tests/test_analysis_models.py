@@ -18,12 +18,12 @@ from fusion_upcycle.analysis.similarity import (
 )
 from fusion_upcycle.analysis.token_classes import TOKEN_CLASSES, TokenClasses
 from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.conversion.live import build_live, plan_live
 from fusion_upcycle.demo import domain_text
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS
-from fusion_upcycle.live import build_live, plan_live
-from fusion_upcycle.options import make_options
+from fusion_upcycle.upcycling.options import make_options
 
 TOKENIZER = byte_tokenizer(64)
 TEXTS = {name: domain_text(name, "test")[:6] for name in ("prose", "arithmetic")}

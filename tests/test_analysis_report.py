@@ -11,11 +11,11 @@ from PIL import Image
 from test_analysis_models import TOKENIZER, analysis_of, moe_model
 
 from fusion_upcycle.analysis import analyze, figures, write_analysis
-from fusion_upcycle.analysis.drawing import save
 from fusion_upcycle.analysis.report import write_page
 from fusion_upcycle.analysis.run import compare, read_texts
 from fusion_upcycle.cli import main
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.report.drawing import save
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_text_that_is_named_twice_or_not_there(tmp_path: Path) -> None:
 def test_matplotlib_is_asked_for_before_long_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fusion_upcycle.analysis.drawing.find_spec", lambda _: None)
+    monkeypatch.setattr("fusion_upcycle.report.drawing.find_spec", lambda _: None)
     with pytest.raises(SystemExit):
         main(["analyze", str(folder), "--demo"])
     assert "fusion-upcycle[plots]" in capsys.readouterr().err

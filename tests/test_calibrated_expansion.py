@@ -12,13 +12,13 @@ from tiny import assert_same_bits, files_of, load, logits_of, tensors_of
 from tiny_moe import FAMILIES, moe_folder, moe_model
 
 from fusion_upcycle import expand, expand_model, folder_importance
-from fusion_upcycle.convert import verify
+from fusion_upcycle.checkpoint.moments import write_moments
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import ProofError, UpcyclingError
-from fusion_upcycle.expansion.fit import FittedRows
-from fusion_upcycle.importance.folders import write_importance
+from fusion_upcycle.expansion.router.fit import FittedRows
+from fusion_upcycle.importance.run import write_importance
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.training.moments import write_moments
+from fusion_upcycle.verify import verify
 
 TEXT = " ".join(f"{n} times {n} is {n * n}," for n in range(400))
 FIT = {"name": "fit", "steps": 3}
@@ -128,7 +128,7 @@ def test_a_copy_that_is_hardly_in_use_is_warned_of(
 
     expand_model(load(source), tokenizer=source, router_extension=FIT, verify="none", **data)
     assert not caplog.records
-    monkeypatch.setattr("fusion_upcycle.expansion.calibrate.fit_rows", dying)
+    monkeypatch.setattr("fusion_upcycle.expansion.router.calibrate.fit_rows", dying)
     expand_model(load(source), tokenizer=source, router_extension=FIT, verify="none", **data)
     assert "gets 0.0" in caplog.text and ": 0, 1." in caplog.text
 
@@ -167,7 +167,7 @@ def test_router_inputs_take_no_memory_and_leave_no_file(
     )
     assert places == [tmp_path / "there"] * 2
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["new"]
-    monkeypatch.setattr("fusion_upcycle.expansion.router_inputs._COPIES", 10**12)
+    monkeypatch.setattr("fusion_upcycle.expansion.router.inputs._COPIES", 10**12)
     refuses(
         source, r"1,000 calibration tokens.*of memory.*Take fewer", router_extension="split", **data
     )
@@ -254,9 +254,9 @@ def test_options_of_split_and_fit_are_checked_before_anything_is_read(
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong is said before a model runs on any text."""
     for name in (
-        "folders.score_folder",
+        "run.score_folder",
         "live.measure_importance",
-        "calibrate.folder_router_inputs",
+        "router.calibrate.folder_router_inputs",
     ):
         monkeypatch.setattr(f"fusion_upcycle.expansion.{name}", lambda *_, **__: pytest.fail("ran"))
 

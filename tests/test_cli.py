@@ -17,8 +17,8 @@ from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.cli import main
 from fusion_upcycle.cli.planning_flags import TARGETS, add_planning, planning_options
-from fusion_upcycle.options import UpcyclingOptions, make_options
-from fusion_upcycle.recipes import RECIPES, recipe_options
+from fusion_upcycle.inspection.recipes import RECIPES, recipe_options
+from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 
 QUICK_HELP = """
 import sys

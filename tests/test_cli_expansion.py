@@ -12,11 +12,11 @@ from test_expansion_moments import flat, trained
 from tiny import assert_same_bits, dense_folder, files_of, load, tensors_of
 
 from fusion_upcycle import expand
+from fusion_upcycle.checkpoint.moments import read_moments
 from fusion_upcycle.cli import main
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.importance.scores import METRICS, Importance
-from fusion_upcycle.training.moments import read_moments
 
 
 @pytest.fixture

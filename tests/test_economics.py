@@ -9,11 +9,15 @@ from tiny import dense_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from fusion_upcycle.economics import attention_score_flops, economics, embedding_parameters
+from fusion_upcycle.conversion.live import build_live, plan_live
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live import build_live, plan_live
-from fusion_upcycle.options import make_options
-from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.inspection.economics import (
+    attention_score_flops,
+    economics,
+    embedding_parameters,
+)
+from fusion_upcycle.upcycling.options import make_options
+from fusion_upcycle.upcycling.upcycling import Upcycling
 
 LENGTH = 24
 

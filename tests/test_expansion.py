@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import MOE_FAMILIES
-from fusion_upcycle.convert import verify
+from fusion_upcycle.conversion.live import save_live
+from fusion_upcycle.conversion.run import Converted, OutputOptions
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.folders import describe_expansion, expand
 from fusion_upcycle.expansion.live import build_live_expansion, plan_live_expansion
 from fusion_upcycle.expansion.options import make_expansion_options
-from fusion_upcycle.identity import folder_identity
+from fusion_upcycle.expansion.run import describe_expansion, expand
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.live import save_live
-from fusion_upcycle.output import Converted, OutputOptions
-from fusion_upcycle.training.routers import find_routers
+from fusion_upcycle.live.identity import folder_identity
+from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.verify import verify
 
 families = pytest.mark.parametrize("family", FAMILIES)
 FP32, BF16 = torch.float32, torch.bfloat16

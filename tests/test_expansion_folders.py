@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fusion_upcycle import upcycle
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.convert import verify
 from fusion_upcycle.errors import ProofError, UpcyclingError
-from fusion_upcycle.expansion.folders import expand
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
+from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.expert_init import noise
 from fusion_upcycle.experts import Expert
+from fusion_upcycle.verify import verify
 
 
 @pytest.fixture

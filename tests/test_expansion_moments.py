@@ -10,19 +10,13 @@ from tiny_moe import FAMILIES, moe_folder
 from transformers import PreTrainedModel
 
 from fusion_upcycle.architectures import MOE_FAMILIES
+from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, read_moments, write_moments
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.folders import expand
 from fusion_upcycle.expansion.live import build_live_expansion, plan_live_expansion
 from fusion_upcycle.expansion.moments import expand_moments
 from fusion_upcycle.expansion.options import make_expansion_options
-from fusion_upcycle.training.moments import (
-    MOMENTS_FILE,
-    Moments,
-    load_moments,
-    place_moments,
-    read_moments,
-    write_moments,
-)
+from fusion_upcycle.expansion.run import expand
+from fusion_upcycle.training.moments import load_moments, place_moments
 
 
 def optimizer_of(model: PreTrainedModel) -> torch.optim.AdamW:

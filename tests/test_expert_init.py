@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusion_upcycle.checks import positioned
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import EXPERT_INITS, copy, drop, noise, permute, svd
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
-from fusion_upcycle.initialisers import positioned
 
 NEURONS, HIDDEN = 201, 150  # odd, so that floor(r * F) is not r * F
 #: Mean and standard deviation of gate, up and down: all different.

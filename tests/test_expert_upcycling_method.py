@@ -19,10 +19,10 @@ from tiny_moe import moe_model
 from transformers import MixtralForCausalLM, MixtralModel
 
 from fusion_upcycle import ExpertUpcyclingAlgorithm, expand
+from fusion_upcycle.checkpoint.moments import read_moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import make_expansion_options
 from fusion_upcycle.modelpool import DemoCausalLMPool, demo
-from fusion_upcycle.training.moments import read_moments
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from tiny_moe import moe_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fusion_upcycle.calibration import Sequences, calibration_sequences
+from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.identity import folder_identity, live_identity
 from fusion_upcycle.importance import accumulators
 from fusion_upcycle.importance.figure import save_importance_map
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.training.moments import MOMENTS_FILE
-from fusion_upcycle.training.routers import find_routers
+from fusion_upcycle.live.identity import folder_identity, live_identity
+from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 
 TEXTS = {"words": ["of experts and routers " * 9], "numbers": ["12 + 30 = 42; 7 * 6 = 42. " * 9]}
 LENGTH, TOKENS = 16, 96

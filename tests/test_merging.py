@@ -32,19 +32,19 @@ from fusion_upcycle import (
     MoEMergingAlgorithm,
     merge_into_moe,
 )
-from fusion_upcycle.checkpoint.merge import MergeSource
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, StateDictSource
 from fusion_upcycle.cli import main
-from fusion_upcycle.convert import verify
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.plan import BASE, DenseModel, plan_merging
+from fusion_upcycle.merging.proof import prove_merging
 from fusion_upcycle.merging.prototypes import Moments, prototype
+from fusion_upcycle.merging.source import MergeSource
 from fusion_upcycle.verification import sample_tokens
-from fusion_upcycle.verification.merging import prove_merging
+from fusion_upcycle.verify import verify
 
 BF16 = torch.bfloat16
 #: One source and one set of options of each family, from the matrix of the families.

@@ -8,9 +8,10 @@ import torch
 from torch import Generator
 
 from fusion_upcycle import expert_init, router_init
+from fusion_upcycle.checks import parse_dtype
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import Expert
-from fusion_upcycle.options import UpcyclingOptions, make_options, parse_dtype
+from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 
 
 def negate(expert: Expert, generator: Generator, *, sign: float = -1.0) -> Expert:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
-from fusion_upcycle.evaluation import perplexity
+from fusion_upcycle.texts.perplexity import perplexity
 
 POSITIONS = 64
 SHAPE = {

@@ -19,13 +19,13 @@ from fusion_upcycle import SparseUpcyclingAlgorithm
 from fusion_upcycle.architectures.layout import empty_model
 from fusion_upcycle.architectures.weightless import WeightlessSource
 from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.convert import plan_folder
+from fusion_upcycle.conversion.live import plan_live
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live import plan_live
-from fusion_upcycle.options import UpcyclingOptions, make_options
-from fusion_upcycle.planning import plan_upcycling
-from fusion_upcycle.recipes import RECIPES, find_recipe, plan_recipe, recipe_options
-from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.inspection.recipes import RECIPES, find_recipe, plan_recipe, recipe_options
+from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
+from fusion_upcycle.upcycling.plan import plan_upcycling
+from fusion_upcycle.upcycling.run import plan_folder
+from fusion_upcycle.upcycling.upcycling import Upcycling
 
 FOLDER = Path(__file__).resolve().parents[1] / "config" / "method" / "recipes"
 every_recipe = pytest.mark.parametrize("name", RECIPES)

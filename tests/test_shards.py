@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from fusion_upcycle import SparseUpcyclingAlgorithm, UpcyclingOptions, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import empty_model
+from fusion_upcycle.conversion.live import plan_live
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expert_init import subset
 from fusion_upcycle.experts import Expert
-from fusion_upcycle.live import plan_live
-from fusion_upcycle.shards import Sharding, repeat_neurons, shard_scales, take_neurons
+from fusion_upcycle.upcycling.shards import Sharding, repeat_neurons, shard_scales, take_neurons
 
 QWEN2_SHARDS = {"expert_init": "qwen2", "expert_intermediate_size": 20}
 F48 = {"qwen3": {"head_dim": 8}}

@@ -8,17 +8,17 @@ from tiny import token_ids
 from tiny_moe import FAMILIES, moe_folder, moe_model
 from torch import Tensor
 
-from fusion_upcycle.calibration import Sequences
+from fusion_upcycle.architectures.routing import RoutingRule, routing_rule
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.fit import fit_rows
-from fusion_upcycle.expansion.groups import find_groups
-from fusion_upcycle.expansion.router_inputs import folder_router_inputs, live_router_inputs
-from fusion_upcycle.expansion.routing import RoutingRule, routing_rule
-from fusion_upcycle.expansion.rows import copy_shares, rows_report
-from fusion_upcycle.expansion.split import split_rows
-from fusion_upcycle.training.routers import find_routers
+from fusion_upcycle.expansion.router.fit import fit_rows
+from fusion_upcycle.expansion.router.groups import find_groups
+from fusion_upcycle.expansion.router.inputs import folder_router_inputs, live_router_inputs
+from fusion_upcycle.expansion.router.rows import copy_shares, rows_report
+from fusion_upcycle.expansion.router.split import split_rows
+from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.texts.windows import Sequences
 
 D, E, N = 24, 4, 2048
 RULE = RoutingRule(2)
@@ -27,7 +27,7 @@ RULE = RoutingRule(2)
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of the fit take as long as the tokens of a batch."""
-    monkeypatch.setattr("fusion_upcycle.expansion.fit.BATCH_TOKENS", 1024)
+    monkeypatch.setattr("fusion_upcycle.expansion.router.fit.BATCH_TOKENS", 1024)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -21,10 +21,10 @@ import fusion_upcycle.taskpool.causal_lm_perplexity as pool_module
 from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
 from fusion_upcycle.demo.recipe import Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
-from fusion_upcycle.documents import load_documents
-from fusion_upcycle.evaluation import perplexity
 from fusion_upcycle.modelpool import DemoCausalLMPool
 from fusion_upcycle.taskpool import CausalLMPerplexityTaskPool
+from fusion_upcycle.texts.documents import load_documents
+from fusion_upcycle.texts.perplexity import perplexity
 
 TEXT = "Some text to predict, größer. " * 20
 SHAPE = {

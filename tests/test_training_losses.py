@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.training.losses import balance_loss, balanced_bias, expert_counts, z_loss
-from fusion_upcycle.training.routers import find_routers
+from fusion_upcycle.live.routers import expert_counts, find_routers
+from fusion_upcycle.training.losses import balance_loss, balanced_bias, z_loss
 from fusion_upcycle.training.schedule import Schedule
 
 EXPERTS, K = 8, 2

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method import ContinuedPretrainingAlgorithm, UpcycleAndTrainAlgorithm
-from fusion_upcycle.training.moments import MOMENTS_FILE, load_moments
+from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
 from fusion_upcycle.training.run import Origin
 

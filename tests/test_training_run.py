@@ -18,14 +18,14 @@ import fusion_upcycle.training.checkpoints as checkpoints_module
 import fusion_upcycle.training.module as module_file
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.evaluation import perplexity
+from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.texts.perplexity import perplexity
 from fusion_upcycle.training.checkpoints import checkpoints_in, load_checkpoint
 from fusion_upcycle.training.fit import document_positions
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.options import GROUPS, make_training_options
 from fusion_upcycle.training.parameters import group_of_parameters
-from fusion_upcycle.training.routers import find_routers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
 

@@ -29,10 +29,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 from fusion_upcycle import UpcyclingOptions, upcycle
+from fusion_upcycle.conversion.live import build_live, plan_live
+from fusion_upcycle.conversion.run import Converted
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import generator_for
-from fusion_upcycle.live import build_live, plan_live
-from fusion_upcycle.output import Converted
 from fusion_upcycle.router_init import normal
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -416,7 +416,7 @@ def test_tensors_larger_than_a_piece_are_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "whole", expert_init="noise", dtype="bfloat16")
-    for module in ("checkpoint.reader", "conversion", "architectures.live"):
+    for module in ("checkpoint.reader", "conversion.conversion", "live.tensors"):
         monkeypatch.setattr(f"fusion_upcycle.{module}.CHUNK_ELEMENTS", 100)
     convert(source, tmp_path / "pieces", expert_init="noise", dtype="bfloat16")
     assert_same_bits(tensors_of(tmp_path / "pieces"), tensors_of(tmp_path / "whole"))

@@ -413,7 +413,8 @@ def finished(folder: Path) -> list[Path]:
 CONVERSION = """
 import os, sys, time
 from pathlib import Path
-from fusion_upcycle import output, upcycle
+from fusion_upcycle import upcycle
+from fusion_upcycle.conversion import run
 
 class DyingBar:
     written = 0
@@ -425,7 +426,7 @@ class DyingBar:
             while len(list(Path(sys.argv[3]).glob("*.safetensors"))) < 2: time.sleep(0.01)
             os._exit(9)
 
-output.progress_bar = lambda *_, **__: DyingBar()
+run.progress_bar = lambda *_, **__: DyingBar()
 upcycle(sys.argv[1], sys.argv[2], max_shard_size="30KB", expert_init="noise", progress=False)
 """
 
@@ -459,7 +460,7 @@ def kill_when_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         shutil.copytree(path.parent, kept)
         raise Killed
 
-    monkeypatch.setattr("fusion_upcycle.output._write_json", die)
+    monkeypatch.setattr("fusion_upcycle.conversion.run._write_json", die)
 
     def put_back() -> None:
         monkeypatch.undo()

@@ -146,7 +146,7 @@ def make_moments(folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fusion_upcycle.training.moments import write_moments
+    from fusion_upcycle.checkpoint.moments import write_moments
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     moments = {

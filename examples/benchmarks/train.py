@@ -28,7 +28,7 @@ from convert import write_record
 from rich.console import Console
 from train_job import Worker
 
-from fusion_upcycle.economics import TRAINING_PASSES
+from fusion_upcycle.inspection.economics import TRAINING_PASSES
 from fusion_upcycle.report.tables import Table
 
 MOE = {"num_experts": 8, "experts_per_token": 2}
@@ -137,10 +137,10 @@ def make_models(shape: dict[str, int], folder: Path) -> dict[str, dict[str, Any]
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fusion_upcycle import upcycle
-    from fusion_upcycle.convert import plan_folder
     from fusion_upcycle.demo.tokenizer import byte_tokenizer
-    from fusion_upcycle.economics import economics
-    from fusion_upcycle.options import make_options
+    from fusion_upcycle.inspection.economics import economics
+    from fusion_upcycle.upcycling.options import make_options
+    from fusion_upcycle.upcycling.run import plan_folder
 
     tokenizer = byte_tokenizer(shape["context"])
     for name, width in (("dense", 1), ("wide", MOE["experts_per_token"])):

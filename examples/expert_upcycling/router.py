@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fusion_upcycle.calibration import calibration_sequences
 from fusion_upcycle.demo import DOMAINS, demo_moe, domain_text
 from fusion_upcycle.demo.recipe import MoERecipe
-from fusion_upcycle.evaluation import perplexity
-from fusion_upcycle.expansion.fit import fit_rows
-from fusion_upcycle.expansion.folders import expand
-from fusion_upcycle.expansion.router_inputs import RouterInputs, live_router_inputs
-from fusion_upcycle.expansion.rows import rows_report
-from fusion_upcycle.expansion.split import split_rows
+from fusion_upcycle.expansion.router.fit import fit_rows
+from fusion_upcycle.expansion.router.inputs import RouterInputs, live_router_inputs
+from fusion_upcycle.expansion.router.rows import rows_report
+from fusion_upcycle.expansion.router.split import split_rows
+from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.experts import DuplicationPlan, generator_for
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance
@@ -37,6 +35,8 @@ from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
 from fusion_upcycle.router_extension import ROUTER_EXTENSIONS
 from fusion_upcycle.selection import select
+from fusion_upcycle.texts.perplexity import perplexity
+from fusion_upcycle.texts.windows import calibration_sequences
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.run import Origin, Places, train
 

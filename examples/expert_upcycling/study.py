@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle.demo import DOMAINS, demo_moe, domain_text
 from fusion_upcycle.demo.recipe import MoERecipe, Recipe
-from fusion_upcycle.evaluation import perplexity
-from fusion_upcycle.expansion.folders import expand
+from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import read_run_record
+from fusion_upcycle.texts.perplexity import perplexity
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.run import Origin, Places, train
 

@@ -15,9 +15,10 @@ from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.token_classes import TokenClasses
 from fusion_upcycle.analysis.windows import UNITS, Batch, DomainWindows, domain_windows
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.evaluation import evaluating, max_positions
+from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.live.routers import Routers, find_routers
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.training.routers import Routers, find_routers
+from fusion_upcycle.texts.perplexity import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

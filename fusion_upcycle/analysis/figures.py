@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.analysis.drawing import (
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.report.drawing import (
     LINES,
     add_colour_bar,
     chart,
@@ -13,7 +14,6 @@ from fusion_upcycle.analysis.drawing import (
     panels_of,
     styled,
 )
-from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

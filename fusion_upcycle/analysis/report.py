@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.analysis import figures
-from fusion_upcycle.analysis.drawing import save
 from fusion_upcycle.analysis.information import ALPHA
 from fusion_upcycle.analysis.run import Analysis, compare
 from fusion_upcycle.report import write_run_record
+from fusion_upcycle.report.drawing import save
 from fusion_upcycle.report.tables import Table, read_run_record
 
 PAGE = "index.md"

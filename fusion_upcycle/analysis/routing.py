@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.analysis.token_classes import TOKEN_CLASSES
-from fusion_upcycle.training.layer_health import LayerHealth
+from fusion_upcycle.live.layer_health import LayerHealth
 
 
 def entropy_bits(probability_E: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from fusion_upcycle.analysis.information import domain_information, information_
 from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.similarity import find_experts, similarity_to_json
 from fusion_upcycle.checkpoint.source import locate
-from fusion_upcycle.documents import load_documents
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.progress import loading_bars
+from fusion_upcycle.texts.documents import load_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

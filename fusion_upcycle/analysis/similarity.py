@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS
-from fusion_upcycle.training.routers import Routers
+from fusion_upcycle.live.routers import Routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
+from fusion_upcycle.checks import AUTO
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.options import AUTO
 
 #: Families that dense models become, in the order in which `auto` looks for one.
 ARCHITECTURES: dict[str, Architecture] = {

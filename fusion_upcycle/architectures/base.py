@@ -9,7 +9,7 @@ from fusion_upcycle.experts import EXPERT_PARTS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 #: (parameter name in the live model, index into it; () is the whole parameter)
 LiveSlot = tuple[str, tuple[Any, ...]]
@@ -111,7 +111,7 @@ class Architecture:
         name: the family's `model_type`.
         dense: accepted dense `model_type` -> layout of its files; none for a family that can only
             be expanded.
-        convert_config: (dense config, resolved options) -> config of the MoE; raises
+        convert_config: (dense config, `MoEShape`) -> config of the MoE; raises
             `UpcyclingError` naming what cannot be expressed. None where `dense` is empty.
         expert_names: part of `Expert` -> name with an `{expert}` placeholder: the classic names,
             one tensor per expert and matrix, which vLLM and llama.cpp read. Without the placeholder
@@ -130,9 +130,7 @@ class Architecture:
 
     name: str
     dense: Mapping[str, DenseLayout] = field(default_factory=dict)
-    convert_config: Callable[["PreTrainedConfig", "ResolvedOptions"], "PreTrainedConfig"] | None = (
-        None
-    )
+    convert_config: Callable[["PreTrainedConfig", "MoEShape"], "PreTrainedConfig"] | None = None
     expert_names: Mapping[str, str] = field(default_factory=lambda: QWEN_EXPERT_NAMES)
     router_name: str = "mlp.gate.weight"
     experts_field: str = "num_experts"

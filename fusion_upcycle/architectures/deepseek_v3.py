@@ -20,7 +20,7 @@ from fusion_upcycle.architectures.config import carry_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 _LATENT_ATTENTION = {
     "attention_bias",
@@ -33,7 +33,7 @@ _LATENT_ATTENTION = {
 }
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The DeepSeek-V3 config whose MoE computes the dense Youtu `source` at step 0.
 
     Raises:
@@ -47,25 +47,25 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         carried=_LATENT_ATTENTION,
         # The first follows from the others; the second is for models that are made anew.
         no_effect={"qk_head_dim", "embedding_initializer_range"},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     return DeepseekV3Config(
         **{"q_lora_rank": None} | fields,
-        **routed_fields(options),
+        **routed_fields(shape),
     )
 
 
-def routed_fields(options: "ResolvedOptions") -> dict[str, Any]:
+def routed_fields(shape: "MoEShape") -> dict[str, Any]:
     """The fields that say how tokens are routed, in families that have them from DeepSeek-V3."""
-    layers = first_dense_field(options.moe_layers, options.num_layers)
+    layers = first_dense_field(shape.moe_layers, shape.num_layers)
     assert layers is not None
     return {
         **layers,
-        "n_routed_experts": options.asked.num_experts,
-        "num_experts_per_tok": options.asked.experts_per_token,
-        "moe_intermediate_size": options.expert_size,
-        "n_shared_experts": options.shared_size // options.expert_size,
-        "norm_topk_prob": options.asked.normalize_topk_prob,
+        "n_routed_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_size,
+        "n_shared_experts": shape.shared_size // shape.expert_size,
+        "norm_topk_prob": shape.normalize_topk_prob,
         "routed_scaling_factor": 1.0,
         "n_group": 1,
         "topk_group": 1,

@@ -20,12 +20,12 @@ from fusion_upcycle.architectures.config import carry_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 _NO_BIAS = "The experts of ERNIE 4.5 MoE have no biases. No remedy is known."
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The ERNIE 4.5 MoE config whose MoE computes the dense ERNIE 4.5 `source` at step 0.
 
     Raises:
@@ -37,17 +37,17 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         source,
         target="ERNIE 4.5 MoE",
         required={"use_bias": (False, _NO_BIAS)},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
-    layers = _moe_layer_fields(options.moe_layers, options.num_layers)
+    layers = _moe_layer_fields(shape.moe_layers, shape.num_layers)
     assert layers is not None
     return Ernie4_5_MoeConfig(
         **fields,
         **layers,
-        moe_num_experts=options.asked.num_experts,
-        moe_k=options.asked.experts_per_token,
-        moe_intermediate_size=options.expert_size,
-        moe_num_shared_experts=options.shared_size // options.expert_size,
+        moe_num_experts=shape.num_experts,
+        moe_k=shape.experts_per_token,
+        moe_intermediate_size=shape.expert_size,
+        moe_num_shared_experts=shape.shared_size // shape.expert_size,
     )
 
 

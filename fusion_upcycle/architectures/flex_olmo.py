@@ -12,10 +12,10 @@ from fusion_upcycle.architectures.config import carry_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The FlexOlmo config whose MoE computes the dense OLMo 2 `source` at step 0.
 
     Raises:
@@ -27,13 +27,13 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         source,
         target="FlexOlmo",
         carried={"attention_bias"},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     return FlexOlmoConfig(
-        **fields | {"intermediate_size": options.expert_size},
-        num_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
-        norm_topk_prob=options.asked.normalize_topk_prob,
+        **fields | {"intermediate_size": shape.expert_size},
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
+        norm_topk_prob=shape.normalize_topk_prob,
     )
 
 

@@ -22,12 +22,12 @@ from fusion_upcycle.architectures.deepseek_v3 import SIGMOID_ROUTING, routed_fie
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 _NO_BIAS = "GLM-4.5 MoE has biases on q, k and v only; this model has one elsewhere."
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The GLM-4.5 MoE config whose MoE computes the dense `source` (Llama, Qwen2, Qwen3) at step 0.
 
     Raises:
@@ -46,7 +46,7 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
             "sliding_window",
             "use_sliding_window",
         },
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     no_window(source, "GLM-4.5 MoE")
     # Said on purpose: the class rotates half of each head otherwise, and finds the size of a head
@@ -55,7 +55,7 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
     fields.setdefault("head_dim", source.hidden_size // source.num_attention_heads)
     return Glm4MoeConfig(
         **fields,
-        **routed_fields(options),
+        **routed_fields(shape),
         attention_bias=source.model_type == "qwen2",
         use_qk_norm=source.model_type == "qwen3",
     )

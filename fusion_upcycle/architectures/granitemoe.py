@@ -14,7 +14,7 @@ from fusion_upcycle.architectures.config import carry_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 _MULTIPLIERS = {
     "attention_multiplier",
@@ -25,7 +25,7 @@ _MULTIPLIERS = {
 _NO_BIAS = "GraniteMoe has biases in attention only, none in the FFN. No remedy is known."
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The GraniteMoe config whose MoE computes the dense `source` (Granite, Llama) at step 0.
 
     Raises:
@@ -39,14 +39,14 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         carried=_MULTIPLIERS | {"attention_bias"},
         required={"mlp_bias": (False, _NO_BIAS)},
         no_effect={"pretraining_tp"},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     if source.model_type == "llama":  # whose attention scale is not a field
         fields["attention_multiplier"] = source.head_dim**-0.5
     return GraniteMoeConfig(
-        **fields | {"intermediate_size": options.expert_size},
-        num_local_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
+        **fields | {"intermediate_size": shape.expert_size},
+        num_local_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
     )
 
 

@@ -95,3 +95,8 @@ def target_class(source: "PreTrainedConfig", target: "PreTrainedConfig") -> str:
         f"language models and backbones can be upcycled: {causal[source.model_type]}, "
         f"{modeling_auto.MODEL_MAPPING_NAMES[source.model_type]}."
     )
+
+
+def layer_prefix(config: "PreTrainedConfig", layer: int) -> str:
+    """What the names of a decoder layer's tensors start with."""
+    return ("model." if class_name(config).endswith("ForCausalLM") else "") + f"layers.{layer}."

@@ -13,7 +13,7 @@ from fusion_upcycle.errors import UpcyclingError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 _NO_BIAS = (
     "Mixtral has no biases. A Llama with attention biases fits target=granitemoe; where the biases "
@@ -21,7 +21,7 @@ _NO_BIAS = (
 )
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The Mixtral config whose MoE computes the dense `source` (Llama, Mistral, Phi-3) at step 0.
 
     Raises:
@@ -41,14 +41,14 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         # pretraining_tp once split the matmuls of Llama 1 and 2; transformers 5 ignores it.
         no_effect={"pretraining_tp"} | (_PHI3_NO_EFFECT if is_phi3 else set()),
         rope_types=(*ROPE_TYPES, "longrope") if is_phi3 else ROPE_TYPES,
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     if is_phi3:
         fields["head_dim"] = source.hidden_size // source.num_attention_heads
     return MixtralConfig(
-        **{"sliding_window": None} | fields | {"intermediate_size": options.expert_size},
-        num_local_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
+        **{"sliding_window": None} | fields | {"intermediate_size": shape.expert_size},
+        num_local_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
     )
 
 

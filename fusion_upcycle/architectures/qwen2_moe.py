@@ -24,7 +24,7 @@ from fusion_upcycle.architectures.config import carry_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 #: Qwen's shared expert, behind a sigmoid gate.
 GATED_SHARED_EXPERT = SharedExpert(
@@ -39,7 +39,7 @@ GATED_SHARED_EXPERT = SharedExpert(
 _NO_BIAS = "Qwen2-MoE has biases on q, k and v only; this model has one on the output or the FFN."
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The Qwen2-MoE config whose MoE computes the dense `source` (Qwen2 or Llama) at step 0.
 
     Raises:
@@ -53,19 +53,19 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         carried={"max_window_layers"},
         required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
         no_effect={"layer_types", "sliding_window", "use_sliding_window", "pretraining_tp"},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     return Qwen2MoeConfig(
         **fields,
         **_attention(source),
         qkv_bias=True,  # where a Llama has none, zeros: vLLM and llama.cpp do not look at this
-        num_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
-        moe_intermediate_size=options.expert_size,
-        shared_expert_intermediate_size=options.shared_size,
-        norm_topk_prob=options.asked.normalize_topk_prob,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
+        moe_intermediate_size=shape.expert_size,
+        shared_expert_intermediate_size=shape.shared_size,
+        norm_topk_prob=shape.normalize_topk_prob,
         decoder_sparse_step=1,
-        **dense_layers_field(options.moe_layers, options.num_layers),
+        **dense_layers_field(shape.moe_layers, shape.num_layers),
     )
 
 

@@ -13,7 +13,7 @@ from fusion_upcycle.architectures.qwen2_moe import GATED_SHARED_EXPERT
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 _ATTENTION = {
     "attention_bias",
@@ -26,7 +26,7 @@ _ATTENTION = {
 }
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The Qwen3.5-MoE config whose MoE computes the dense Qwen3.5 text `source` at step 0.
 
     Raises:
@@ -40,15 +40,15 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         carried=_ATTENTION,
         # Said again in `layer_types` and `rope_parameters`, whose values count.
         no_effect={"full_attention_interval", "partial_rotary_factor"},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     del fields["intermediate_size"]  # every layer is an MoE layer
     return Qwen3_5MoeTextConfig(
         **fields,
-        num_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
-        moe_intermediate_size=options.expert_size,
-        shared_expert_intermediate_size=options.shared_size,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
+        moe_intermediate_size=shape.expert_size,
+        shared_expert_intermediate_size=shape.shared_size,
     )
 
 

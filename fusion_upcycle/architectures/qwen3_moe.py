@@ -17,10 +17,10 @@ from fusion_upcycle.architectures.config import carry_fields, one_window
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fusion_upcycle.resolution import ResolvedOptions
+    from fusion_upcycle.architectures.shape import MoEShape
 
 
-def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "PreTrainedConfig":
+def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
     """The Qwen3-MoE config whose MoE computes the dense Qwen3 `source` at step 0.
 
     Raises:
@@ -34,19 +34,19 @@ def convert_config(source: "PreTrainedConfig", options: "ResolvedOptions") -> "P
         carried={"attention_bias"},
         # What these say together is one window for all layers, or none: see `one_window`.
         no_effect={"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
-        ignored=options.asked.ignore_config_fields,
+        ignored=shape.ignored,
     )
     window = one_window(source, "Qwen3-MoE")
     return Qwen3MoeConfig(
         **fields,
         use_sliding_window=window is not None,
         sliding_window=window,
-        num_experts=options.asked.num_experts,
-        num_experts_per_tok=options.asked.experts_per_token,
-        moe_intermediate_size=options.expert_size,
-        norm_topk_prob=options.asked.normalize_topk_prob,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
+        moe_intermediate_size=shape.expert_size,
+        norm_topk_prob=shape.normalize_topk_prob,
         decoder_sparse_step=1,
-        **dense_layers_field(options.moe_layers, options.num_layers),
+        **dense_layers_field(shape.moe_layers, shape.num_layers),
     )
 
 

@@ -143,7 +143,7 @@ def _count(text: str) -> float:
 
 
 def _upcycle(parsed: argparse.Namespace) -> None:
-    from fusion_upcycle.convert import upcycle
+    from fusion_upcycle.upcycling.run import upcycle
 
     converted = upcycle(
         parsed.source,
@@ -167,8 +167,8 @@ def _upcycle(parsed: argparse.Namespace) -> None:
 def _inspect(parsed: argparse.Namespace) -> None:
     if parsed.source is None and parsed.recipe is None:
         parsed.usage.error("name a SOURCE, a --recipe, or both")
-    from fusion_upcycle.inspection import print_inspection
-    from fusion_upcycle.options import make_options
+    from fusion_upcycle.inspection.inspection import print_inspection
+    from fusion_upcycle.upcycling.options import make_options
 
     print_inspection(
         parsed.source,
@@ -180,6 +180,6 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _verify(parsed: argparse.Namespace) -> None:
-    from fusion_upcycle.convert import verify
+    from fusion_upcycle.verify import verify
 
     print(verify(parsed.output, parsed.source, mode=parsed.mode, progress=not parsed.quiet))

@@ -68,9 +68,9 @@ def add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _analyze(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fusion_upcycle.analysis.drawing import require_matplotlib
     from fusion_upcycle.analysis.report import information_table, load_table, write_analysis
     from fusion_upcycle.analysis.run import analyze_folder, demo_texts, read_texts
+    from fusion_upcycle.report.drawing import require_matplotlib
 
     require_matplotlib()
     texts = demo_texts() if parsed.demo else read_texts(parsed.data)

@@ -155,7 +155,7 @@ def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _calibration(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The texts as `fusion_upcycle.documents` takes them."""
+    """The texts as `fusion_upcycle.texts.documents` takes them."""
     from fusion_upcycle.analysis.run import text_files
     from fusion_upcycle.demo.texts import demo_documents
 
@@ -168,7 +168,7 @@ def _importance(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fusion_upcycle.importance.figure import importance_table
-    from fusion_upcycle.importance.folders import folder_importance
+    from fusion_upcycle.importance.run import folder_importance
 
     importance = folder_importance(
         parsed.model,
@@ -184,8 +184,8 @@ def _importance(parsed: argparse.Namespace) -> None:
 
 
 def _expand(parsed: argparse.Namespace) -> None:
-    from fusion_upcycle.expansion.folders import IMPORTANCE_FOLDER, expand
     from fusion_upcycle.expansion.options import ExpansionOptions
+    from fusion_upcycle.expansion.run import IMPORTANCE_FOLDER, expand
 
     made = expand(
         parsed.source,

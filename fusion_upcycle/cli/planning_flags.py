@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.recipes import RECIPES, recipe_options
+from fusion_upcycle.inspection.recipes import RECIPES, recipe_options
 
 #: The families of `fusion_upcycle.architectures`, which takes too long to import for a help text.
 TARGETS = (
@@ -105,7 +105,7 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
 
 def planning_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """What was asked for: the recipe's options, and in their place those that were given."""
-    from fusion_upcycle.options import UpcyclingOptions
+    from fusion_upcycle.upcycling.options import UpcyclingOptions
 
     recipe = {} if parsed.recipe is None else recipe_options(parsed.recipe)
     return recipe | given_options(parsed, UpcyclingOptions)

@@ -115,7 +115,7 @@ def bits_per_byte(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context_length: int
 ) -> dict[str, float]:
     """Of each domain's test split."""
-    from fusion_upcycle.evaluation import perplexity
+    from fusion_upcycle.texts.perplexity import perplexity
 
     return {
         domain: perplexity(

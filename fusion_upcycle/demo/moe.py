@@ -58,10 +58,10 @@ def _build(
     """Upcycle, train, and move the complete folder to its name."""
     from transformers import AutoModelForCausalLM
 
-    from fusion_upcycle.convert import upcycle
     from fusion_upcycle.demo.tokenizer import byte_tokenizer
     from fusion_upcycle.training.options import make_training_options
     from fusion_upcycle.training.run import Origin, Places, train
+    from fusion_upcycle.upcycling.run import upcycle
 
     tokenizer = byte_tokenizer(base_recipe.context_length)
     options = make_training_options(

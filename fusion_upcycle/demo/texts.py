@@ -49,7 +49,7 @@ def domain_text(domain: str, split: str) -> tuple[str, ...]:
 
 
 def demo_documents(split: str) -> dict[str, dict[str, str]]:
-    """The text of all domains as `fusion_upcycle.documents` takes it."""
+    """The text of all domains as `fusion_upcycle.texts.documents` takes it."""
     function = "fusion_upcycle.demo.domain_text"
     return {d: {"_target_": function, "domain": d, "split": split} for d in DOMAINS}
 

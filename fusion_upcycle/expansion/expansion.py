@@ -12,15 +12,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fusion_upcycle.architectures.layout import file_layout
+from fusion_upcycle.architectures.layout import file_layout, layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSpec
-from fusion_upcycle.conversion import Conversion
+from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.rules import RouterRows, Rule, SelectionBias
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
-from fusion_upcycle.planning import layer_prefix
-from fusion_upcycle.rules import RouterRows, Rule, SelectionBias
 
 
 @dataclass(kw_only=True)

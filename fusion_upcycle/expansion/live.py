@@ -11,26 +11,27 @@ from torch import Tensor
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.layout import class_name, empty_model, file_layout
-from fusion_upcycle.architectures.live import LiveTensors
+from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, StateDictSource
+from fusion_upcycle.conversion.live import fill_live
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.calibrate import (
+from fusion_upcycle.expansion.expansion import Expansion
+from fusion_upcycle.expansion.moments import check_state
+from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
+from fusion_upcycle.expansion.plan import plan_expansion
+from fusion_upcycle.expansion.proof import prove_expansion
+from fusion_upcycle.expansion.router.calibrate import (
     CALIBRATION_TOKENS,
     calibrate_router,
     check_calibrated,
     read_calibration,
 )
-from fusion_upcycle.expansion.expansion import Expansion
-from fusion_upcycle.expansion.folders import describe_expansion
-from fusion_upcycle.expansion.moments import check_state
-from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
-from fusion_upcycle.expansion.plan import checked_config, plan_expansion
-from fusion_upcycle.expansion.proof import prove_expansion
+from fusion_upcycle.expansion.run import describe_expansion
 from fusion_upcycle.expansion.scoring import load_scores, measured_scores, scores_for
-from fusion_upcycle.identity import live_identity
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.live import fill_live
+from fusion_upcycle.live.identity import live_identity
+from fusion_upcycle.live.tensors import LiveTensors
 from fusion_upcycle.verification import Proof, resolve_mode, sample_tokens
 
 if TYPE_CHECKING:

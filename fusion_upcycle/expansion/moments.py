@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle import expert_init
-from fusion_upcycle.architectures.layout import empty_model
+from fusion_upcycle.architectures.layout import empty_model, layer_prefix
+from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, moments_reader
 from fusion_upcycle.checkpoint.tensors import TensorSpec
 from fusion_upcycle.checkpoint.writer import Shard, write_shards
+from fusion_upcycle.checks import bare_function
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
-from fusion_upcycle.identity import describe, folder_identity
-from fusion_upcycle.initialisers import bare_function
-from fusion_upcycle.planning import layer_prefix
-from fusion_upcycle.training.moments import MOMENTS_FILE, Moments, moments_reader
+from fusion_upcycle.live.identity import describe, folder_identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +39,7 @@ def check_state(folder: Path, config: "PreTrainedConfig", model: "Mapping[str, A
     Args:
         folder: of a trained model, with its moments.
         config: of the model that is expanded, with `architectures` set.
-        model: its identity, as `fusion_upcycle.identity` has it.
+        model: its identity, as `fusion_upcycle.live.identity` has it.
 
     Raises:
         UpcyclingError: no moments there, or moments of another model.

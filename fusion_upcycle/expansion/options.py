@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_upcycle.architectures.routing import RoutingRule
+from fusion_upcycle.checks import InitSpec, bare_function, describe, make_initialiser
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.expansion.fit import MIN_COPY_SHARE, STEPS, fit_rows
-from fusion_upcycle.expansion.routing import RoutingRule
-from fusion_upcycle.expansion.split import MIXED_SHARE, split_rows
+from fusion_upcycle.expansion.router.fit import MIN_COPY_SHARE, STEPS, fit_rows
+from fusion_upcycle.expansion.router.split import MIXED_SHARE, split_rows
 from fusion_upcycle.expert_init import EXPERT_INITS, FUNCTION_PRESERVING, ExpertInit
 from fusion_upcycle.experts import generator_for
 from fusion_upcycle.importance.scores import METRICS
-from fusion_upcycle.initialisers import InitSpec, bare_function, describe, make_initialiser
-from fusion_upcycle.options import check_expert_init
 from fusion_upcycle.router_extension import ROUTER_EXTENSIONS, RouterExtension, bias
 from fusion_upcycle.selection import NEEDS_SCORES, check_selection
+from fusion_upcycle.upcycling.options import check_expert_init
 
 #: Initialisers that make a copy of one expert; the others cut an FFN into parts.
 COPY_INITS = {name: EXPERT_INITS[name] for name in ("copy", "noise", "drop", "permute", "svd")}
@@ -49,9 +49,9 @@ class ExpansionOptions:
             function of your own.
         router_extension: how the router gets its new rows: `copy`, `noise`, `bias` (noise on the
             selection bias, for families that have one); or `split`, `fit`, which keep (nearly) the
-            function and need calibration text (see `fusion_upcycle.expansion.calibrate`). With
-            options likewise: split has `mixed_share`; fit has `after_split` (start from the rows of
-            split), `steps` and `min_copy_share`.
+            function and need calibration text (see `fusion_upcycle.expansion.router`).
+            With options likewise: split has `mixed_share`; fit has `after_split` (start from the
+            rows of split), `steps` and `min_copy_share`.
         experts_per_token: top-k of the result; None keeps the source's, and so the cost of a token.
         seed: of every random draw.
     """

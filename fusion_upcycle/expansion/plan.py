@@ -13,17 +13,29 @@ import torch
 from fusion_upcycle import expert_init
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture
-from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE
-from fusion_upcycle.architectures.layout import FileLayout, class_name, file_layout, target_class
+from fusion_upcycle.architectures.layout import (
+    FileLayout,
+    class_name,
+    file_layout,
+    layer_prefix,
+)
+from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
+from fusion_upcycle.conversion.completeness import check_shape, check_tied, writing_order
+from fusion_upcycle.conversion.rules import (
+    Carried,
+    Initialised,
+    Joined,
+    RouterRows,
+    Rule,
+    SelectionBias,
+)
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan
-from fusion_upcycle.frame import source_dtype
-from fusion_upcycle.planning import check_shape, check_tied, layer_prefix, writing_order
-from fusion_upcycle.rules import Carried, Initialised, Joined, RouterRows, Rule, SelectionBias
 from fusion_upcycle.selection import select
+from fusion_upcycle.upcycling.frame import source_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -95,31 +107,6 @@ def plan_expansion(
     if options.extends_by_bias and not expansion.is_identity:
         _rehearse_bias(expansion)
     return expansion
-
-
-def checked_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """A copy of the source's config, once nothing in it stands in the way."""
-    config = copy.deepcopy(config)
-    fields, family = config.to_dict(), config.model_type
-    for name in ("chunk_size_feed_forward", "is_encoder_decoder", "quantization_config"):
-        only, remedy = REQUIRED[name]
-        if (value := fields.get(name, only)) != only:
-            if name == "quantization_config":
-                value = fields[name].get("quant_method")
-                remedy = remedy.replace("upcycle", "expand")
-            raise UpcyclingError(
-                f"config.json of the {family} source: {name}={value!r} cannot be expanded. {remedy}"
-            )
-    if getattr(config, "auto_map", None):
-        if family not in WITH_CODE:
-            raise UpcyclingError(
-                f"config.json of the {family} source: the model brings code of its own (auto_map), "
-                "which is never run here. Where transformers' own class computes the same, remove "
-                "auto_map from its config.json."
-            )
-        del config.auto_map  # the code, which became transformers' own, is not copied
-    config.architectures = [target_class(config, config)]
-    return config
 
 
 def _target_config(

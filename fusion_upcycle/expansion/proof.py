@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.experts import EXPERT_PARTS
-from fusion_upcycle.planning import layer_prefix
 from fusion_upcycle.verification.function import Tokens, compare_live, distance, output_of
 from fusion_upcycle.verification.names import check_names, check_shared_fields
 from fusion_upcycle.verification.proof import Proof, require_exact, require_finite

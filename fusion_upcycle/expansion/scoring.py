@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fusion_upcycle.analysis.drawing import require_matplotlib
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.calibrate import CalibrationText, check_before_scores
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
+from fusion_upcycle.expansion.router.calibrate import CalibrationText, check_before_scores
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.report.drawing import require_matplotlib
 
 
 def load_scores(scores: str | Path | Importance | None) -> Importance | None:

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.training.moments import MOMENTS_FILE
 
 #: Elements that are looked at together: what is computed of a large layer must not be as large.
 _ELEMENTS = 2**24

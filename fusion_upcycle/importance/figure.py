@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.analysis.drawing import add_colour_bar, heat_map, panels_of, save, styled
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.report.drawing import add_colour_bar, heat_map, panels_of, save, styled
 from fusion_upcycle.report.tables import Table
 
 if TYPE_CHECKING:

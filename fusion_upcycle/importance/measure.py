@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fusion_upcycle.calibration import Sequences, calibration_sequences
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.evaluation import evaluating, max_positions
-from fusion_upcycle.identity import live_identity
 from fusion_upcycle.importance.accumulators import ExpertSums, second_moment_norms
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.live.identity import live_identity
+from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.live.routers import Routers, expert_counts, find_routers
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.training.losses import expert_counts
-from fusion_upcycle.training.routers import Routers, find_routers
+from fusion_upcycle.texts.perplexity import max_positions
+from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_upcycle.errors import UpcyclingError, is_number, unknown
-from fusion_upcycle.identity import describe
+from fusion_upcycle.checks import is_number
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.live.identity import describe
 from fusion_upcycle.report.record import versions
 
 #: Name of the metric -> what it is; the first is the default.

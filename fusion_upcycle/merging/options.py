@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from fusion_upcycle.checks import InitSpec, bare_function, describe, make_initialiser
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.initialisers import InitSpec, bare_function, describe, make_initialiser
 from fusion_upcycle.merging.prototypes import Moments, prototype
-from fusion_upcycle.options import UpcyclingOptions
 from fusion_upcycle.router_init import ROUTER_INITS
+from fusion_upcycle.upcycling.options import UpcyclingOptions
 
 SHARED = ("average", "base")
 _ROUTERS = ROUTER_INITS | {"prototype": prototype}

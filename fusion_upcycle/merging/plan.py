@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fusion_upcycle.checkpoint.merge import DenseView, MergeSource, own_name
+from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import DuplicationPlan
-from fusion_upcycle.frame import Frame, plan_frame, source_dtype
 from fusion_upcycle.merging.options import MergingOptions
-from fusion_upcycle.options import dtype_name
-from fusion_upcycle.planning import layer_prefix, plan_tensors
-from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.merging.source import DenseView, MergeSource, own_name
+from fusion_upcycle.upcycling.frame import Frame, plan_frame, source_dtype
+from fusion_upcycle.upcycling.plan import plan_tensors
+from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.names import differences, meaning
 
 if TYPE_CHECKING:

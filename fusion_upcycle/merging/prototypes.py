@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_upcycle.errors import UpcyclingError, is_number
+from fusion_upcycle.checks import is_number
+from fusion_upcycle.errors import UpcyclingError
 
 
 @dataclass

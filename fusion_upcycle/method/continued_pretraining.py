@@ -37,7 +37,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
     """Next-token training of the pool's causal LM, dense or MoE; returns it, and saves its folder.
 
     Args:
-        data: name of a source -> documents, see `fusion_upcycle.documents`; a mapping may say
+        data: name of a source -> documents, see `fusion_upcycle.texts.documents`; a mapping may say
             `tokens: N` for the first N tokens only. `demo` is the embedded text.
         save_checkpoint: folder to write; None keeps the result in memory only.
         validation: held-out texts, likewise.

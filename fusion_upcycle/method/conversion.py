@@ -12,17 +12,17 @@ from omegaconf import DictConfig
 
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.checks import AUTO, dtype_name
+from fusion_upcycle.conversion.run import OutputOptions
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.method.pool import FUSION_BENCH_KEYS, plain
-from fusion_upcycle.options import AUTO, dtype_name
-from fusion_upcycle.output import OutputOptions
 from fusion_upcycle.report.record import write_run_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fusion_upcycle.conversion import Conversion
-    from fusion_upcycle.output import Converted
+    from fusion_upcycle.conversion.conversion import Conversion
+    from fusion_upcycle.conversion.run import Converted
     from fusion_upcycle.verification import Proof
 
 log = logging.getLogger(__name__)

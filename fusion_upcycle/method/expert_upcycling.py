@@ -9,14 +9,15 @@ from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.conversion.live import save_live
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.expansion.calibrate import CALIBRATION_TOKENS
-from fusion_upcycle.expansion.folders import IMPORTANCE_FOLDER, expand
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
 from fusion_upcycle.expansion.options import make_expansion_options
-from fusion_upcycle.importance.folders import write_importance
-from fusion_upcycle.live import save_live
+from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
+from fusion_upcycle.expansion.run import IMPORTANCE_FOLDER, expand
+from fusion_upcycle.importance.run import write_importance
 from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
 from fusion_upcycle.method.pool import (
     PooledFolder,
@@ -27,7 +28,6 @@ from fusion_upcycle.method.pool import (
     require_pretrained,
     tokenizer_file,
 )
-from fusion_upcycle.options import dtype_name
 from fusion_upcycle.report.record import hydra_output_folder
 from fusion_upcycle.verification import resolve_mode
 
@@ -55,9 +55,9 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         max_copies, temperature: of the selection.
         importance: `scores`, the `importance.json` that was measured earlier, or None; `metric`,
             the score that the selection goes by.
-        calibration: `data`, name -> documents (see `fusion_upcycle.documents`) or `demo`; `tokens`
-            of it; `context_length`. Router rows are made of it, and experts are scored on it where
-            scores are needed and not given.
+        calibration: `data`, name -> documents (see `fusion_upcycle.texts.documents`) or `demo`;
+            `tokens` of it; `context_length`. Router rows are made of it, and experts are scored
+            on it where scores are needed and not given.
         expert_init: of the copies: `copy`, `noise`, `drop`, `permute`, `svd`, or a config node
             with `_target_`.
         router_extension: `copy`, `noise`, `bias`, `split`, `fit`, likewise.

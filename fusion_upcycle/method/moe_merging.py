@@ -9,16 +9,12 @@ from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checks import AUTO
+from fusion_upcycle.conversion.live import merge_live, save_live
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.live import merge_live, save_live
-from fusion_upcycle.merging.folders import (
-    check_same_tokenizer,
-    describe_merging,
-    load_calibration,
-    merge_into_moe,
-)
 from fusion_upcycle.merging.options import make_merging_options
 from fusion_upcycle.merging.plan import BASE
+from fusion_upcycle.merging.run import check_same_tokenizer, describe_merging, merge_into_moe
 from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
 from fusion_upcycle.method.pool import (
     PooledFolder,
@@ -27,7 +23,7 @@ from fusion_upcycle.method.pool import (
     require_own_tokenizer,
     tokenizer_file,
 )
-from fusion_upcycle.options import AUTO
+from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification import resolve_mode
 
 if TYPE_CHECKING:
@@ -47,7 +43,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         base_expert: whether `_pretrained_` gives experts too.
         experts_per_model: copies of each model's FFN.
         calibration: for `router_init=prototype`, model -> its texts, see
-            `fusion_upcycle.documents`.
+            `fusion_upcycle.texts.documents`.
         calibration_tokens: of each model's texts that are looked at.
         router_init: `normal`, `zeros`, `prototype`, or a config node with `_target_`.
         target: MoE family, or `auto` to go by the source.
@@ -176,7 +172,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         merging, moe, proof, calibrated = merge_live(
             models,
             self._options,
-            texts=load_calibration(self._calibration),
+            texts=named_documents(self._calibration),
             mode=self.verify,
             tokenizer_file=None if pool is None else tokenizer_file(pool),
         )

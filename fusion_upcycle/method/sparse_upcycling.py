@@ -9,9 +9,9 @@ from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.checkpoint.source import locate, read_config
-from fusion_upcycle.convert import upcycle
+from fusion_upcycle.checks import AUTO
+from fusion_upcycle.conversion.live import build_live, plan_live, save_live
 from fusion_upcycle.errors import unknown
-from fusion_upcycle.live import build_live, plan_live, save_live
 from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
 from fusion_upcycle.method.pool import (
     PooledFolder,
@@ -21,7 +21,8 @@ from fusion_upcycle.method.pool import (
     require_pretrained,
     tokenizer_file,
 )
-from fusion_upcycle.options import AUTO, make_options
+from fusion_upcycle.upcycling.options import make_options
+from fusion_upcycle.upcycling.run import upcycle
 from fusion_upcycle.verification import resolve_mode
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from fusion_upcycle.documents import load_documents
 from fusion_upcycle.errors import unknown
-from fusion_upcycle.evaluation import max_positions, perplexity
 from fusion_upcycle.report import Measured, write_run_record
+from fusion_upcycle.texts.documents import load_documents
+from fusion_upcycle.texts.perplexity import max_positions, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,10 +27,10 @@ _METRICS = ("loss_nats_per_token", "perplexity", "bits_per_byte")
 
 @auto_register_config
 class CausalLMPerplexityTaskPool(BaseTaskPool):
-    """Perplexity and bits per byte on named texts, see ``fusion_upcycle.evaluation.perplexity``.
+    """Perplexity and bits per byte on named texts, see ``fusion_upcycle.texts.perplexity``.
 
     Args:
-        texts: name -> where its documents are, see ``fusion_upcycle.documents``.
+        texts: name -> where its documents are, see ``fusion_upcycle.texts.documents``.
         tokenizer: path or Hub name; None for the model pool's own.
         context_length: tokens per window; None for the model's positions, 1024 at most.
         stride: tokens from one window to the next; None for half the context.

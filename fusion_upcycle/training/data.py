@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_upcycle.documents import Documents, open_documents
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.texts.documents import Documents, open_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +75,9 @@ def pack_sources(
     """Tokenise every source, or take it from `cache`.
 
     Args:
-        sources: name -> what `fusion_upcycle.documents` takes; a mapping may say `tokens: N` for
-            the first N tokens only, which a data set with `streaming: true` must: a stream is
+        sources: name -> what `fusion_upcycle.texts.documents` takes; a mapping may say
+            `tokens: N` for the first N tokens only, which a data set with `streaming: true` must:
+            a stream is
             written to disk first, so that its order is known and a run can be resumed anywhere.
         cache: folder; processes that ask at the same time wait for the one that writes.
 

@@ -7,8 +7,8 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from fusion_upcycle.checkpoint.moments import save_moments
 from fusion_upcycle.checkpoint.writer import TRAINING_RECORD_FILE, staging_folder
-from fusion_upcycle.training.moments import save_moments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

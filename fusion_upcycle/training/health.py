@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from fusion_upcycle.training.layer_health import LayerHealth
+from fusion_upcycle.live.layer_health import LayerHealth
 
 if TYPE_CHECKING:
     from fusion_upcycle.training.module import PretrainingModule

@@ -7,13 +7,6 @@ import torch
 from torch import Tensor
 
 
-def expert_counts(chosen_NK: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was chosen, [E], float32 (exact up to 16.7 million per expert)."""
-    chosen = chosen_NK.flatten()
-    ones = torch.ones(len(chosen), device=chosen.device)
-    return ones.new_zeros(num_experts).scatter_add_(0, chosen, ones)
-
-
 def balance_loss(load_LE: Tensor, probability_LE: Tensor) -> Tensor:
     """Switch balance loss, `E * sum_i f_i P_i`, per layer, then averaged over layers.
 

@@ -16,15 +16,16 @@ from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fusion_upcycle.checkpoint.moments import Moments
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.routers import Routed, expert_counts, find_routers
 from fusion_upcycle.training.checkpoints import named_state, numbered_state
 from fusion_upcycle.training.fit import check_fit, document_positions
 from fusion_upcycle.training.health import RoutingTotals
-from fusion_upcycle.training.losses import balance_loss, balanced_bias, expert_counts, z_loss
-from fusion_upcycle.training.moments import Moments, place_moments
+from fusion_upcycle.training.losses import balance_loss, balanced_bias, z_loss
+from fusion_upcycle.training.moments import place_moments
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.parameters import freeze, group_of_parameters, optimizer_groups
-from fusion_upcycle.training.routers import Routed, find_routers
 from fusion_upcycle.training.schedule import Factors
 
 if TYPE_CHECKING:

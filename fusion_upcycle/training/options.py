@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fusion_upcycle.errors import UpcyclingError, is_number, unknown
+from fusion_upcycle.checks import require_number, require_whole
+from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.training.schedule import SCHEDULES, Schedule
 
 #: Kinds of parameters that can be frozen; see `fusion_upcycle.training.parameters`.
@@ -107,11 +108,11 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context_length", "batch_size", "devices", "num_nodes"):
-            _require_whole(name, getattr(self, name), at_least=1)
+            require_whole(name, getattr(self, name), at_least=1)
         if self.micro_batch_size is not None:
-            _require_whole("micro_batch_size", self.micro_batch_size, at_least=1)
+            require_whole("micro_batch_size", self.micro_batch_size, at_least=1)
         for name in ("seed", "routers_first", "log_every", "checkpoint_every", "validate_every"):
-            _require_whole(name, getattr(self, name), at_least=0)
+            require_whole(name, getattr(self, name), at_least=0)
         for name in ("activation_checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise UpcyclingError(f"{name}={getattr(self, name)!r} must be true or false.")
@@ -152,14 +153,14 @@ class TrainingOptions:
 
     def _check_numbers(self) -> None:
         for name in ("learning_rate", "epsilon"):
-            _require_number(name, getattr(self, name), above=0.0)
+            require_number(name, getattr(self, name), above=0.0)
         if self.router_learning_rate is not None:
-            _require_number("router_learning_rate", self.router_learning_rate, above=0.0)
+            require_number("router_learning_rate", self.router_learning_rate, above=0.0)
         for name in ("weight_decay", "gradient_clip", "balance_weight", "z_weight"):
-            _require_number(name, getattr(self, name))
-        _require_number("bias_update_rate", self.bias_update_rate)
+            require_number(name, getattr(self, name))
+        require_number("bias_update_rate", self.bias_update_rate)
         for name in ("warmup_share", "decay_share", "final_share"):
-            _require_number(name, getattr(self, name), at_most=1.0)
+            require_number(name, getattr(self, name), at_most=1.0)
         if self.warmup_share + (self.decay_share if self.schedule == "wsd" else 0.0) > 1:
             raise UpcyclingError(
                 f"warmup_share={self.warmup_share} and decay_share={self.decay_share} together are "
@@ -168,9 +169,9 @@ class TrainingOptions:
         if len(self.betas) != 2:
             raise UpcyclingError(f"betas={self.betas!r} must be two numbers, as in [0.9, 0.95].")
         for beta in self.betas:
-            _require_number("betas", beta, below=1.0)
+            require_number("betas", beta, below=1.0)
         for source, weight in (self.mixture or {}).items():
-            _require_number(f"mixture.{source}", weight, above=0.0)
+            require_number(f"mixture.{source}", weight, above=0.0)
 
     @property
     def tokens_per_step(self) -> int:
@@ -205,25 +206,3 @@ def make_training_options(**options: Any) -> TrainingOptions:
     if options.get("tokens") is None:
         raise UpcyclingError("tokens, the budget of the training, is not set: give a number.")
     return TrainingOptions(**options)
-
-
-def _require_whole(name: str, value: object, *, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise UpcyclingError(f"{name}={value!r} must be a whole number, {at_least} or more.")
-
-
-def _require_number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> None:
-    fits = is_number(value) and (value > above if above is not None else value >= 0)
-    fits = fits and (below is None or value < below) and (at_most is None or value <= at_most)
-    if not fits:
-        bounds = f"above {above:g}" if above is not None else "0 or more"
-        bounds += f", below {below:g}" if below is not None else ""
-        bounds += f", at most {at_most:g}" if at_most is not None else ""
-        raise UpcyclingError(f"{name}={value!r} must be a number, {bounds}.")

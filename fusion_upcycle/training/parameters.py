@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
-from fusion_upcycle.training.routers import Routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from fusion_upcycle.checkpoint.writer import check_output
-from fusion_upcycle.documents import load_documents
-from fusion_upcycle.options import dtype_name
+from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.report.record import Measured, versions
+from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointEvery,
@@ -105,7 +105,7 @@ def train(
 
     Args:
         model: changed in place, but under `strategy=fsdp`, whose result is a new model.
-        data: name -> documents, as `fusion_upcycle.documents` takes them.
+        data: name -> documents, as `fusion_upcycle.texts.documents` takes them.
         validation: the same, held out.
         optimizer_state: folder of an earlier run whose AdamW moments to begin with.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from fusion_upcycle.evaluation import perplexity
+from fusion_upcycle.texts.perplexity import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Validation(L.Callback):
-    """Score texts with `fusion_upcycle.evaluation.perplexity`, windows overlapping by half.
+    """Score texts with `fusion_upcycle.texts.perplexity.perplexity`, windows overlapping by half.
 
     Every device scores all of them, as a sharded model needs.
 

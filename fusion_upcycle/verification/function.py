@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.streamed_model import streamed_model
 
 if TYPE_CHECKING:

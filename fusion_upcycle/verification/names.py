@@ -10,10 +10,10 @@ import transformers
 
 from fusion_upcycle.architectures.config import NO_EFFECT
 from fusion_upcycle.architectures.layout import class_name, file_layout
-from fusion_upcycle.architectures.live import LiveTensors
 from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.conversion import Conversion
+from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.errors import ProofError
+from fusion_upcycle.live.tensors import LiveTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

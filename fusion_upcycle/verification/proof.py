@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import ProofError, unknown
-from fusion_upcycle.upcycling import Upcycling
+from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.function import (
     TOLERANCE,
     Distance,

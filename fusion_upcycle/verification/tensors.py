@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
-from fusion_upcycle.conversion import Conversion
+from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.progress import progress_bar
 

@@ -1,0 +1,184 @@
+"""A planned conversion as a lazy mapping: every target tensor, made when asked for, in pieces.
+
+Each tensor of the target has one rule that says where it comes from. Nothing is read until a sink
+asks: a checkpoint folder or a live model, which so get the same bits.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, TensorSpec, cast
+from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, Rule, Zeros
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expert_init import ExpertInit
+from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class ConversionOptions(Protocol):
+    """What every kind of options has."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to repeat the run, as plain data."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Conversion(ABC):
+    """The target's tensors as a `TensorSource` that is computed lazily.
+
+    Attributes:
+        source: where tensors come from.
+        source_config: of the source, with `architectures` and `dtype` set.
+        config: of the result.
+        options: what was asked for.
+        plan: where each expert comes from.
+        dtype: of the result, but for tensors that are kept in another.
+        rules: target tensor name -> where it comes from, in the order of writing.
+        specs: target tensor name -> dtype and shape.
+        averaged: names of the source's tensors that are means over several models.
+    """
+
+    #: What to do where half precision cannot hold a value.
+    _wider: ClassVar[str] = "dtype=float32"
+
+    source: TensorSource
+    source_config: "PreTrainedConfig"
+    config: "PreTrainedConfig"
+    architecture: Architecture
+    options: ConversionOptions
+    plan: DuplicationPlan
+    dtype: torch.dtype
+    rules: dict[str, Rule]
+    specs: dict[str, TensorSpec]
+    averaged: frozenset[str] = frozenset()
+    _last_expert: tuple[tuple[int, int], Expert] | None = field(default=None, repr=False)
+
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """The tensor as flat pieces in order, at most about 8 MiB resident for carried ones."""
+        end = self.specs[name].numel if stop is None else stop
+        return self._pieces(self.rules[name], self.specs[name], start, end)
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole target tensor. Treat it as read-only: it may be a view of the source."""
+        rule, spec = self.rules[name], self.specs[name]
+        if isinstance(rule, Joined):
+            return torch.cat(list(self.chunks(name))).view(spec.shape)
+        tensor = self._made(rule, spec)
+        assert tensor.shape == spec.shape, (name, tensor.shape, spec)
+        return tensor
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give back what `tensor` read of the source for these."""
+        rules = (self.rules[name] for name in names)
+        self.source.release(r.source for r in rules if isinstance(r, Carried | Repeated))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def origin_kind(self, name: str) -> str:
+        """What a proof compares this tensor with."""
+        rule = self.rules[name]
+        if isinstance(rule, Carried) and rule.source in self.averaged:
+            return "bit_equal_to_average"
+        parts = rule.rules if isinstance(rule, Joined) else [rule]
+        carried = all(isinstance(part, Carried) and part.scale == 1.0 for part in parts)
+        return "bit_equal_to_source" if carried else "bit_equal_to_second_draw"
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, int]:
+        """Parameters of the source and of the result, total and active per token."""
+
+    @abstractmethod
+    def _source_expert(self, layer: int, expert: int) -> tuple[Expert, Iterable[str]]:
+        """What an expert is made from, in the dtype of the result, and the tensors it was read of.
+
+        The expert may be a view of these.
+        """
+
+    @abstractmethod
+    def _initialiser(self, expert: int) -> ExpertInit:
+        """The initialiser of expert `expert` of a layer."""
+
+    @abstractmethod
+    def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
+        """What a rule of this kind of conversion alone makes, in the dtype of `spec`."""
+
+    def _scaled(self, rule: Initialised, made: Tensor) -> Tensor:
+        """One matrix of an initialised expert, with the scale that its part is given."""
+        return made
+
+    def _pieces(self, rule: Rule, spec: TensorSpec, start: int, end: int) -> Iterator[Tensor]:
+        if isinstance(rule, Joined):
+            size = spec.numel // len(rule.rules)
+            for index, part in enumerate(rule.rules):
+                first, last = max(start - index * size, 0), min(end - index * size, size)
+                if first < last:
+                    yield from self._pieces(part, TensorSpec(spec.dtype, (size,)), first, last)
+        elif isinstance(rule, Carried):
+            for chunk in self.source.chunks(rule.source, rule.start + start, rule.start + end):
+                yield scaled(cast(chunk, rule.source, spec.dtype), rule.scale, rule.source)
+        else:
+            flat = self._made(rule, spec).reshape(-1)
+            assert flat.numel() == spec.numel, (rule, spec)
+            yield from flat[start:end].split(CHUNK_ELEMENTS)
+
+    def _made(self, rule: Rule, spec: TensorSpec) -> Tensor:
+        """What a rule other than `Joined` makes, in the dtype of `spec`."""
+        match rule:
+            case Carried():
+                assert rule.start == 0, rule
+                source = self.source.tensor(rule.source)
+                return scaled(cast(source, rule.source, spec.dtype), rule.scale, rule.source)
+            case Zeros():
+                return torch.zeros(spec.shape, dtype=spec.dtype)
+            case Initialised():
+                made = self._scaled(rule, getattr(self._expert(rule.layer, rule.expert), rule.part))
+                return cast(made, f"{rule.part} of layer {rule.layer}'s FFN", spec.dtype)
+        return self._made_alone(rule, spec)
+
+    def _expert(self, layer: int, expert: int) -> Expert:
+        """The initialised expert; the last one is kept: its matrices are asked for in turn."""
+        if self._last_expert is None or self._last_expert[0] != (layer, expert):
+            self._last_expert = None  # free it before making the next
+            source, names = self._source_expert(layer, expert)
+            generator = generator_for(self.options.seed, layer, expert, "expert")
+            made = self._initialiser(expert)(source, generator)
+            for part in EXPERT_PARTS:
+                if (
+                    not getattr(made, part).isfinite().all()
+                    and getattr(source, part).isfinite().all()
+                ):
+                    raise UpcyclingError(
+                        f"expert_init gives expert {expert} of layer {layer} values of {part} that "
+                        f"{self.dtype} cannot hold. Choose other options of it, or {self._wider}."
+                    )
+            self._last_expert = (layer, expert), made
+            self.source.release(names)
+        return self._last_expert[1]
+
+
+def scaled(tensor: Tensor, scale: float, name: str) -> Tensor:
+    """`tensor * scale`; `name` is that of the source, for the error."""
+    if scale == 1.0:
+        return tensor
+    result = tensor * scale
+    if scale > 1.0 and result.isinf().any() and not tensor.isinf().any():
+        raise UpcyclingError(
+            f"Source tensor {name} reaches {tensor.abs().max():.3g}, which times {scale:g}, "
+            f"the exactness scale, is beyond {tensor.dtype}. Choose dtype=bfloat16 or float32."
+        )
+    return result

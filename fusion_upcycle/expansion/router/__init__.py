@@ -1,0 +1,1 @@
+"""Router rows made of calibration text: `split` and `fit`."""

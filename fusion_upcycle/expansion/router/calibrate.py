@@ -1,0 +1,282 @@
+"""Router rows made of calibration text: `router_extension` `split` and `fit`.
+
+The source runs streamed, one expert in memory, through transformers' own forward pass: from a
+folder or from memory the same bits. Beside it are the router inputs of one layer, 4 bytes x tokens
+x hidden size, twice where rows are fitted; those of the other layers are on the disk.
+
+Shapes: N tokens, E experts, M experts after, D hidden size.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Generator, Tensor
+
+from fusion_upcycle.architectures.routing import routing_rule
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expansion.expansion import Expansion
+from fusion_upcycle.expansion.options import ExpansionOptions
+from fusion_upcycle.expansion.router.fit import fit_rows
+from fusion_upcycle.expansion.router.inputs import RouterInputs, folder_router_inputs
+from fusion_upcycle.expansion.router.rows import rows_report
+from fusion_upcycle.expansion.router.split import check_split, split_rows
+from fusion_upcycle.experts import generator_for
+from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.texts.documents import named_documents
+from fusion_upcycle.texts.windows import Sequences, calibration_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
+
+#: Share of the fair one below which a copy of `split` is warned of; `fit` has `min_copy_share`.
+FEW = 0.5
+#: Of calibration text, for importance scores and for router rows.
+CALIBRATION_TOKENS = 65_536
+_CONTEXT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text that experts are scored on, and that router rows are made of.
+
+    Attributes:
+        texts: name -> documents.
+        tokenizer_file: the model's `tokenizer.json`.
+        tokens: divided evenly among the texts.
+        context_length: tokens of a sequence.
+        sequences: of that.
+    """
+
+    texts: Mapping[str, Sequence[str]]
+    tokenizer_file: Path
+    tokens: int
+    context_length: int
+    sequences: Sequences
+
+
+def read_calibration(
+    calibration: Mapping[str, Any] | None,
+    options: ExpansionOptions,
+    *,
+    tokenizer_file: Path | None,
+    config: "PreTrainedConfig",
+    tokens: int = CALIBRATION_TOKENS,
+    context_length: int | None = None,
+    scored: bool = False,
+    routed: bool = False,
+) -> CalibrationText | None:
+    """The calibration text for router rows and importance scores; None where none is given.
+
+    Args:
+        calibration: name -> documents, as `fusion_upcycle.texts.documents` takes them.
+        config: of the source.
+        context_length: None is 1024, or what positions the model has.
+        scored: whether there are importance scores already.
+        routed: whether there are router rows already.
+
+    Raises:
+        UpcyclingError: text that is too short, not readable, or that nothing reads.
+    """
+    rows, scores = options.calibrated is not None and not routed, options.needs_scores
+    if not calibration:
+        return None
+    if not rows and (scored or not scores):
+        why = "the importance scores are given" if scored and scores else "no scores are needed"
+        raise UpcyclingError(
+            f"Calibration text is given, but nothing would read it: {why}, and the router's rows "
+            "are not made of it. Choose router_extension=split or fit, or leave it out."
+        )
+    positions: int = config.get_text_config().max_position_embeddings
+    length = context_length or min(_CONTEXT_LENGTH, positions)
+    if not 2 <= length <= positions:
+        raise UpcyclingError(
+            f"context_length={length} of the calibration must be from 2 to the model's "
+            f"{positions} positions."
+        )
+    if tokenizer_file is None:
+        raise UpcyclingError(
+            "Calibration text needs the model's tokenizer, and there is none: name the folder of "
+            "its tokenizer.json (tokenizer)."
+        )
+    texts = named_documents(calibration)
+    sequences = calibration_sequences(texts, tokenizer_file, tokens=tokens, context_length=length)
+    return CalibrationText(texts, tokenizer_file, tokens, length, sequences)
+
+
+def check_calibrated(expansion: Expansion) -> None:
+    """Refuse, before any text is run, a plan or a router that the extension cannot serve.
+
+    Raises:
+        UpcyclingError: `split` of a plan in which experts have different numbers of copies, or of
+            routers that feel a shift of all logits.
+    """
+    calibrated, experts = expansion.options.calibrated, expansion.num_experts
+    if calibrated is None or expansion.router_rows is not None or expansion.is_identity:
+        return
+    if experts == 1:
+        raise UpcyclingError(
+            f"router_extension={calibrated.name} keeps a choice among experts, and the source has "
+            "one. Choose router_extension=noise."
+        )
+    copies = expansion.total_experts // experts
+    for layer, plan in expansion.plan.source_experts.items():
+        bias = expansion.bias_name(layer)
+        bias_E = None if bias is None else expansion.source.tensor(bias).reshape(-1)
+        rule = routing_rule(expansion.source_config, bias_E)
+        if not calibrated.uses_split:
+            continue
+        check_split(rule)
+        if plan != tuple(range(experts)) * copies:
+            counts = [plan.count(expert) for expert in range(experts)]
+            raise UpcyclingError(
+                "router_extension=split needs as many copies of each expert, but the plan of layer "
+                f"{layer} has {counts} places for experts 0 to {experts - 1}. Choose "
+                "router_extension=fit (without after_split), or selection=uniform with num_experts "
+                f"a multiple of {experts}."
+            )
+
+
+def check_before_scores(options: ExpansionOptions, stand_in: Expansion) -> None:
+    """Refuse, before experts are scored, what cannot be served whatever the scores are.
+
+    Args:
+        stand_in: an expansion of the same options by another plan, chosen without scores.
+
+    Raises:
+        UpcyclingError: as `check_calibrated`; `split` with scores that must decide who gets more.
+    """
+    experts, total = stand_in.num_experts, stand_in.total_experts
+    calibrated = options.calibrated
+    if (
+        calibrated is not None
+        and calibrated.uses_split
+        and experts < total != experts * options.max_copies
+    ):
+        raise UpcyclingError(
+            "router_extension=split needs as many copies of each expert, and "
+            f"selection={options.selection} gives some more than others. Choose "
+            "router_extension=fit (without after_split), or selection=uniform with num_experts "
+            f"a multiple of {experts}."
+        )
+    check_calibrated(stand_in)
+
+
+def calibrate_router(
+    expansion: Expansion,
+    text: CalibrationText | None,
+    *,
+    scratch: Path | None = None,
+    progress: bool = False,
+) -> tuple[Expansion, dict[str, Any]]:
+    """The expansion with router rows made of text, and what the record says of them.
+
+    Args:
+        scratch: folder for temporary files; None is the system's.
+
+    Returns:
+        The expansion as it is, and nothing, where its options make rows without text, or where
+        nothing is added. Else the record has, for each layer, what `RowsReport` and `split_rows` or
+        `fit_rows` say, on the calibration text itself.
+
+    Raises:
+        UpcyclingError: as `split_rows`, `fit_rows` and `router_inputs`.
+    """
+    calibrated = expansion.options.calibrated
+    if calibrated is None or expansion.is_identity or expansion.router_rows is not None:
+        return expansion, {}
+    assert text is not None  # or `Expansion.check_router` has refused
+    inputs = folder_router_inputs(
+        expansion.source_config,
+        expansion.source,
+        text.sequences,
+        scratch=scratch,
+        progress=progress,
+    )
+    rows: dict[int, Tensor] = {}
+    layers: dict[str, Any] = {}
+    with progress_bar("Finding router rows", len(inputs), progress, unit="layer") as bar:
+        for layer in expansion.layers:
+            seen = inputs.pop(layer)  # freed as soon as it was looked at
+            if not (
+                bool(seen.inputs_ND.any())
+                and (seen.inputs_ND @ seen.weight_ED.T.float()).isfinite().all()
+            ):
+                raise UpcyclingError(
+                    f"No router rows can be made for layer {layer}: what its router sees and says "
+                    "of the calibration text is not finite, or all zero. The source is damaged."
+                )
+            made, found = _rows(expansion, layer, seen)
+            # Reported is what is written.
+            rows[layer] = made.to(expansion.specs[expansion.router_name(layer)].dtype)
+            report = rows_report(
+                seen.weight_ED,
+                rows[layer],
+                seen.inputs_ND,
+                expansion.plan.source_experts[layer],
+                seen.rule,
+            )
+            layers[str(layer)] = found | report.to_json()
+            bar.update()
+    _warn(layers, calibrated.options.get("min_copy_share", FEW))
+    about = {
+        "tokens": text.sequences.tokens,
+        "calibration": text.sequences.to_json(),
+        "layers": layers,
+    }
+    return expansion.with_router(rows), {"router": about}
+
+
+def _warn(layers: Mapping[str, Any], few: float) -> None:
+    """Say where a copy is hardly in use: such a function is kept by experts that learn nothing."""
+    shares = {
+        layer: share
+        for layer, said in layers.items()
+        if (share := said["smallest_copy_share"]) is not None and share < few
+    }
+    if shares:
+        log.warning(
+            "The least used copy gets %.2f of its fair share of the calibration tokens; layers "
+            "with less than %.2g: %s. Copies that few tokens reach learn little: take more "
+            "calibration text, or router_extension=fit with a larger min_copy_share.",
+            min(shares.values()),
+            few,
+            ", ".join(shares),
+        )
+
+
+def _rows(expansion: Expansion, layer: int, seen: RouterInputs) -> tuple[Tensor, dict[str, Any]]:
+    """Router [M, D] of a layer, and what is to be said of it."""
+    calibrated = expansion.options.calibrated
+    assert calibrated is not None
+    generator = generator_for(expansion.options.seed, layer, 0, "router_extension")
+    options = dict(calibrated.options)
+    start: Tensor | None = None
+    said: dict[str, Any] = {}
+    if calibrated.name == "split" or options.pop("after_split"):
+        start, said = _split(expansion, seen, generator, options)
+        if calibrated.name == "split":
+            return start, said
+    fitted = fit_rows(
+        seen.weight_ED,
+        seen.inputs_ND,
+        expansion.plan.source_experts[layer],
+        seen.rule,
+        generator,
+        start_MD=start,
+        **options,
+    )
+    return fitted.rows_MD, said | {"fit_step": fitted.step}
+
+
+def _split(
+    expansion: Expansion, seen: RouterInputs, generator: Generator, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    own = {"mixed_share": options["mixed_share"]} if "mixed_share" in options else {}
+    copies = expansion.total_experts // expansion.num_experts
+    made = split_rows(seen.weight_ED, seen.inputs_ND, copies, seen.rule, generator, **own)
+    return made.rows_MD, {"margin": made.margin, "residual": made.residual}

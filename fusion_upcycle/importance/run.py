@@ -1,0 +1,98 @@
+"""Importance scores of a model's folder: measured, and written with their figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion_upcycle.architectures import moe_family
+from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.architectures.moe_config import checked_config
+from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.importance.figure import save_importance_map
+from fusion_upcycle.importance.measure import measure_importance
+from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.progress import loading_bars
+from fusion_upcycle.report.drawing import require_matplotlib
+from fusion_upcycle.texts.documents import named_documents
+
+
+def folder_importance(
+    model: str | Path,
+    calibration: Mapping[str, Any],
+    output: str | Path | None = None,
+    *,
+    tokens: int = 65_536,
+    context_length: int | None = None,
+    optimizer_state: str | Path | None = None,
+    progress: bool = True,
+) -> Importance:
+    """Score the experts of an MoE checkpoint by all metrics; the model is loaded for it.
+
+    Args:
+        model: local folder or Hugging Face Hub id of a causal LM, loaded in its own dtype on a GPU
+            if there is one.
+        calibration: name -> documents, as `fusion_upcycle.texts.documents` takes them.
+        output: folder for `importance.json` and the figure (PNG, SVG); None writes nothing.
+        tokens: of calibration, divided evenly among the texts.
+        context_length: tokens of a sequence; None is 1024, or what positions the model has.
+        optimizer_state: folder of the same model with AdamW's moments, for `fisher`.
+        progress: show progress bars.
+
+    Raises:
+        UpcyclingError: a model or text that cannot be used, as `measure_importance`.
+    """
+    if output is not None:
+        require_matplotlib()
+    importance = score_folder(
+        locate(model),
+        named_documents(calibration),
+        tokens=tokens,
+        context_length=context_length,
+        optimizer_state=None if optimizer_state is None else Path(optimizer_state).expanduser(),
+        progress=progress,
+    )
+    if output is not None:
+        write_importance(importance, Path(output).expanduser())
+    return importance
+
+
+def score_folder(
+    folder: Path,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    tokens: int,
+    context_length: int | None,
+    optimizer_state: Path | None = None,
+    progress: bool,
+) -> Importance:
+    """`folder_importance` of a local folder and documents that were read."""
+    import transformers
+
+    config = read_config(folder)
+    moe_family(config.model_type)
+    name = class_name(checked_config(config))
+    if not name.endswith("ForCausalLM"):
+        raise UpcyclingError(
+            f"{folder} is a {name}: importance is that of a causal language model's loss. Give the "
+            "causal LM, or scores that were measured of one."
+        )
+    with loading_bars(progress):
+        model = getattr(transformers, name).from_pretrained(folder, dtype="auto")
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return measure_importance(
+        model,
+        texts,
+        folder / "tokenizer.json",
+        tokens=tokens,
+        context_length=context_length,
+        optimizer_state=optimizer_state,
+        progress=progress,
+    )
+
+
+def write_importance(importance: Importance, folder: Path) -> list[Path]:
+    """Write `importance.json` and the figure; returns their paths."""
+    return [importance.save(folder), *save_importance_map(importance, folder)]

@@ -1,0 +1,1 @@
+"""What a dense model would become and cost, from headers and configs alone."""

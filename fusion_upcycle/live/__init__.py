@@ -1,0 +1,1 @@
+"""A model in memory, seen from outside: tensors by file name, identity, routers, modes."""

@@ -1,0 +1,89 @@
+"""Which model is it? The same answer for a checkpoint folder and for the model it was loaded to."""
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusion_upcycle.architectures import moe_family
+from fusion_upcycle.architectures.layout import file_layout
+from fusion_upcycle.checkpoint.reader import CheckpointReader
+from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.tensors import LiveTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_ELEMENTS = 64  # of each tensor: enough to tell models apart, and quick to read
+
+
+def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str, Any]:
+    """The identity of an MoE model: `sha256`, and what a reader recognises it by.
+
+    The digest is of names and shapes of all tensors and of the first 64 elements of each, rounded
+    to bfloat16: a folder in float32 is the same model as what was loaded of it in bfloat16.
+
+    Args:
+        source: tensors in the file layout.
+        config: with the model's class in `architectures`.
+
+    Raises:
+        UpcyclingError: a family that is not known, or a tensor that the source lacks.
+    """
+    text = config.get_text_config()
+    architecture = moe_family(text.model_type)
+    digest = hashlib.sha256(text.model_type.encode())
+    parameters = 0
+    for name, spec in sorted(file_layout(config).specs.items()):
+        if name not in source.specs:
+            raise UpcyclingError(
+                f"The model has no tensor {name}, which its config.json calls for. Save it again "
+                "with transformers."
+            )
+        shape = source.specs[name].shape
+        parameters += spec.numel
+        first = torch.cat([*source.chunks(name, 0, min(_ELEMENTS, spec.numel))])
+        if hasattr(first, "full_tensor"):  # sharded
+            first = first.full_tensor()
+        values = first.to(torch.bfloat16).float()
+        digest.update(f"{name} {list(shape)} {values.tolist()}".encode())
+    return {
+        "sha256": digest.hexdigest(),
+        "model_type": text.model_type,
+        "num_layers": text.num_hidden_layers,
+        "num_experts": getattr(text, architecture.experts_field),
+        "hidden_size": text.hidden_size,
+        "parameters": parameters,
+    }
+
+
+def folder_identity(folder: Path) -> dict[str, Any]:
+    """`model_identity` of a checkpoint folder."""
+    return model_identity(CheckpointReader(folder), read_config(folder))
+
+
+def live_identity(model: "PreTrainedModel") -> dict[str, Any]:
+    """`model_identity` of a live model; of one sharded by FSDP2, called by every process."""
+    import transformers
+
+    config = copy.deepcopy(model.config)
+    # FSDP2 gives a model a class of its own, derived from transformers'.
+    classes = (cls.__name__ for cls in type(model).__mro__)
+    config.architectures = [next(name for name in classes if hasattr(transformers, name))]
+    architecture = moe_family(config.get_text_config().model_type)
+    source = LiveTensors(model, architecture, file_layout(config).specs)
+    return model_identity(source, config)
+
+
+def describe(identity: Mapping[str, Any]) -> str:
+    """An identity in words, for errors."""
+    return (
+        f"a {identity['model_type']} of {identity['num_layers']} layers, "
+        f"{identity['num_experts']} experts and {identity['parameters']:,} parameters "
+        f"(sha256 {identity['sha256'][:12]})"
+    )

@@ -1,0 +1,159 @@
+"""The routers of a live model: found by the family's `Architecture`, heard by forward hooks.
+
+Works for every family in `fusion_upcycle.architectures`, also where transformers' own class has no
+balance loss. Shapes: L MoE layers, E experts, N tokens, K experts per token, D hidden size.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion_upcycle.architectures import MOE_FAMILIES
+from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Routed:
+    """What the routers of one forward pass said, layer by layer.
+
+    Attributes:
+        logits: of each MoE layer, [N, E], with gradient.
+        chosen: experts of each token, [N, K].
+    """
+
+    logits: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Routers:
+    """All routers of a model, by layer.
+
+    The hooks stay until `close`, as adding and removing them would compile the model anew for each
+    pass.
+
+    Attributes:
+        modules: layer index -> router.
+        num_experts: E, the same for all layers; 0 for a dense model.
+        experts_per_token: K.
+        architecture: the family; None for a dense model.
+    """
+
+    modules: dict[int, nn.Module]
+    num_experts: int = 0
+    experts_per_token: int = 0
+    architecture: Architecture | None = None
+    _heard: Routed | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        hooked = self.modules.values()
+        self._handles = [module.register_forward_hook(self._hear) for module in hooked]
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __bool__(self) -> bool:
+        return bool(self.modules)
+
+    @contextmanager
+    def listening(self) -> Iterator[Routed]:
+        """Record one forward pass.
+
+        Nothing is heard after the block, where activation checkpointing runs the layers again.
+        """
+        self._heard = routed = Routed()
+        try:
+            yield routed
+        finally:
+            self._heard = None
+
+    def _hear(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        if self._heard is not None:
+            logits, _, chosen = output
+            self._heard.logits.append(logits.flatten(0, -2))
+            self._heard.chosen.append(chosen.flatten(0, -2))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Router probabilities of the balance loss: softmax, or sigmoid scores over their sum."""
+        assert self.architecture is not None
+        if self.architecture.routing.scores == "softmax":
+            return logits.float().softmax(-1)
+        scores = logits.float().sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
+
+    def selection_biases(self) -> list[Tensor]:
+        """The biases of the choice of experts, as the model holds them; none if it has none."""
+        if self.architecture is None or self.architecture.routing.selection_bias is None:
+            return []
+        bias, router = (
+            self.architecture.live_names.get(name, name)
+            for name in (self.architecture.routing.selection_bias, self.architecture.router_name)
+        )
+        inside = bias.removeprefix(router.removesuffix("weight"))
+        return [_attribute(module, inside) for module in self.modules.values()]
+
+
+def find_routers(model: "PreTrainedModel") -> Routers:
+    """The routers of a model; none for a dense one.
+
+    Raises:
+        UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`.
+    """
+    config = model.config.get_text_config()
+    architecture = MOE_FAMILIES.get(config.model_type)
+    if architecture is None:
+        if any("router_logits" in (m._can_record_outputs or {}) for m in _submodels(model)):
+            raise UpcyclingError(
+                f"{config.model_type} is an MoE family whose routers are not known, so that "
+                f"neither balance nor health could be watched. Known: {', '.join(MOE_FAMILIES)}. "
+                "To add one: a file in fusion_upcycle/architectures."
+            )
+        return Routers({})
+    name = architecture.router_name
+    path = architecture.live_names.get(name, name).removesuffix(".weight")
+    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
+    modules = {
+        int(match[1]): module
+        for name, module in model.named_modules()
+        if (match := place.search(name))
+    }
+    if not modules:
+        raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
+    first: Any = next(iter(modules.values()))
+    return Routers(
+        dict(sorted(modules.items())),
+        num_experts=first.num_experts,
+        experts_per_token=first.top_k,
+        architecture=architecture,
+    )
+
+
+def _submodels(model: nn.Module) -> Iterator["PreTrainedModel"]:
+    from transformers import PreTrainedModel
+
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), name)
+    assert isinstance(tensor, Tensor), path
+    return tensor
+
+
+def expert_counts(chosen_NK: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was chosen, [E], float32 (exact up to 16.7 million per expert)."""
+    chosen = chosen_NK.flatten()
+    ones = torch.ones(len(chosen), device=chosen.device)
+    return ones.new_zeros(num_experts).scatter_add_(0, chosen, ones)

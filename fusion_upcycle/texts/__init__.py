@@ -1,0 +1,1 @@
+"""Text: documents, windows of tokens, and how well a model predicts them."""

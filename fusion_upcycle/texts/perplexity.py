@@ -1,0 +1,178 @@
+"""Perplexity and bits per byte of a causal language model on held-out text.
+
+Shapes: B windows in a batch, C tokens of input per window, S stride, V vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from fusion_upcycle.live.modes import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LARGEST_LOSS = 700.0  # nats per token; exp() of more overflows
+
+
+@torch.inference_mode()
+def perplexity(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[str],
+    *,
+    context_length: int,
+    stride: int,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, float | int]:
+    """Score every token of the documents once, in sliding windows over one packed stream.
+
+    The stream is BOS (EOS where the tokenizer has no BOS), then the documents, with EOS between
+    them. These added tokens are context only: their own loss, and they as tokens, do not count. A
+    tokenizer with neither gives a stream without them, whose first token is context only too, and
+    the bytes it decodes to are not counted.
+
+    Windows have ``context_length`` input tokens and start every ``stride`` tokens, the last one
+    earlier so that it is full: no padding. A window scores what the windows before it did not, so
+    each token sees at least ``context_length - stride`` tokens before it, or all there are.
+
+    ``model`` is a transformers causal LM on its own device; module modes are restored.
+
+    Returns ``loss_nats_per_token``; ``perplexity``, its exponential; ``bits_per_byte``, the loss of
+    all scored tokens in bits over the UTF-8 bytes of the documents, which compares models of
+    different tokenizers; ``tokens`` scored; ``bytes``.
+
+    ValueError: nothing to score, a stride or context length that does not fit, token ids outside
+    the model's vocabulary, or a loss that is not finite.
+    """
+    _check_windows(model, context_length, stride, batch_size)
+    ids_N, counted_N, byte_count = _pack(tokenizer, documents)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    if int(ids_N.max()) >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token id {int(ids_N.max())}, but the model has {vocabulary} "
+            "embeddings: use the tokenizer that belongs to the model"
+        )
+
+    with evaluating(model):
+        nats = _total_nats(model, ids_N, counted_N, context_length, stride, batch_size, progress)
+
+    tokens = int(counted_N.sum())
+    loss = nats / tokens
+    if not loss < _LARGEST_LOSS:  # also true for NaN
+        raise ValueError(
+            f"the model's loss is {loss} nats per token: its weights or logits are not usable "
+            "numbers (uninitialised, overflowing in a short dtype, or merged wrongly)"
+        )
+    return {
+        "loss_nats_per_token": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": nats / math.log(2) / byte_count,
+        "tokens": tokens,
+        "bytes": byte_count,
+    }
+
+
+def max_positions(model: "PreTrainedModel") -> int | None:
+    """Longest input that the model's config allows; None where it sets no limit (e.g. Mamba)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_windows(
+    model: "PreTrainedModel", context_length: int, stride: int, batch_size: int
+) -> None:
+    for name, value in (
+        ("context_length", context_length),
+        ("stride", stride),
+        ("batch_size", batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+    if stride > context_length:
+        raise ValueError(
+            f"stride {stride} is longer than context_length {context_length}: tokens between the "
+            "windows would not be scored; lower the stride"
+        )
+    limit = max_positions(model)
+    if limit is not None and context_length > limit:
+        raise ValueError(
+            f"context_length {context_length} is longer than the model's {limit} positions "
+            f"(max_position_embeddings): use at most {limit}"
+        )
+
+
+def _pack(
+    tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str]
+) -> tuple[Tensor, Tensor, int]:
+    """One stream of token ids, which of them count, and the bytes that these stand for."""
+    if isinstance(documents, str):
+        raise ValueError("documents is one string: give a list of strings")
+    documents = [document for document in documents if document]
+    if not documents:
+        raise ValueError("there is no text to score: all documents are empty")
+    # Text that spells a special token out is scored as text.
+    encoded = tokenizer(
+        documents, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
+    separator = tokenizer.eos_token_id
+    start = separator if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    ids: list[int] = []
+    counted: list[bool] = []
+    for document_ids in encoded:
+        added = separator if ids else start
+        if added is not None:
+            ids.append(added)
+            counted.append(False)
+        ids += document_ids
+        counted += [True] * len(document_ids)
+    byte_count = sum(len(document.encode()) for document in documents)
+    if start is None:
+        counted[0] = False
+        byte_count -= len(str(tokenizer.decode(ids[:1])).encode())
+    if not any(counted):
+        raise ValueError("there is no token to score: give more text")
+    return torch.tensor(ids), torch.tensor(counted), byte_count
+
+
+def _total_nats(
+    model: "PreTrainedModel",
+    ids_N: Tensor,
+    counted_N: Tensor,
+    context_length: int,
+    stride: int,
+    batch_size: int,
+    progress: bool,
+) -> float:
+    inputs = len(ids_N) - 1  # the last token is only predicted
+    length_C = min(context_length, inputs)
+    starts = [*range(0, inputs - length_C, stride), inputs - length_C]
+    # The first window scores all its tokens and the others at most the last `stride`, so that it
+    # goes alone and the others need `stride` rows of logits only.
+    batches = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
+    device = next(model.parameters()).device
+    takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    total, scored_until = 0.0, 0
+    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
+        ids_BC = torch.stack([ids_N[start : start + length_C] for start in batch]).to(device)
+        keep = length_C if batch[0] == 0 else stride
+        arguments: dict[str, Any] = {"use_cache": False}
+        if takes_logits_to_keep:  # some families have no such argument and give all rows
+            arguments["logits_to_keep"] = keep
+        logits_BSV = model(input_ids=ids_BC, **arguments).logits[:, -keep:]
+        for start, logits_SV in zip(batch, logits_BSV, strict=True):
+            end = start + length_C  # the last row of this window predicts token `end`
+            new = end - scored_until
+            targets = ids_N[end - new + 1 : end + 1].to(logits_SV.device)
+            # One window at a time: a batch of float32 copies for a large V would not fit.
+            nats_S = cross_entropy(logits_SV[-new:].float(), targets, reduction="none")
+            total += float(nats_S.double().cpu()[counted_N[end - new + 1 : end + 1]].sum())
+            scored_until = end
+    return total

@@ -1,0 +1,81 @@
+"""What is decided before any tensor is looked at: family, options, config and dtype of the MoE."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusion_upcycle.architectures import architecture_for
+from fusion_upcycle.architectures.base import Architecture, DenseLayout
+from fusion_upcycle.architectures.layout import FileLayout, file_layout, target_class
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.checks import parse_dtype
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.upcycling.options import UpcyclingOptions
+from fusion_upcycle.upcycling.resolution import ResolvedOptions, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is decided before any tensor: the family, what the options mean, the MoE's config.
+
+    Attributes:
+        dense: layout of the source's files.
+        config: of the MoE, with `architectures` and `dtype` set.
+        layout: of the MoE's files.
+    """
+
+    architecture: Architecture
+    dense: DenseLayout
+    options: UpcyclingOptions
+    resolved: ResolvedOptions
+    source_config: "PreTrainedConfig"
+    config: "PreTrainedConfig"
+    dtype: torch.dtype
+    layout: FileLayout
+
+
+def plan_frame(
+    source: TensorSource, source_config: "PreTrainedConfig", options: UpcyclingOptions
+) -> Frame:
+    """Decide family, options, config and dtype; refuse what they cannot express.
+
+    Args:
+        source: a dense model; only its dtypes are looked at.
+        source_config: its config.
+        options: what to make of it.
+
+    Raises:
+        UpcyclingError: unsupported family, option, config field or mix of dtypes.
+    """
+    architecture = architecture_for(source_config.model_type, options.target)
+    resolved = resolve(options, architecture, source_config)
+    assert architecture.convert_config is not None, architecture.name
+    config = architecture.convert_config(source_config, resolved.shape)
+    config.architectures = [target_class(source_config, config)]
+    config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
+    resolved.check_rows(dtype)
+    dense = architecture.dense[source_config.model_type]
+    layout = file_layout(config)
+    return Frame(architecture, dense, options, resolved, source_config, config, dtype, layout)
+
+
+def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtype:
+    """The dtype in which transformers would load the source: its config's, else its tensors'."""
+    if config.dtype is not None:
+        try:
+            dtype = parse_dtype(config.dtype)
+        except UpcyclingError as error:
+            raise UpcyclingError(f"config.json of the source, dtype: {error}") from error
+        assert dtype is not None
+        return dtype
+    dtypes = {spec.dtype for spec in source.specs.values()}
+    if len(dtypes) > 1:
+        raise UpcyclingError(
+            f"The source mixes dtypes ({', '.join(sorted(map(str, dtypes)))}) and its config.json "
+            "names none. Choose one with dtype=."
+        )
+    return dtypes.pop()

@@ -1,0 +1,202 @@
+"""The options of sparse upcycling: one home for names, defaults and checks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from fusion_upcycle.checks import (
+    AUTO,
+    InitSpec,
+    bare_function,
+    describe,
+    dtype_name,
+    make_initialiser,
+    parse_dtype,
+    positioned,
+    require_list,
+    require_whole,
+)
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.expert_init import (
+    EXPERT_INITS,
+    FUNCTION_PRESERVING,
+    SHUFFLED_SHARDS,
+    ExpertInit,
+)
+from fusion_upcycle.experts import Expert, generator_for
+from fusion_upcycle.router_init import ROUTER_INITS, RouterInit, zeros
+
+SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
+SCALINGS = ("exact", "megatron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcyclingOptions:
+    """What decides the result of a sparse upcycling, bit for bit.
+
+    Attributes:
+        target: MoE family, a key of `fusion_upcycle.architectures.ARCHITECTURES`; `auto` goes by
+            the source.
+        num_experts: experts per MoE layer, N >= 2.
+        experts_per_token: top-k, 1 <= k <= N.
+        granularity: G, the number of shards that each FFN is cut into (arXiv 2410.07524): expert e
+            is shard `e mod G`, and the G experts of a group share a router row, so that top-k takes
+            whole groups. N and k must be multiples of G for the function to be kept.
+        expert_intermediate_size: width of an expert; None is the dense FFN's, divided by G. Another
+            width than a whole fraction needs `expert_init=qwen2`.
+        scaling: of the shards, whose sum is the dense FFN: `exact` scales `down_proj` alone;
+            `megatron` takes the cube root for all three matrices, as Megatron-Core does, which
+            SwiGLU does not forgive (4-24 % off).
+        moe_layers: which layers become MoE layers: `all`, `every_N` (layers N-1, 2N-1, ...),
+            `last_N`, or a list of indices; where the family's config can say it.
+        normalize_topk_prob: whether the top-k weights are divided by their sum. False is exact with
+            a zero router only, and refused where a family always does it.
+        shared_expert: for families that have one: `copy` of the FFN, which takes half of the
+            function; `zero`, with a zero `down_proj`; `none`, of width 0. `auto` is the family's
+            choice, `none` where it has none.
+        shared_expert_intermediate_size: width; None is the dense FFN's. A wider one repeats
+            neurons, their columns of `down_proj` divided by how often they are there.
+        expert_init: `copy`, `noise`, `drop`, `permute`, `subset`, `qwen2`, with options as in
+            `{"name": "noise", "noise_std": 0.05}`, or a function of your own.
+        router_init: `normal` or `zeros`, likewise.
+        dtype: of the result; None keeps the source's (its config's `dtype`).
+        seed: of every random draw.
+        ignore_config_fields: unknown fields of the source's config.json that you know to be
+            without effect; others are refused.
+    """
+
+    target: str = AUTO
+    num_experts: int = 4
+    experts_per_token: int = 2
+    granularity: int = 1
+    expert_intermediate_size: int | None = None
+    scaling: str = "exact"
+    moe_layers: str | Sequence[int] = "all"
+    normalize_topk_prob: bool = True
+    shared_expert: str = AUTO
+    shared_expert_intermediate_size: int | None = None
+    expert_init: InitSpec = "copy"
+    router_init: InitSpec = "normal"
+    dtype: str | torch.dtype | None = None
+    seed: int = 0
+    ignore_config_fields: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "experts_per_token", "seed", "granularity"):
+            require_whole(name, getattr(self, name))
+        for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
+            if (value := getattr(self, name)) is not None:
+                require_whole(name, value, at_least=1)
+        if not 2 <= self.num_experts <= 65536:
+            raise UpcyclingError(
+                f"num_experts={self.num_experts} must be 2 to 65536: a model with one expert is "
+                "the dense model itself."
+            )
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise UpcyclingError(
+                f"experts_per_token={self.experts_per_token} must be 1 to "
+                f"num_experts={self.num_experts}."
+            )
+        if self.granularity < 1 or self.num_experts % self.granularity:
+            raise UpcyclingError(
+                f"granularity={self.granularity} must be at least 1 and divide "
+                f"num_experts={self.num_experts}: every group of experts holds one of each shard."
+            )
+        for name, choices in (("shared_expert", SHARED_EXPERTS), ("scaling", SCALINGS)):
+            if getattr(self, name) not in choices:
+                raise unknown(name, str(getattr(self, name)), choices)
+        if not isinstance(self.normalize_topk_prob, bool):  # the text "false" would count as true
+            raise UpcyclingError(
+                f"normalize_topk_prob={self.normalize_topk_prob!r} must be true or false."
+            )
+        require_list("ignore_config_fields", self.ignore_config_fields, str, "[FIELD, ...]")
+        if not isinstance(self.moe_layers, str):
+            require_list("moe_layers", self.moe_layers, int, "all, every_N, last_N or [0, 2, ...]")
+        set_field = partial(object.__setattr__, self)
+        set_field("ignore_config_fields", tuple(self.ignore_config_fields))
+        set_field("dtype", parse_dtype(self.dtype))
+        if not isinstance(self.moe_layers, str):
+            set_field("moe_layers", tuple(self.moe_layers))
+        set_field("expert_init", make_initialiser(self.expert_init, EXPERT_INITS, "expert_init"))
+        set_field("router_init", make_initialiser(self.router_init, ROUTER_INITS, "router_init"))
+        self._rehearse()
+
+    def expert_initialiser(self, index: int) -> ExpertInit:
+        """The initialiser of expert `index` of a layer."""
+        assert callable(self.expert_init)
+        return positioned(self.expert_init, index, self.num_experts)
+
+    @property
+    def initialise_router_row(self) -> RouterInit:
+        assert callable(self.router_init)
+        return self.router_init
+
+    @property
+    def preserves_function(self) -> bool:
+        """Whether each new expert computes the function of what it is made from."""
+        return bare_function(self.expert_init) in FUNCTION_PRESERVING  # type: ignore[arg-type]
+
+    @property
+    def shuffles_shards(self) -> bool:
+        """Whether experts are cut from shuffled copies of the FFN."""
+        return bare_function(self.expert_init) in SHUFFLED_SHARDS  # type: ignore[arg-type]
+
+    @property
+    def zero_router(self) -> bool:
+        return bare_function(self.initialise_router_row) is zeros
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to repeat the run, as plain data."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        assert callable(self.expert_init)
+        return plain | {
+            "moe_layers": self.moe_layers
+            if isinstance(self.moe_layers, str)
+            else list(self.moe_layers),
+            "expert_init": describe(self.expert_init, EXPERT_INITS),
+            "router_init": describe(self.initialise_router_row, ROUTER_INITS),
+            "dtype": None if self.dtype is None else dtype_name(self.dtype),
+            "ignore_config_fields": list(self.ignore_config_fields),
+        }
+
+    def _rehearse(self) -> None:
+        """Run both initialisers once on toy tensors: bad options fail here, not hours later."""
+        check_expert_init(self.expert_initialiser(0))
+        row = self.initialise_router_row(3, generator_for(0, 0, 0, "rehearsal"))
+        if not isinstance(row, torch.Tensor) or row.shape != (3,):
+            raise UpcyclingError(
+                f"router_init {self.router_init} must return a row of shape [hidden_size]."
+            )
+
+
+def check_expert_init(initialiser: ExpertInit) -> None:
+    """Run an expert initialiser once on a toy expert.
+
+    Raises:
+        UpcyclingError: bad options, or a function that is no initialiser.
+    """
+    toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
+    expert = initialiser(toy, generator_for(0, 0, 0, "rehearsal"))
+    if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
+        raise UpcyclingError(
+            f"expert_init {initialiser} writes into the expert that it is given, which is "
+            "the source itself. Make new tensors instead."
+        )
+    if not isinstance(expert, Expert) or any(
+        getattr(expert, part).shape != weight.shape for part, weight in vars(toy).items()
+    ):
+        raise UpcyclingError(
+            f"expert_init {initialiser} must return an Expert of the source's shapes."
+        )
+
+
+def make_options(**options: Any) -> UpcyclingOptions:
+    """`UpcyclingOptions`, with an unknown name answered by the nearest known one."""
+    names = [field.name for field in fields(UpcyclingOptions)]
+    for name in options:
+        if name not in names:
+            raise unknown("option", name, names)
+    return UpcyclingOptions(**options)

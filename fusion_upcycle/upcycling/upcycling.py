@@ -1,0 +1,134 @@
+"""Sparse upcycling as a conversion: a dense model is an MoE with one expert.
+
+`fusion_upcycle.upcycling.plan` makes the rules.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fusion_upcycle.checkpoint.tensors import TensorSpec, cast
+from fusion_upcycle.conversion.conversion import Conversion, scaled
+from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, RouterRows, Rule
+from fusion_upcycle.expert_init import ExpertInit
+from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
+from fusion_upcycle.upcycling.options import UpcyclingOptions
+from fusion_upcycle.upcycling.resolution import ResolvedOptions
+from fusion_upcycle.upcycling.shards import repeat_neurons, take_neurons
+
+
+@dataclass(kw_only=True)
+class Upcycling(Conversion):
+    """A planned sparse upcycling, or merge.
+
+    Attributes:
+        options: what was asked for, and in `resolved` what it means here.
+        ffn_names: MoE layer -> for each source expert, part of `Expert` -> name in the source.
+        router_rows: MoE layer -> router [E, D], where `options.router_init` does not make it.
+    """
+
+    options: UpcyclingOptions
+    resolved: ResolvedOptions
+    ffn_names: Mapping[int, Sequence[Mapping[str, str]]]
+    router_rows: Mapping[int, Tensor] | None = None
+
+    def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
+        match rule:
+            case Repeated():
+                source = cast(self.source.tensor(rule.source), rule.source, spec.dtype)
+                repeated = repeat_neurons(rule.part, source, rule.size)
+                return scaled(repeated, rule.scale, rule.source)
+            case RouterRows():
+                return self._router(rule.layer).to(spec.dtype)
+        raise AssertionError(rule)
+
+    def _router(self, layer: int) -> Tensor:
+        """[E, D], the experts of a virtual group with the same row."""
+        if self.router_rows is not None:
+            return self.router_rows[layer]
+        group = self.resolved.sharding.granularity
+        rows = [
+            self.options.initialise_router_row(
+                self.config.hidden_size, generator_for(self.options.seed, layer, first, "router")
+            )
+            for first in range(0, self.options.num_experts, group)
+        ]
+        return torch.stack(rows).repeat_interleave(group, dim=0)
+
+    def _initialiser(self, expert: int) -> ExpertInit:
+        return self.options.expert_initialiser(expert)
+
+    def _scaled(self, rule: Initialised, made: Tensor) -> Tensor:
+        name = f"{rule.part} of layer {rule.layer}'s FFN"
+        return scaled(made, self.resolved.scales[rule.part], name)
+
+    def _source_expert(self, layer: int, expert: int) -> tuple[Expert, Iterable[str]]:
+        names = self.ffn_names[layer][self.plan.source_experts[layer][expert]]
+        # Cast before, so that a source of another dtype and a model loaded in the asked-for
+        # one give the same bits.
+        source = Expert(
+            *(
+                cast(self.source.tensor(names[part]), names[part], self.dtype)
+                for part in EXPERT_PARTS
+            )
+        )
+        if not self.resolved.sharding.whole:
+            neurons = self.resolved.sharding.neurons(self.options.seed, layer, expert)
+            source = take_neurons(source, neurons)
+        return source, names.values()
+
+    def with_copied_experts(self) -> "Upcycling":
+        """The same conversion with plain copies as experts; exact wherever `resolved.exact`."""
+        options = replace(self.options, expert_init="copy")
+        return replace(
+            self,
+            options=options,
+            resolved=replace(self.resolved, asked=options),
+            _last_expert=None,
+        )
+
+    @cached_property
+    def rounds_scales(self) -> bool:
+        """Whether weights are scaled by other than powers of two in half precision."""
+        return self.dtype.itemsize < 4 and not self.resolved.scales_are_powers_of_two
+
+    def unrounded(self) -> "Upcycling":
+        """The same conversion in float32."""
+        float32 = {name: TensorSpec(torch.float32, s.shape) for name, s in self.specs.items()}
+        return replace(self, dtype=torch.float32, specs=float32, _last_expert=None)
+
+    @cached_property
+    def claims_exact(self) -> bool:
+        """Whether the result computes the dense function at step 0 (in exact arithmetic)."""
+        one_source = all(len(sources) == 1 for sources in self.ffn_names.values())
+        return one_source and self.resolved.exact and self.options.preserves_function
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Parameters of a dense source and of the result, total and active per token."""
+        total = sum(spec.numel for spec in self.specs.values())
+        used = {name for rule in self.rules.values() for name in self._sources(rule)}
+        for _, *others in self.ffn_names.values():  # of further source models
+            used -= {name for names in others for name in names.values()}
+        idle = self.options.num_experts - self.options.experts_per_token
+        expert = 3 * self.resolved.expert_size * self.config.hidden_size
+        return {
+            "dense": sum(self.source.specs[name].numel for name in used),
+            "total": total,
+            "active": total - idle * len(self.resolved.moe_layers) * expert,
+        }
+
+    def _sources(self, rule: Rule) -> list[str]:
+        """Names of the source tensors that a rule reads."""
+        match rule:
+            case Carried() | Repeated():
+                return [rule.source]
+            case Initialised():
+                expert = self.plan.source_experts[rule.layer][rule.expert]
+                return [self.ffn_names[rule.layer][expert][rule.part]]
+            case Joined():
+                return [name for part in rule.rules for name in self._sources(part)]
+        return []
