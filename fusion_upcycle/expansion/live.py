@@ -75,7 +75,7 @@ def expand_model(
     Args:
         moe: causal LM or backbone of a family that can be expanded; it is left as it is.
         scores, calibration, calibration_tokens, context_length: as `expand` takes them.
-        optimizer_state: folder of the same model with AdamW's moments, for scores by `fisher`;
+        optimizer_state: folder of the same model with AdamW's moments, which are checked here;
             `write_expanded_state` expands them.
         tokenizer: folder of the model's `tokenizer.json`, for calibration and the proof's tokens.
         verify: `layers` computes in float32; `logits` runs both models too; `none` leaves the
@@ -115,7 +115,6 @@ def expand_model(
             text.tokenizer_file,
             tokens=text.tokens,
             context_length=text.context_length,
-            optimizer_state=state if chosen.metric == "fisher" else None,
             progress=progress,
         ),
     )
@@ -130,23 +129,10 @@ def expand_model(
     return Expanded(larger, expansion, proof, about, measured)
 
 
-def plan_live_expansion(
-    moe: "PreTrainedModel", options: ExpansionOptions, importance: Importance | None = None
-) -> Expansion:
-    """Plan the expansion of a live model; its tensors' dtypes count, not that of its config.
-
-    Args:
-        importance: scores of this model, for selections that go by them.
-
-    Raises:
-        UpcyclingError: as `plan_expansion`; a model that is not in memory; scores of another model.
-    """
-    return _plan_live(moe, options, importance)[0]
-
-
 def _plan_live(
     moe: "PreTrainedModel", options: ExpansionOptions, importance: Importance | None
 ) -> tuple[Expansion, dict[str, Any]]:
+    """Plan the expansion of a live model; its tensors' dtypes count, not that of its config."""
     architecture, config = _check_live(moe)
     wanted = importance is not None and options.needs_scores
     scores, about = scores_for(options, importance, live_identity(moe) if wanted else None)
@@ -193,7 +179,7 @@ def build_live_expansion(
     """Fill transformers' own class with the planned tensors, and prove the result.
 
     Args:
-        expansion: made by `plan_live_expansion(moe, ...)`.
+        expansion: planned for this model.
         moe: the source; the result gets its device, mode and generation config.
         mode: of the proof.
         tokenizer_file: `tokenizer.json` for the proof's tokens.

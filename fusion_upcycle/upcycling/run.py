@@ -21,6 +21,7 @@ from fusion_upcycle.checkpoint.source import (
 )
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.conversion.run import Converted, OutputOptions, write_output
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.progress import loading_bars
@@ -98,15 +99,28 @@ def upcycle(
 
 @contextmanager
 def reading_record(output: Path) -> Iterator[dict[str, Any]]:
-    """The record of an output; what goes wrong in the block is put down to its being damaged."""
+    """The record of an output; what goes wrong in the block is put down to its being damaged.
+
+    Raises:
+        UpcyclingError: no record, a damaged one, or one of an older version that cannot be served.
+    """
     path = output / RECORD_FILE
     if not path.is_file():
         raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
-    try:
+    with _reading(path):
         record = json.loads(path.read_bytes())
         if "sources" in record:
             raise TypeError("a merge of several models is proven when it is made, and only then")
+        options = dict(record["options"])
+    record["options"] = recorded_options(options)
+    with _reading(path):
         yield record
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcyclingError(
             f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "
