@@ -72,7 +72,7 @@ def expand_model(
     Args:
         moe: causal LM or backbone of a family that can be expanded; it is left as it is.
         scores, calibration, calibration_tokens, context_length: as `expand` takes them.
-        optimizer_state: folder of the same model with AdamW's moments, for scores by `fisher`;
+        optimizer_state: folder of the same model with AdamW's moments, which are checked here;
             `write_expanded_state` expands them.
         tokenizer: folder of the model's `tokenizer.json`, for calibration and the proof's tokens.
         verify: `layers` computes in float32; `logits` runs both models too; `none` leaves the

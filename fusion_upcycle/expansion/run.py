@@ -81,7 +81,7 @@ def expand(
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
         options: fields of `ExpansionOptions`: num_experts or multiplier, selection, metric,
-            max_copies, temperature, expert_init, router_extension, experts_per_token, seed.
+            max_copies, expert_init, router_extension, experts_per_token, seed.
 
     Returns:
         What was made and proven.
