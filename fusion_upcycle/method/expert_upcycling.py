@@ -11,11 +11,11 @@ from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
 from fusion_upcycle.expansion.options import make_expansion_options
 from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
-from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.run import write_importance
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
