@@ -21,7 +21,7 @@ from fusion_upcycle.selection import NEEDS_SCORES, check_selection
 from fusion_upcycle.upcycling.options import check_expert_init
 
 #: Initialisers that make a copy of one expert; the others cut an FFN into parts.
-COPY_INITS = {name: EXPERT_INITS[name] for name in ("copy", "noise", "drop", "permute", "svd")}
+COPY_INITS = EXPERT_INITS.without("subset", "qwen2")
 
 #: Router extensions that look at router inputs of calibration text -> their options and defaults.
 CALIBRATED: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from fusion_upcycle.router_init import ROUTER_INITS
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 
 SHARED = ("average", "base")
-_ROUTERS = ROUTER_INITS | {"prototype": prototype}
+_ROUTERS = ROUTER_INITS.plus(prototype=prototype)
 
 
 @dataclass(frozen=True, kw_only=True)
