@@ -16,18 +16,15 @@ from fusion_upcycle.errors import UpcyclingError, unknown
 
 #: Families that dense models become, in the order in which `auto` looks for one.
 ARCHITECTURES: dict[str, Architecture] = {
-    family.name: family
-    for family in (
-        MIXTRAL,
-        QWEN2_MOE,
-        QWEN3_MOE,
-        QWEN3_5_MOE,
-        FLEX_OLMO,
-        GRANITEMOE,
-        ERNIE4_5_MOE,
-        DEEPSEEK_V3,
-        GLM4_MOE,
-    )
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
+    "flex_olmo": FLEX_OLMO,
+    "granitemoe": GRANITEMOE,
+    "ernie4_5_moe": ERNIE4_5_MOE,
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
 }
 
 #: All families: those that can be trained and expanded.
