@@ -1,4 +1,4 @@
-"""The README's tables are what the committed run records say, to the letter."""
+"""The tables of README and docs are what the committed run records say, to the letter."""
 
 import importlib.util
 import json
@@ -15,7 +15,10 @@ from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "examples" / "results" / "study"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
 
 def example(path: str) -> ModuleType:
@@ -100,29 +103,40 @@ def growing_tables(script: str, section: str) -> str:
     return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("demo", demo_table),
-        ("exactness", exactness_table),
-        ("convert", convert_tables),
-        ("recipes", recipes_table),
-        ("readers", readers_table),
-        ("merging", merging_table),
-        ("merge", merge_table),
-        ("train", train_table),
-        ("study", study_table),
-        ("importance", importance_table),
-        ("router", partial(growing_tables, "router.py", "router")),
-        ("growing", partial(growing_tables, "study.py", "expert_upcycling")),
-        ("pairs", partial(families_table, "pairs")),
-        ("shards", partial(families_table, "shards")),
-    ],
-)
-def test_table_is_that_of_the_record(name: str, make: Callable[[], str]) -> None:
-    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    assert found is not None, f"README.md has no table {name}"
-    assert found[1] == make()
+#: Marker of a table -> what makes it.
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "exactness": exactness_table,
+    "convert": convert_tables,
+    "recipes": recipes_table,
+    "readers": readers_table,
+    "merging": merging_table,
+    "merge": merge_table,
+    "train": train_table,
+    "study": study_table,
+    "importance": importance_table,
+    "router": partial(growing_tables, "router.py", "router"),
+    "growing": partial(growing_tables, "study.py", "expert_upcycling"),
+    "pairs": partial(families_table, "pairs"),
+    "shards": partial(families_table, "shards"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_that_of_the_record(name: str) -> None:
+    marked = re.compile(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", re.DOTALL)
+    found = {page: marked.findall(text) for page, text in PAGES.items()}
+    found = {page: tables for page, tables in found.items() if tables}
+    assert found, f"neither README.md nor a page of docs/ has a table {name}"
+    made = TABLES[name]()
+    for page, tables in found.items():
+        assert tables == [made], page
+
+
+def test_every_marked_table_is_made_from_a_record() -> None:
+    for page, text in PAGES.items():
+        marked = re.findall(r"<!-- table: (.*) -->", text)
+        assert set(marked) <= TABLES.keys(), page
 
 
 def test_the_families_of_the_record_are_all_families() -> None:
@@ -160,8 +174,3 @@ def test_the_study_s_settings_are_the_best_of_recorded_trials_at_equal_flops() -
             if trial["arm"] == vars(arm):
                 best = study.mean({"bits_per_byte": arms[name]["bits_per_byte"]}, "validation")
                 assert best <= study.mean(trial, "validation")
-
-
-def test_every_file_and_folder_that_the_readme_names_exists() -> None:
-    for path in re.findall(r"`((?:examples|tests|config|fusion_upcycle)/[\w./-]*)`", README):
-        assert (ROOT / path).exists(), path
