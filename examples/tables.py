@@ -87,7 +87,13 @@ def growing(name: str, section: str) -> str:
     return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
 
 
+def overview(name: str) -> str:
+    return getattr(script("overview.py"), name)()
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "results": partial(overview, "results"),
+    "families": partial(overview, "families"),
     "demo": demo,
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
