@@ -12,7 +12,7 @@ from typing import Any
 
 from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.demo import MODELS
-from fusion_upcycle.expansion.options import CALIBRATED
+from fusion_upcycle.expansion.router.extension import CALIBRATED
 from fusion_upcycle.report.tables import Table, read_run_record
 from fusion_upcycle.router_extension import ROUTER_EXTENSIONS
 from fusion_upcycle.verification.function import TOLERANCE

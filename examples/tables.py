@@ -1,12 +1,13 @@
-"""Write the tables of README and docs from the committed run records.
+"""Write the tables of README and docs from the committed run records and the options themselves.
 
-Command:  python examples/tables.py     (after a record was made again)
-Expected: a page changes only where a record, or the script that made it, did; tests/test_readme.py
-          holds that every table is what this writes.
+Command:  python examples/tables.py     (after a record was made again, or an option changed)
+Expected: a page changes only where a record, the script that made it, or an option did;
+          tests/test_readme.py holds that every table is what this writes.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is one of TABLES.
 """
 
+import importlib
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from fusion_upcycle.options import markdown_table
 from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -91,7 +93,16 @@ def overview(name: str) -> str:
     return getattr(script("overview.py"), name)()
 
 
+def options(module: str, name: str) -> str:
+    """What a dataclass of options says of itself."""
+    return markdown_table(getattr(importlib.import_module(f"fusion_upcycle.{module}"), name))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "options of upcycling": partial(options, "upcycling.options", "UpcyclingOptions"),
+    "options of merging": partial(options, "merging.options", "MergingOptions"),
+    "options of expansion": partial(options, "expansion.options", "ExpansionOptions"),
+    "options of training": partial(options, "training.options", "TrainingOptions"),
     "results": partial(overview, "results"),
     "families": partial(overview, "families"),
     "demo": demo,
