@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fusion_upcycle import expand_model, upcycle
 from fusion_upcycle.architectures import MOE_FAMILIES
-from fusion_upcycle.conversion.live import save_live
-from fusion_upcycle.conversion.run import Converted, OutputOptions
+from fusion_upcycle.conversion.output import Converted, OutputOptions
+from fusion_upcycle.conversion.run import save_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.run import describe_expansion, expand
+from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import folder_identity
 from fusion_upcycle.live.routers import find_routers
@@ -260,7 +260,7 @@ def test_given_router_rows_win_over_the_option(tmp_path: Path) -> None:
     assert torch.equal(found["model.layers.1.mlp.gate.weight"], rows.to(BF16))
     bias = found["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert torch.equal(bias, biases.to(bias.dtype))
-    assert done.proof.restricted["max_abs"] == 0
+    assert done.proof.details["restricted"]["max_abs"] == 0
     assert "only nearly" in str(done.proof)
     # A second proof takes them from the folder, and says of what kind they are.
     again = verify(tmp_path / "out", progress=False)
@@ -290,14 +290,13 @@ def test_a_live_expansion_is_saved_as_a_streamed_one_is_written(tmp_path: Path) 
     options = {"num_experts": 7, "expert_init": "noise"}
     grow(source, tmp_path / "out", **options)
     made = expand_model(load(source), verify="logits", **options)
-    done = save_live(
+    done = save_model(
         made.expansion,
         made.proof,
         tmp_path / "saved",
-        source={"name": "moe", "from_hub": False},
+        sources={"moe": {"name": "moe", "from_hub": False}},
         companions=lambda folder: [],
         options=OutputOptions(progress=False),
-        about=describe_expansion(made.expansion),
     )
     assert_same_bits(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "out"))
     assert done.record["num_experts"] == {"before": 4, "after": 7}

@@ -11,7 +11,7 @@ from tiny_moe import moe_folder, moe_model
 from fusion_upcycle import expand, expand_model
 from fusion_upcycle.checkpoint import writer
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion import run
+from fusion_upcycle.expansion import expansion
 
 
 def test_a_live_model_that_is_not_loaded_is_refused() -> None:
@@ -63,7 +63,7 @@ def test_only_the_same_expansion_goes_on_with_what_a_killed_one_left(
 
     def start() -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run, "prove_expansion", interrupt)
+            patch.setattr(expansion, "prove_expansion", interrupt)
             expand(source, output, overwrite=True, **options)
 
     start()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.merging.plan import Merging
+from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.verification.function import ffn_of, layers_of, streamed_dense
+from fusion_upcycle.upcycling.proof import ffn_of, streamed_dense
+from fusion_upcycle.verification.function import layers_of
 
 #: Tokens of one window, less where the model has fewer positions.
 WINDOW_TOKENS = 256
@@ -84,9 +85,9 @@ def calibration_windows(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    config = merging.upcycling.source_config
+    config = merging.source_config
     length = min(WINDOW_TOKENS, config.max_position_embeddings)
-    count = -(-merging.options.calibration_tokens // length)
+    count = -(-merging.asked.calibration_tokens // length)
     windows = {
         model: _windows(tokenizer, "\n\n".join(texts[model]), count, length, model)
         for model in merging.experts
@@ -126,20 +127,19 @@ def router_moments(
 
     Model i runs as the merge would if only its experts were chosen: shared weights with its FFNs.
     """
-    upcycling = merging.upcycling
-    layers, size = upcycling.resolved.moe_layers, upcycling.config.hidden_size
+    layers, size = merging.resolved.moe_layers, merging.config.hidden_size
     # The output head is not looked at: one row of logits is the least it can make.
-    unneeded = {"logits_to_keep": 1} if class_name(upcycling.config).endswith("ForCausalLM") else {}
+    unneeded = {"logits_to_keep": 1} if class_name(merging.config).endswith("ForCausalLM") else {}
     moments = {layer: Moments.empty(len(merging.experts), size) for layer in layers}
     total = sum(len(ids) for ids in calibration.windows.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
         for index, model in enumerate(merging.experts):
-            dense = streamed_dense(upcycling, merging.as_dense(model))
+            dense = streamed_dense(merging, merging.as_dense(model))
             windows = calibration.windows[model]
             for batch in windows.split(BATCH_WINDOWS):
                 share = len(batch) / len(windows)
                 hooks = [
-                    ffn_of(upcycling, layers_of(dense)[layer]).register_forward_pre_hook(
+                    ffn_of(merging, layers_of(dense)[layer]).register_forward_pre_hook(
                         _adding(moments[layer], index, share)
                     )
                     for layer in layers
@@ -157,28 +157,28 @@ def route(
     tokenizer_file: Path | None,
     *,
     progress: bool = False,
-) -> tuple[Merging, dict[str, Any]]:
-    """The merge with the router that its options call for, and what the record says of the texts.
+) -> Merging:
+    """The merge with the router that its options call for; its details say of which texts.
 
     Raises:
         UpcyclingError: texts or tokenizer that are missing, too short, or not asked for.
     """
-    if not merging.options.prototype_router:
+    if not merging.asked.prototype_router:
         if texts:
             raise UpcyclingError(
                 "calibration is given, but router_init is not prototype: nothing would read it. "
                 "Choose router_init=prototype, or leave calibration out."
             )
-        return merging, {}
+        return merging
     calibration = calibration_windows(texts, merging, tokenizer_file)
-    assert callable(merging.options.router_init)
+    assert callable(merging.asked.router_init)
     rows = {
-        layer: merging.options.router_init(moments)
+        layer: merging.asked.router_init(moments)
         for layer, moments in router_moments(merging, calibration, progress=progress).items()
     }
     digest = sha256(b"".join(row.numpy().tobytes() for row in rows.values())).hexdigest()
-    about = {"calibration": calibration.to_json(), "router_rows_sha256": digest}
-    return merging.with_router(rows), about
+    details = {"calibration": calibration.to_json(), "router_rows_sha256": digest}
+    return merging.with_router(rows, details)
 
 
 def _adding(moments: Moments, model: int, share: float) -> Any:
