@@ -11,7 +11,11 @@ from os import environ
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from tiny import dense_folder
+
+from fusion_upcycle.checks import REQUIRED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a wheel is built from. Building in the checkout would leave build/ there, and take stale
@@ -34,6 +38,13 @@ def test_package_list_equals_the_folders_on_disk() -> None:
     assert setuptools["package-dir"] == {"fusion_upcycle.config": "config"}
     # An __init__.py there would shadow the Hydra plugins of every other package.
     assert not (REPOSITORY / "hydra_plugins" / "__init__.py").exists()
+
+
+def test_versions_are_checked_as_they_are_declared() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    for name, versions in REQUIRED.items():
+        assert SpecifierSet(versions) == declared[name]
 
 
 @pytest.fixture(scope="module")
