@@ -143,10 +143,7 @@ def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
             raise UpcyclingError(f"--data {source} must be NAME=FILE_OR_FOLDER.")
         if name in texts:
             raise UpcyclingError(f"--data {name} is given twice. Use another name for the second.")
-        try:
-            texts[name] = load_documents(text_files(path), f"--data {name}")
-        except ValueError as error:
-            raise UpcyclingError(str(error)) from error
+        texts[name] = load_documents(text_files(path), f"--data {name}")
     return texts
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
 
 if TYPE_CHECKING:
@@ -49,16 +50,17 @@ def perplexity(
     all scored tokens in bits over the UTF-8 bytes of the documents, which compares models of
     different tokenizers; ``tokens`` scored; ``bytes``.
 
-    ValueError: nothing to score, a stride or context length that does not fit, token ids outside
-    the model's vocabulary, or a loss that is not finite.
+    Raises:
+        UpcyclingError: nothing to score, a stride or context length that does not fit, token ids
+            outside the model's vocabulary, or a loss that is not finite.
     """
     _check_windows(model, context_length, stride, batch_size)
     ids_N, counted_N, byte_count = _pack(tokenizer, documents)
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if int(ids_N.max()) >= vocabulary:
-        raise ValueError(
-            f"the tokenizer gives token id {int(ids_N.max())}, but the model has {vocabulary} "
-            "embeddings: use the tokenizer that belongs to the model"
+        raise UpcyclingError(
+            f"The tokenizer gives token id {int(ids_N.max())}, but the model has {vocabulary} "
+            "embeddings: use the tokenizer that belongs to the model."
         )
 
     with evaluating(model):
@@ -67,9 +69,10 @@ def perplexity(
     tokens = int(counted_N.sum())
     loss = nats / tokens
     if not loss < _LARGEST_LOSS:  # also true for NaN
-        raise ValueError(
-            f"the model's loss is {loss} nats per token: its weights or logits are not usable "
-            "numbers (uninitialised, overflowing in a short dtype, or merged wrongly)"
+        raise UpcyclingError(
+            f"The model's loss is {loss} nats per token: its weights or logits are not usable "
+            "numbers (uninitialised, overflowing in a short dtype, or merged wrongly). Load it in "
+            "float32, or make it anew."
         )
     return {
         "loss_nats_per_token": loss,
@@ -94,17 +97,17 @@ def _check_windows(
         ("batch_size", batch_size),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+            raise UpcyclingError(f"{name}={value} must be 1 or more.")
     if stride > context_length:
-        raise ValueError(
-            f"stride {stride} is longer than context_length {context_length}: tokens between the "
-            "windows would not be scored; lower the stride"
+        raise UpcyclingError(
+            f"stride={stride} is longer than context_length={context_length}: tokens between the "
+            "windows would not be scored. Lower the stride."
         )
     limit = max_positions(model)
     if limit is not None and context_length > limit:
-        raise ValueError(
-            f"context_length {context_length} is longer than the model's {limit} positions "
-            f"(max_position_embeddings): use at most {limit}"
+        raise UpcyclingError(
+            f"context_length={context_length} is longer than the model's {limit} positions "
+            f"(max_position_embeddings): use at most {limit}."
         )
 
 
@@ -113,10 +116,10 @@ def _pack(
 ) -> tuple[Tensor, Tensor, int]:
     """One stream of token ids, which of them count, and the bytes that these stand for."""
     if isinstance(documents, str):
-        raise ValueError("documents is one string: give a list of strings")
+        raise UpcyclingError("The text to score is one string: give a list of documents.")
     documents = [document for document in documents if document]
     if not documents:
-        raise ValueError("there is no text to score: all documents are empty")
+        raise UpcyclingError("There is no text to score: all documents are empty. Give some text.")
     # Text that spells a special token out is scored as text.
     encoded = tokenizer(
         documents, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -138,7 +141,7 @@ def _pack(
         counted[0] = False
         byte_count -= len(str(tokenizer.decode(ids[:1])).encode())
     if not any(counted):
-        raise ValueError("there is no token to score: give more text")
+        raise UpcyclingError("There is no token to score. Give more text.")
     return torch.tensor(ids), torch.tensor(counted), byte_count
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from fusion_upcycle.checkpoint.writer import check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.report.record import Measured, versions
-from fusion_upcycle.texts.documents import load_documents
+from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointEvery,
@@ -118,10 +118,7 @@ def train(
     texts = pack_sources(data, tokenizer, places.work / "data")
     check_vocabulary(texts, model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     order = WindowOrder(texts, options.context_length, options.mixture, options.seed)
-    held_out = {
-        name: load_documents(spec, f"validation.{name}")
-        for name, spec in (validation or {}).items()
-    }
+    held_out = named_documents(validation, "validation")
     identity = _identity(model, options, texts, optimizer_state)
     checkpoints = places.work / "checkpoints"
     resumed = last_checkpoint(checkpoints, identity, IDENTITY) if places.resume else None
