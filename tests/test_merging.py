@@ -475,6 +475,18 @@ def test_calibration_texts_that_do_not_fit_are_refused_by_name(
         merge(speakers, tmp_path / "moe", calibration=files, router_init="prototype")
 
 
+def test_texts_with_ids_that_the_models_have_not_are_refused(tmp_path: Path) -> None:
+    models = folders(tmp_path, "one", "two", vocab_size=250)  # enough for the proof's text
+    for folder in models.values():
+        byte_tokenizer(64).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("🙂" * 300)
+    texts = dict.fromkeys(models, str(tmp_path / "text.txt"))
+    with pytest.raises(
+        UpcyclingError, match=r"tokenizer\.json gives token id 253, but.* 250 embed"
+    ):
+        merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
+
+
 def test_texts_that_nothing_reads_are_refused(speakers: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UpcyclingError, match="router_init is not prototype"):
         merge(speakers, tmp_path / "moe", calibration=calibration(speakers))

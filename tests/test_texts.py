@@ -13,6 +13,7 @@ from fusion_upcycle.demo import domain_text
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.taskpool import CausalLMPerplexityTaskPool
 from fusion_upcycle.texts.documents import load_documents, named_documents, open_documents
+from fusion_upcycle.texts.tokens import check_vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +121,15 @@ def test_a_missing_file_is_said_alike_everywhere(
 ) -> None:
     with pytest.raises(UpcyclingError, match=rf"^{where}[. ]mine: there is no file '.*\. Give the"):
         read(str(tmp_path / "missing.txt"), tmp_path)
+
+
+# --- token ids ------------------------------------------------------------------------------------
+
+
+def test_ids_that_the_model_has_no_embedding_for_are_refused() -> None:
+    check_vocabulary(66, 67)
+    sentence = "gives token id 67, but the model has 67 embeddings: use the tokenizer that belongs"
+    with pytest.raises(UpcyclingError, match=f"^The tokenizer {sentence}"):
+        check_vocabulary(67, 67)
+    with pytest.raises(UpcyclingError, match=f"^data.mine: the tokenizer {sentence}"):
+        check_vocabulary(67, 67, "data.mine: the tokenizer")

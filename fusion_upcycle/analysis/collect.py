@@ -15,10 +15,11 @@ from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.token_classes import TokenClasses
 from fusion_upcycle.analysis.windows import UNITS, Batch, DomainWindows, domain_windows
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, find_routers
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.texts.perplexity import max_positions
+from fusion_upcycle.texts.tokens import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ def collect(
     """
     length = min(max_positions(model) or WINDOW_TOKENS, WINDOW_TOKENS)
     windows = domain_windows(tokenizer, texts, tokens=tokens, length=length)
+    check_vocabulary(windows.largest, num_embeddings(model))
     total = sum(windows.tokens(domain) for domain in windows.windows)
     wanted = torch.linspace(0, total - 1, min(sample, total)).round().long().unique()
     counts = RoutingCounts.empty(
@@ -85,7 +87,6 @@ def collect(
     seen = 0
     with evaluating(model), progress_bar("Analysing", total, progress, unit="token") as bar:
         for batch in windows.batches(BATCH_WINDOWS):
-            _check_vocabulary(model, batch)
             counted = batch.counted_BT.flatten()
             number = int(counted.sum())
             inside = wanted[(wanted >= seen) & (wanted < seen + number)] - seen
@@ -147,16 +148,6 @@ def _keeping(rows: list[Tensor], places: Tensor) -> Callable[[nn.Module, tuple[A
         rows.append(hidden_ND[places.to(hidden_ND.device)].cpu())
 
     return keep
-
-
-def _check_vocabulary(model: "PreTrainedModel", batch: Batch) -> None:
-    largest = int(batch.ids_BT.max())
-    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    if largest >= embeddings:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {largest}, but the model has {embeddings} embeddings: "
-            "use the tokenizer that belongs to the model."
-        )
 
 
 def _check_finite(counts: RoutingCounts) -> None:

@@ -83,6 +83,11 @@ class DomainWindows:
         """How many tokens of the domain are counted."""
         return sum(window.counted for window in self.windows[domain])
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(max(window.ids) for found in self.windows.values() for window in found)
+
     def batches(self, size: int) -> Iterator[Batch]:
         """All windows, domain by domain, `size` at a time."""
         for domain, windows in enumerate(self.windows.values()):

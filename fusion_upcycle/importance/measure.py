@@ -20,10 +20,11 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.accumulators import ExpertSums, second_moment_norms
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import live_identity
+from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, expert_counts, find_routers
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.texts.perplexity import max_positions
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 
 if TYPE_CHECKING:
@@ -124,13 +125,7 @@ def _check(model: "PreTrainedModel", sequences: Sequences, length: int) -> None:
             f"context_length={length} of the calibration must be from 2 to the model's "
             f"{limit} positions."
         )
-    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    largest = max(int(ids.max()) for ids in sequences.ids.values())
-    if largest >= embeddings:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {largest}, but the model has {embeddings} embeddings: "
-            "use the tokenizer that belongs to the model."
-        )
+    check_vocabulary(sequences.largest, num_embeddings(model))
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             raise UpcyclingError(

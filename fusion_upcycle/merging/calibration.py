@@ -18,6 +18,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.plan import Merging
 from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.verification.function import ffn_of, layers_of, streamed_dense
 
 #: Tokens of one window, less where the model has fewer positions.
@@ -91,12 +92,8 @@ def calibration_windows(
         model: _windows(tokenizer, "\n\n".join(texts[model]), count, length, model)
         for model in merging.experts
     }
-    for model, ids in windows.items():
-        if ids.max() >= config.vocab_size:
-            raise UpcyclingError(
-                f"{tokenizer_file} gives token ids up to {int(ids.max())} for the texts of {model},"
-                f" but the vocabulary has {config.vocab_size}: it belongs to another model."
-            )
+    largest = max(int(ids.max()) for ids in windows.values())
+    check_vocabulary(largest, config.vocab_size, str(tokenizer_file))
     hashes = {model: sha256(ids.numpy().tobytes()).hexdigest() for model, ids in windows.items()}
     return Calibration(windows, hashes)
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.live.inputs import max_positions
 from fusion_upcycle.report import Measured, write_run_record
 from fusion_upcycle.texts.documents import load_documents
-from fusion_upcycle.texts.perplexity import max_positions, perplexity
+from fusion_upcycle.texts.perplexity import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.texts.tokens import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,12 +58,7 @@ def perplexity(
     """
     _check_windows(model, context_length, stride, batch_size)
     ids_N, counted_N, byte_count = _pack(tokenizer, documents)
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    if int(ids_N.max()) >= vocabulary:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {int(ids_N.max())}, but the model has {vocabulary} "
-            "embeddings: use the tokenizer that belongs to the model."
-        )
+    check_vocabulary(int(ids_N.max()), num_embeddings(model))
 
     with evaluating(model):
         nats = _total_nats(model, ids_N, counted_N, context_length, stride, batch_size, progress)
@@ -81,11 +78,6 @@ def perplexity(
         "tokens": tokens,
         "bytes": byte_count,
     }
-
-
-def max_positions(model: "PreTrainedModel") -> int | None:
-    """Longest input that the model's config allows; None where it sets no limit (e.g. Mamba)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_windows(

@@ -34,6 +34,11 @@ class Sequences:
     def tokens(self) -> int:
         return sum(ids.numel() for ids in self.ids.values())
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(int(ids.max()) for ids in self.ids.values())
+
     def to_json(self) -> dict[str, Any]:
         """What identifies them: shapes and digests."""
         return {

@@ -94,16 +94,6 @@ def pack_sources(
     return [_pack(name, spec, tokenizer, identity, cache) for name, spec in sources.items()]
 
 
-def check_vocabulary(texts: Iterable[PackedText], embeddings: int) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    for text in texts:
-        if text.largest >= embeddings:
-            raise UpcyclingError(
-                f"data.{text.name}: the tokenizer gives token id {text.largest}, but the model has "
-                f"{embeddings} embeddings: use the tokenizer that belongs to the model."
-            )
-
-
 def _pack(
     name: str, spec: Any, tokenizer: "PreTrainedTokenizerBase", identity: str, cache: Path
 ) -> PackedText:

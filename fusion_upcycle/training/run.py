@@ -15,8 +15,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from fusion_upcycle.checkpoint.writer import check_output
 from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.live.inputs import num_embeddings
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.texts.documents import named_documents
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointEvery,
@@ -24,7 +26,7 @@ from fusion_upcycle.training.checkpoints import (
     last_checkpoint,
     load_checkpoint,
 )
-from fusion_upcycle.training.data import PackedText, check_vocabulary, pack_sources
+from fusion_upcycle.training.data import PackedText, pack_sources
 from fusion_upcycle.training.export import export
 from fusion_upcycle.training.fit import Before, check_model, prepare
 from fusion_upcycle.training.health import RouterHealth
@@ -116,7 +118,8 @@ def train(
         check_output(places.output, overwrite=places.overwrite)
     check_model(model, options)
     texts = pack_sources(data, tokenizer, places.work / "data")
-    check_vocabulary(texts, model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    for text in texts:
+        check_vocabulary(text.largest, num_embeddings(model), f"data.{text.name}: the tokenizer")
     order = WindowOrder(texts, options.context_length, options.mixture, options.seed)
     held_out = named_documents(validation, "validation")
     identity = _identity(model, options, texts, optimizer_state)

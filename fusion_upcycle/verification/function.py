@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.streamed_model import streamed_model
 
@@ -172,13 +173,13 @@ def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> To
         encoding = Tokenizer.from_file(str(tokenizer_file)).encode(SAMPLE_TEXT)
     except Exception as error:  # the library raises nothing more special
         raise UpcyclingError(f"{tokenizer_file} cannot be used: {error}") from error
-    ids = torch.tensor([encoding.ids])
-    if ids.numel() == 0 or ids.max() >= config.vocab_size:
+    if not encoding.ids:
         raise UpcyclingError(
-            f"{tokenizer_file} gives token ids {encoding.ids[:3]}... up to "
-            f"{max(encoding.ids, default=None)}, but the model's vocabulary has "
-            f"{config.vocab_size}: the tokenizer belongs to another model."
+            f"{tokenizer_file} gives no token for a plain text. Use the tokenizer that belongs to "
+            "the model."
         )
+    check_vocabulary(max(encoding.ids), config.vocab_size, str(tokenizer_file))
+    ids = torch.tensor([encoding.ids])
     return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
 
 

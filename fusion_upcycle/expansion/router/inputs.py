@@ -25,9 +25,11 @@ from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.routing import RoutingRule, routing_rule
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences
 from fusion_upcycle.verification.streamed_model import streamed_model
 
@@ -100,13 +102,7 @@ def _inputs(
     scratch: Path,
     progress: bool,
 ) -> dict[int, RouterInputs]:
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    largest = max(int(ids.max()) for ids in sequences.ids.values())
-    if largest >= vocabulary:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {largest}, but the model has {vocabulary} embeddings: "
-            "use the tokenizer that belongs to the model."
-        )
+    check_vocabulary(sequences.largest, num_embeddings(model))
     routers = find_routers(model)
     seen: dict[int, IO[bytes]] = {}
     held: dict[int, tuple[Tensor, Tensor | None]] = {}
