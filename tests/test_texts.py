@@ -14,6 +14,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.taskpool import CausalLMPerplexityTaskPool
 from fusion_upcycle.texts.documents import load_documents, named_documents, open_documents
 from fusion_upcycle.texts.tokens import check_vocabulary
+from fusion_upcycle.texts.windows import calibration_sequences
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +134,40 @@ def test_ids_that_the_model_has_no_embedding_for_are_refused() -> None:
         check_vocabulary(67, 67)
     with pytest.raises(UpcyclingError, match=f"^data.mine: the tokenizer {sentence}"):
         check_vocabulary(67, 67, "data.mine: the tokenizer")
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(UpcyclingError, match=r"tokenizer\.json cannot be used: .* Get it again"):
+        calibration_sequences(
+            {"a": ["text"]}, tmp_path / "tokenizer.json", tokens=4, context_length=2
+        )
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+def sequences(text: str, folder: Path, **options: Any) -> list[str]:
+    TOKENIZER.save_pretrained(folder)
+    found = calibration_sequences({"a": [text]}, folder / "tokenizer.json", **options)
+    return [TOKENIZER.decode(ids) for ids in found.ids["a"]]
+
+
+def test_a_long_text_gives_the_beginnings_of_stretches_spread_over_it(tmp_path: Path) -> None:
+    text = "".join(f"{n:04}" for n in range(160))  # ten stretches of 4 x 16 characters
+    found = sequences(text, tmp_path, tokens=20, context_length=4)
+    assert found == ["0000", "0032", "0064", "0096", "0128"]
+
+
+def test_a_short_text_gives_all_its_sequences_the_second_ones_last(tmp_path: Path) -> None:
+    text = "".join(f"{n:04}" for n in range(48)) + "end"  # a stretch of 128 characters and a half
+    found = sequences(text, tmp_path, tokens=1000, context_length=8)
+    assert found[:3] == ["00000001", "00320033", "00020003"]
+    assert sorted(found) == [f"{n:04}{n + 1:04}" for n in range(0, 48, 2)]
+
+
+def test_where_stretches_begin_can_be_chosen(tmp_path: Path) -> None:
+    text = "".join(f"{n:04}" for n in range(160))
+    options: dict[str, Any] = {"tokens": 8, "context_length": 4}
+    found = sequences(text, tmp_path, **options, starts=lambda size, span, _: [4, size - span])
+    assert found == ["0001", "0144"]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
-from fusion_upcycle.texts.tokens import check_vocabulary
+from fusion_upcycle.texts.tokens import check_vocabulary, packed, start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,27 +109,16 @@ def _pack(
     """One stream of token ids, which of them count, and the bytes that these stand for."""
     if isinstance(documents, str):
         raise UpcyclingError("The text to score is one string: give a list of documents.")
-    documents = [document for document in documents if document]
-    if not documents:
+    if not any(documents):
         raise UpcyclingError("There is no text to score: all documents are empty. Give some text.")
-    # Text that spells a special token out is scored as text.
-    encoded = tokenizer(
-        documents, add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
-    separator = tokenizer.eos_token_id
-    start = separator if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
+    start = start_token(tokenizer)
     ids: list[int] = []
     counted: list[bool] = []
-    for document_ids in encoded:
-        added = separator if ids else start
-        if added is not None:
-            ids.append(added)
-            counted.append(False)
-        ids += document_ids
-        counted += [True] * len(document_ids)
+    for before, tokens in packed(tokenizer, documents, start=start):
+        ids += before + tokens
+        counted += [False] * len(before) + [True] * len(tokens)
     byte_count = sum(len(document.encode()) for document in documents)
-    if start is None:
+    if start is None and ids:
         counted[0] = False
         byte_count -= len(str(tokenizer.decode(ids[:1])).encode())
     if not any(counted):

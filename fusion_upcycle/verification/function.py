@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.texts.tokens import check_vocabulary
+from fusion_upcycle.texts.tokens import check_vocabulary, read_tokenizer
 from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.streamed_model import streamed_model
 
@@ -167,19 +167,14 @@ def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> To
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (1, count), generator=generator)
         return Tokens(ids, f"{count} random token ids (no tokenizer.json at hand)")
-    from tokenizers import Tokenizer
-
-    try:
-        encoding = Tokenizer.from_file(str(tokenizer_file)).encode(SAMPLE_TEXT)
-    except Exception as error:  # the library raises nothing more special
-        raise UpcyclingError(f"{tokenizer_file} cannot be used: {error}") from error
-    if not encoding.ids:
+    found = read_tokenizer(tokenizer_file).encode(SAMPLE_TEXT).ids
+    if not found:
         raise UpcyclingError(
             f"{tokenizer_file} gives no token for a plain text. Use the tokenizer that belongs to "
             "the model."
         )
-    check_vocabulary(max(encoding.ids), config.vocab_size, str(tokenizer_file))
-    ids = torch.tensor([encoding.ids])
+    check_vocabulary(max(found), config.vocab_size, str(tokenizer_file))
+    ids = torch.tensor([found])
     return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
 
 
