@@ -1,13 +1,24 @@
 """Prove an output folder again, whatever operation made it."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fusion_upcycle.checkpoint.source import locate
-from fusion_upcycle.conversion.card import EXPERT_UPCYCLING
-from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.upcycling.options import make_options
-from fusion_upcycle.upcycling.run import plan_folder, prove_folder, reading_record
-from fusion_upcycle.verification import Proof, resolve_mode, sample_tokens
+from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.conversion.run import prove_folder
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.expansion import run as expansion
+from fusion_upcycle.expansion.expansion import Expansion
+from fusion_upcycle.merging.merging import Merging
+from fusion_upcycle.upcycling import run as upcycling
+from fusion_upcycle.upcycling.upcycling import Upcycling
+from fusion_upcycle.verification.proof import Proof
+
+#: The method of a record -> how its conversion is planned again.
+_REPLAN = {Upcycling.method: upcycling.replan, Expansion.method: expansion.replan}
 
 
 def verify(
@@ -20,30 +31,45 @@ def verify(
     """Prove an output folder again, against the source that its record names.
 
     Args:
-        output: folder made by `upcycle`.
+        output: folder made by `upcycle` or `expand`.
         source: where the source is now, if it has moved.
         mode: `layers`, `logits` or `auto`.
         progress: show progress bars.
 
     Raises:
-        UpcyclingError: not an output of ours, or its source is not there.
+        UpcyclingError: not an output of ours, its source is not there, or a merge, which is proven
+            only when it is made.
         ProofError: the folder is not what its record says.
     """
     if mode == "none":
         raise UpcyclingError("verify needs a mode that verifies: layers, logits or auto.")
     output = Path(output).expanduser()
-    with reading_record(output) as record:
-        source_name, expanded = record["source"]["name"], record["method"] == EXPERT_UPCYCLING
-        if not isinstance(source_name, str):
-            raise TypeError(f"source {source_name!r}")
-        if not expanded:
-            options = make_options(**{**record["options"], "dtype": record["dtype"]})
-    folder = locate(source or source_name)
-    if expanded:
-        from fusion_upcycle.expansion.run import verify_expansion
+    with _reading_record(output) as record:
+        name, method = record["source"]["name"], record["method"]
+        if not isinstance(name, str):
+            raise TypeError(f"source {name!r}")
+        plan = _REPLAN[method](record) if method in _REPLAN else None
+    if plan is None and method == Merging.method:
+        raise UpcyclingError(
+            f"{output} is a merge of several models, which is proven when it is made, and only "
+            "then. To prove it again, merge again."
+        )
+    if plan is None:
+        raise unknown(f"method in {output / RECORD_FILE}:", str(method), _REPLAN)
+    folder = locate(source or name)
+    return prove_folder(plan(folder, output), folder, output, mode=mode, progress=progress)
 
-        return verify_expansion(output, folder, mode=mode, progress=progress)
-    upcycling = plan_folder(folder, options)
-    tokens = sample_tokens(folder / "tokenizer.json", upcycling.config)
-    mode = resolve_mode(mode, streaming=True, total_bytes=upcycling.total_bytes)
-    return prove_folder(upcycling, folder, output, mode, tokens, progress=progress)
+
+@contextmanager
+def _reading_record(output: Path) -> Iterator[dict[str, Any]]:
+    """The record of an output; what goes wrong in the block is put down to its being damaged."""
+    path = output / RECORD_FILE
+    if not path.is_file():
+        raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
+    try:
+        yield json.loads(path.read_bytes())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "
+            "own can only be proven when it is made."
+        ) from error

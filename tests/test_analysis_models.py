@@ -18,12 +18,13 @@ from fusion_upcycle.analysis.similarity import (
 )
 from fusion_upcycle.analysis.token_classes import TOKEN_CLASSES, TokenClasses
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.conversion.live import build_live, plan_live
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.demo import domain_text
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS
 from fusion_upcycle.upcycling.options import make_options
+from fusion_upcycle.upcycling.run import plan_model
 
 TOKENIZER = byte_tokenizer(64)
 TEXTS = {name: domain_text(name, "test")[:6] for name in ("prose", "arithmetic")}
@@ -35,7 +36,7 @@ def moe_model(
     """A tiny random MoE of a family, 4 experts, top-2, that reads bytes."""
     dense = dense_model(next(iter(ARCHITECTURES[target].dense)), vocab_size=257)
     options = {"target": target, "expert_init": expert_init} | options
-    moe, _ = build_live(plan_live(dense, make_options(**options)), dense, mode="none")
+    moe, _ = to_model(plan_model(dense, make_options(**options)), dense, verify="none")
     return moe
 
 
@@ -176,7 +177,7 @@ def test_what_cannot_be_analysed() -> None:
     with pytest.raises(UpcyclingError, match=r"llama model is dense.*Give a Mixture"):
         analysis_of(dense)
     small = dense_model(vocab_size=67)
-    moe, _ = build_live(plan_live(small, make_options()), small, mode="none")
+    moe, _ = to_model(plan_model(small, make_options()), small, verify="none")
     with pytest.raises(UpcyclingError, match=r"token id \d+, but the model has 67 embeddings"):
         analysis_of(moe)
     for wrong in ({"sample": 1}, {"permutations": 0}):

@@ -76,7 +76,7 @@ def test_a_folder_and_a_live_model_get_the_same_bits(
     live = expand_model(load(source), tokenizer=source, verify="none", **data, **options)
     assert_same_bits(live.model.state_dict(), load(tmp_path / "out").state_dict())
     assert json.loads(json.dumps(live.about["router"])) == made.record["router"]
-    assert made.proof.restricted is not None  # the source is within the result
+    assert made.proof.details["restricted"] is not None  # the source is within the result
 
 
 def test_the_record_says_what_the_router_does(
@@ -94,7 +94,7 @@ def test_the_record_says_what_the_router_does(
         assert layer["margin"] > 0 and layer["weight_error"] < 0.2
         assert len(layer["copy_shares"]) == 8
     assert made.record["options"]["router_extension"] == options["router_extension"]
-    assert made.proof.reason is not None and "only nearly" in made.proof.reason
+    assert "only nearly" in made.proof.details["reason"]
     assert verify(tmp_path / "out", progress=False).function == made.proof.function
 
 

@@ -9,7 +9,7 @@ from tiny import dense_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from fusion_upcycle.conversion.live import build_live, plan_live
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.inspection.economics import (
     attention_score_flops,
@@ -17,6 +17,7 @@ from fusion_upcycle.inspection.economics import (
     embedding_parameters,
 )
 from fusion_upcycle.upcycling.options import make_options
+from fusion_upcycle.upcycling.run import plan_model
 from fusion_upcycle.upcycling.upcycling import Upcycling
 
 LENGTH = 24
@@ -24,11 +25,11 @@ LENGTH = 24
 
 def plan(family: str = "llama", *, model: dict[str, Any] | None = None, **options: Any) -> Any:
     dense = dense_model(family, **model or {})
-    return dense, plan_live(dense, make_options(**options))
+    return dense, plan_model(dense, make_options(**options))
 
 
 def moe_of(dense: PreTrainedModel, upcycling: Upcycling) -> PreTrainedModel:
-    moe, _ = build_live(upcycling, dense, mode="none", tokenizer_file=None)
+    moe, _ = to_model(upcycling, dense, verify="none", tokenizer_file=None)
     return moe
 
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import MOE_FAMILIES
-from fusion_upcycle.conversion.live import save_live
-from fusion_upcycle.conversion.run import Converted, OutputOptions
+from fusion_upcycle.conversion.output import Converted, OutputOptions
+from fusion_upcycle.conversion.run import save_model, to_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.live import build_live_expansion, plan_live_expansion
+from fusion_upcycle.expansion.live import plan_model
 from fusion_upcycle.expansion.options import make_expansion_options
-from fusion_upcycle.expansion.run import describe_expansion, expand
+from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import folder_identity
 from fusion_upcycle.live.routers import find_routers
@@ -36,8 +36,8 @@ def grow(source: Path, output: Path, **options: Any) -> Converted:
 
 
 def live(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    expansion = plan_live_expansion(model, make_expansion_options(**options))
-    return build_live_expansion(expansion, model, mode="layers")[0]
+    expansion = plan_model(model, make_expansion_options(**options))
+    return to_model(expansion, model, verify="layers")[0]
 
 
 def scores_of(folder: Path, scores: list[float]) -> Importance:
@@ -263,7 +263,7 @@ def test_given_router_rows_win_over_the_option(tmp_path: Path) -> None:
     assert torch.equal(found["model.layers.1.mlp.gate.weight"], rows.to(BF16))
     bias = found["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert torch.equal(bias, biases.to(bias.dtype))
-    assert done.proof.restricted["max_abs"] == 0
+    assert done.proof.details["restricted"]["max_abs"] == 0
     assert "only nearly" in str(done.proof)
     # A second proof takes them from the folder, and says of what kind they are.
     again = verify(tmp_path / "out", progress=False)
@@ -283,9 +283,9 @@ def test_scores_are_of_the_model_that_they_are_used_for(tmp_path: Path) -> None:
     with pytest.raises(UpcyclingError, match="have no load"):
         grow(source, tmp_path / "wrong", scores=scores, **options | {"metric": "load"})
     chosen = make_expansion_options(**options)
-    assert plan_live_expansion(load(source), chosen, scores).plan.to_json() == done.record["plan"]
+    assert plan_model(load(source), chosen, scores).plan.to_json() == done.record["plan"]
     with pytest.raises(UpcyclingError, match="importance scores are of"):
-        plan_live_expansion(load(other), chosen, scores)
+        plan_model(load(other), chosen, scores)
 
 
 def test_a_live_expansion_is_saved_as_a_streamed_one_is_written(tmp_path: Path) -> None:
@@ -293,16 +293,15 @@ def test_a_live_expansion_is_saved_as_a_streamed_one_is_written(tmp_path: Path) 
     options = {"num_experts": 7, "expert_init": "noise"}
     grow(source, tmp_path / "out", **options)
     model = load(source)
-    expansion = plan_live_expansion(model, make_expansion_options(**options))
-    _, proof = build_live_expansion(expansion, model, mode="logits")
-    done = save_live(
+    expansion = plan_model(model, make_expansion_options(**options))
+    _, proof = to_model(expansion, model, verify="logits")
+    done = save_model(
         expansion,
         proof,
         tmp_path / "saved",
-        source={"name": "moe", "from_hub": False},
+        sources={"moe": {"name": "moe", "from_hub": False}},
         companions=lambda folder: [],
         options=OutputOptions(progress=False),
-        about=describe_expansion(expansion),
     )
     assert_same_bits(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "out"))
     assert done.record["num_experts"] == {"before": 4, "after": 7}

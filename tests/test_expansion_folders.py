@@ -244,7 +244,7 @@ def test_shard_size_and_order_change_no_bit(source: Path, tmp_path: Path) -> Non
 def test_a_damaged_output_fails_the_second_proof(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     expand(source, output, num_experts=5, expert_init="noise", progress=False)
-    assert verify(output, progress=False).restricted is not None
+    assert verify(output, progress=False).details["restricted"] is not None
     path = output / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.block_sparse_moe.experts.4.w3.weight"

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, read_moments, write_moments
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.live import build_live_expansion, plan_live_expansion
+from fusion_upcycle.expansion.live import plan_model
 from fusion_upcycle.expansion.moments import expand_moments
 from fusion_upcycle.expansion.options import make_expansion_options
 from fusion_upcycle.expansion.run import expand
@@ -67,8 +68,8 @@ def test_parameters_and_moments_expand_alike(family: str, tmp_path: Path) -> Non
         for name, values in moments.items():
             state[name].copy_(values[kind])
         options = {"num_experts": 6, "router_extension": "copy"}
-        expansion = plan_live_expansion(before, make_expansion_options(**options))
-        larger, _ = build_live_expansion(expansion, before, mode="none")
+        expansion = plan_model(before, make_expansion_options(**options))
+        larger, _ = to_model(expansion, before, verify="none")
         for name, values in grown.items():
             assert torch.equal(larger.state_dict()[name], values[kind]), (name, kind)
 
@@ -95,8 +96,8 @@ def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:
     step(by_folder, optimizer, 2)
 
     model = load(source)
-    expansion = plan_live_expansion(model, make_expansion_options(**options))
-    in_memory, _ = build_live_expansion(expansion, model, mode="none")
+    expansion = plan_model(model, make_expansion_options(**options))
+    in_memory, _ = to_model(expansion, model, verify="none")
     place_moments(
         optimizer := optimizer_of(in_memory), expand_moments(read_moments(source), expansion)
     )
@@ -107,7 +108,7 @@ def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:
 def test_new_moments_of_copies(tmp_path: Path) -> None:
     source = trained(tmp_path, "mixtral")
     moments = read_moments(source)
-    expansion = plan_live_expansion(load(source), make_expansion_options(num_experts=10))
+    expansion = plan_model(load(source), make_expansion_options(num_experts=10))
     assert expansion.plan.source_experts[0] == (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)
     name = "model.layers.1." + MOE_FAMILIES["mixtral"].experts_module + ".down_proj"
     reset = expand_moments(moments, expansion, "reset")[name]

@@ -11,14 +11,14 @@ from tiny_moe import moe_folder, moe_model
 from fusion_upcycle import expand, expand_model
 from fusion_upcycle.checkpoint import writer
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion import run
-from fusion_upcycle.expansion.live import plan_live_expansion
+from fusion_upcycle.expansion import expansion
+from fusion_upcycle.expansion.live import plan_model
 from fusion_upcycle.expansion.options import make_expansion_options
 
 
 def test_a_live_model_that_is_not_loaded_is_refused() -> None:
     with pytest.raises(UpcyclingError, match="meta device"):
-        plan_live_expansion(moe_model("mixtral").to("meta"), make_expansion_options())
+        plan_model(moe_model("mixtral").to("meta"), make_expansion_options())
     with pytest.raises(UpcyclingError, match="meta device"):  # before the text is looked at
         expand_model(moe_model("mixtral").to("meta"), calibration={"a": "nowhere"})
 
@@ -27,7 +27,7 @@ def test_parts_that_the_class_does_not_have_are_not_lost_in_silence() -> None:
     adapted = moe_model("mixtral")
     adapted.model.layers[0].mlp.adapter = torch.nn.Linear(3, 3, bias=False)
     with pytest.raises(UpcyclingError, match=r"mlp\.adapter\.weight.*merge_and_unload"):
-        plan_live_expansion(adapted, make_expansion_options())
+        plan_model(adapted, make_expansion_options())
     buffered = moe_model("mixtral")
     buffered.register_buffer("calls", torch.zeros(1))
     with pytest.raises(UpcyclingError, match="has calls, for which MixtralForCausalLM has no"):
@@ -65,7 +65,7 @@ def test_only_the_same_expansion_goes_on_with_what_a_killed_one_left(
 
     def start() -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run, "prove_expansion", interrupt)
+            patch.setattr(expansion, "prove_expansion", interrupt)
             expand(source, output, overwrite=True, **options)
 
     start()

@@ -38,12 +38,12 @@ from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, StateDictSource
 from fusion_upcycle.cli import main
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.merging.merging import BASE, DenseModel
 from fusion_upcycle.merging.options import MergingOptions
-from fusion_upcycle.merging.plan import BASE, DenseModel, plan_merging
-from fusion_upcycle.merging.proof import prove_merging
+from fusion_upcycle.merging.plan import plan_merging
 from fusion_upcycle.merging.prototypes import Moments, prototype
 from fusion_upcycle.merging.source import MergeSource
-from fusion_upcycle.verification import sample_tokens
+from fusion_upcycle.verification.function import Models, sample_tokens
 from fusion_upcycle.verify import verify
 
 BF16 = torch.bfloat16
@@ -131,9 +131,10 @@ def test_every_family_merges_and_each_models_experts_are_its_ffns(
 ) -> None:
     models = folders(tmp_path, "one", "two", family=family, **fields)
     made = merge(models, tmp_path / "moe", target=target, expert_init="permute")
-    assert made.proof.experts.keys() == made.proof.sources.keys() == {"one", "two"}
+    found = made.proof.details
+    assert found["experts"].keys() == found["sources"].keys() == {"one", "two"}
     assert made.proof.holds is None and made.proof.claim == "approximate"
-    assert all(far["max_abs"] > 0.01 * far["scale"] for far in made.proof.sources.values())
+    assert all(far["max_abs"] > 0.01 * far["scale"] for far in found["sources"].values())
 
 
 def test_copies_of_a_models_ffn_share_its_place(tmp_path: Path) -> None:
@@ -159,8 +160,8 @@ def test_layers_that_stay_dense_are_averaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"expert_init": "noise"}, {"normalize_topk_prob": False}])
 def test_what_is_not_exact_is_proven_but_for_that(options: dict[str, Any], tmp_path: Path) -> None:
     models = folders(tmp_path, "one", "two", family="qwen2")
-    proof = merge(models, tmp_path / "moe", **options).proof
-    assert all(found["max_abs"] <= 1e-4 * found["scale"] for found in proof.experts.values())
+    experts = merge(models, tmp_path / "moe", **options).proof.details["experts"]
+    assert all(found["max_abs"] <= 1e-4 * found["scale"] for found in experts.values())
 
 
 def test_experts_of_the_wrong_model_are_found(tmp_path: Path) -> None:
@@ -170,11 +171,10 @@ def test_experts_of_the_wrong_model_are_found(tmp_path: Path) -> None:
     }
     merging = plan_merging(models, MergingOptions())
     swapped = replace(merging, experts=["two", "one"])
-    tokens = sample_tokens(None, merging.upcycling.config)
+    tokens = sample_tokens(None, merging.config)
+    never = Models(pytest.fail, pytest.fail)
     with pytest.raises(ProofError, match="NOT exact"):
-        prove_merging(
-            swapped, merging.upcycling, mode="layers", tokens=tokens, moe=lambda: pytest.fail()
-        )
+        swapped.prove(merging, mode="layers", tokens=tokens, models=never)
 
 
 # --- the two sinks ----------------------------------------------------------------------------

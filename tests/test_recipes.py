@@ -19,12 +19,11 @@ from fusion_upcycle import SparseUpcyclingAlgorithm
 from fusion_upcycle.architectures.layout import empty_model
 from fusion_upcycle.architectures.weightless import WeightlessSource
 from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.conversion.live import plan_live
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.inspection.recipes import RECIPES, find_recipe, plan_recipe, recipe_options
 from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 from fusion_upcycle.upcycling.plan import plan_upcycling
-from fusion_upcycle.upcycling.run import plan_folder
+from fusion_upcycle.upcycling.run import plan_folder, plan_model
 from fusion_upcycle.upcycling.upcycling import Upcycling
 
 FOLDER = Path(__file__).resolve().parents[1] / "config" / "method" / "recipes"
@@ -156,7 +155,7 @@ def test_a_wider_shared_expert_is_the_ffn_and_some_of_its_neurons_again(
         num_hidden_layers=1,
     )
     options: dict[str, Any] = recipe_options(name) | {"dtype": "float64"}
-    upcycling = plan_live(dense, make_options(**options))
+    upcycling = plan_model(dense, make_options(**options))
     tensors = [
         upcycling.tensor(f"model.layers.0.mlp.shared_expert.{part}_proj.weight")
         for part in ("gate", "up", "down")

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from fusion_upcycle import SparseUpcyclingAlgorithm, UpcyclingOptions, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import empty_model
-from fusion_upcycle.conversion.live import plan_live
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expert_init import subset
 from fusion_upcycle.experts import Expert
+from fusion_upcycle.upcycling.run import plan_model
 from fusion_upcycle.upcycling.shards import Sharding, repeat_neurons, shard_scales, take_neurons
 
 QWEN2_SHARDS = {"expert_init": "qwen2", "expert_intermediate_size": 20}
@@ -205,7 +205,7 @@ def test_scales_that_half_precision_rounds_are_proven_before_that(
     if "expert_init" in options:
         assert proof.claim == "approximate"
         return
-    assert proof.holds and proof.rounded
+    assert proof.holds and proof.details["rounded"]
     assert "rounding of scaled weights" in str(proof)
     assert proof.function is not None
     assert 1e-5 < proof.function["max_abs"] / proof.function["scale"] < 0.03
@@ -214,7 +214,7 @@ def test_scales_that_half_precision_rounds_are_proven_before_that(
 def test_a_scale_of_a_power_of_two_is_not_called_rounded(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", "qwen2", dtype=torch.bfloat16)
     options = {"granularity": 2, "shared_expert_intermediate_size": 96, "progress": False}
-    assert upcycle(source, tmp_path / "moe", **options).proof.rounded is None
+    assert upcycle(source, tmp_path / "moe", **options).proof.details["rounded"] is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -270,7 +270,7 @@ def test_a_model_that_is_not_finite_is_not_proven(tmp_path: Path) -> None:
 def test_which_layers_a_spelling_means(asked: str, layers: Sequence[int]) -> None:
     dense = dense_model("qwen3", head_dim=8, num_hidden_layers=6)
     options = UpcyclingOptions(moe_layers=asked)
-    assert list(plan_live(dense, options).plan.source_experts) == list(layers)
+    assert list(plan_model(dense, options).plan.source_experts) == list(layers)
 
 
 @pytest.mark.parametrize("options", [{}, {"expert_init": "noise"}, QWEN2_SHARDS], ids=str)
@@ -278,7 +278,7 @@ def test_every_layer_expert_and_seed_has_draws_of_its_own(options: dict[str, Any
     dense = dense_model("qwen3", head_dim=8)
     seen = []
     for seed in (0, 1):
-        plan = plan_live(dense, UpcyclingOptions(seed=seed, **options))
+        plan = plan_model(dense, UpcyclingOptions(seed=seed, **options))
         for layer in (0, 1):
             at = f"model.layers.{layer}.mlp."
             seen += list(plan.tensor(f"{at}gate.weight"))
@@ -291,7 +291,7 @@ def test_every_layer_expert_and_seed_has_draws_of_its_own(options: dict[str, Any
 
 def test_parameters_are_those_of_transformers() -> None:
     dense = dense_model("qwen3", head_dim=8)
-    plan = plan_live(dense, UpcyclingOptions(moe_layers="last_1", granularity=2))
+    plan = plan_model(dense, UpcyclingOptions(moe_layers="last_1", granularity=2))
     model = empty_model(plan.config)
     assert plan.parameters["total"] == sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)

@@ -29,11 +29,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 from fusion_upcycle import UpcyclingOptions, upcycle
-from fusion_upcycle.conversion.live import build_live, plan_live
-from fusion_upcycle.conversion.run import Converted
+from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import generator_for
 from fusion_upcycle.router_init import normal
+from fusion_upcycle.upcycling.run import plan_model
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -43,7 +44,7 @@ def convert(source: Path, output: Path, **options: Any) -> Converted:
 
 
 def live(dense: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    return build_live(plan_live(dense, UpcyclingOptions(**options)), dense, mode="logits")[0]
+    return to_model(plan_model(dense, UpcyclingOptions(**options)), dense, verify="logits")[0]
 
 
 def relative_difference(source: Path, output: Path, ids: Tensor | None = None) -> float:

@@ -27,12 +27,12 @@ from fusion_upcycle.architectures.config import readable_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.writer import write_shards
 from fusion_upcycle.cli import main
-from fusion_upcycle.conversion.live import build_live, plan_live
-from fusion_upcycle.conversion.run import Converted
+from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import ProofError, UpcyclingError
-from fusion_upcycle.upcycling.run import plan_folder
-from fusion_upcycle.verification import resolve_mode, sample_tokens
-from fusion_upcycle.verification.function import distance
+from fusion_upcycle.upcycling.run import plan_folder, plan_model
+from fusion_upcycle.verification.function import distance, sample_tokens
+from fusion_upcycle.verification.proof import resolve_mode
 from fusion_upcycle.verification.streamed_model import streamed_model
 from fusion_upcycle.verify import verify
 
@@ -89,7 +89,7 @@ def test_one_flipped_bit_on_disk_is_found(
         write_shards(staging, *rest)
         flip_a_bit(sorted(staging.glob("*.safetensors"))[-1])
 
-    monkeypatch.setattr("fusion_upcycle.conversion.run.write_shards", write_badly)
+    monkeypatch.setattr("fusion_upcycle.conversion.output.write_shards", write_badly)
     options = {"expert_init": expert_init, "max_shard_size": max_shard_size}
     not_proven(source, mode, match="differs from its origin", **options)
 
@@ -169,7 +169,7 @@ def test_a_field_lost_in_writing_config_json_is_found(
     def lose(config: Any) -> dict[str, Any]:
         return {key: value for key, value in readable_config(config).items() if key != field}
 
-    monkeypatch.setattr("fusion_upcycle.conversion.run.readable_config", lose)
+    monkeypatch.setattr("fusion_upcycle.conversion.output.readable_config", lose)
     not_proven(dense_folder(tmp_path / "dense", "mistral", dtype=dtype), mode)
 
 
@@ -189,7 +189,7 @@ def test_live_experts_in_swapped_slots_are_found(
     monkeypatch.setattr(type(MIXTRAL), "live_slot", swapped)
     dense = dense_model(dtype=dtype)
     with pytest.raises(ProofError):
-        build_live(plan_live(dense, UpcyclingOptions()), dense, mode="logits")
+        to_model(plan_model(dense, UpcyclingOptions()), dense, verify="logits")
 
 
 @both_modes
@@ -231,7 +231,7 @@ def test_the_proof_compares_every_tensor(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_layers_proof_compares_every_layer(source: Path, tmp_path: Path) -> None:
-    layers = convert(source, tmp_path / "out", verify="layers").proof.layers
+    layers = convert(source, tmp_path / "out", verify="layers").proof.details["layers"]
     assert layers is not None
     assert layers["compared"] == 2
 
@@ -462,7 +462,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_writing(
 ) -> None:
     write_tokenizer(source, 90)
     monkeypatch.setattr(
-        "fusion_upcycle.conversion.run.write_shards", lambda *_: pytest.fail("written")
+        "fusion_upcycle.conversion.output.write_shards", lambda *_: pytest.fail("written")
     )
     with pytest.raises(UpcyclingError, match=r"tokenizer\.json gives token id \d+, but.* 67 embed"):
         convert(source, source.parent / "out")

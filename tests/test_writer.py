@@ -414,7 +414,7 @@ CONVERSION = """
 import os, sys, time
 from pathlib import Path
 from fusion_upcycle import upcycle
-from fusion_upcycle.conversion import run
+from fusion_upcycle.conversion import output
 
 class DyingBar:
     written = 0
@@ -426,7 +426,7 @@ class DyingBar:
             while len(list(Path(sys.argv[3]).glob("*.safetensors"))) < 2: time.sleep(0.01)
             os._exit(9)
 
-run.progress_bar = lambda *_, **__: DyingBar()
+output.progress_bar = lambda *_, **__: DyingBar()
 upcycle(sys.argv[1], sys.argv[2], max_shard_size="30KB", expert_init="noise", progress=False)
 """
 
@@ -460,7 +460,7 @@ def kill_when_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         shutil.copytree(path.parent, kept)
         raise Killed
 
-    monkeypatch.setattr("fusion_upcycle.conversion.run._write_json", die)
+    monkeypatch.setattr("fusion_upcycle.conversion.output._write_json", die)
 
     def put_back() -> None:
         monkeypatch.undo()

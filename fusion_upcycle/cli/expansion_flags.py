@@ -185,7 +185,8 @@ def _importance(parsed: argparse.Namespace) -> None:
 
 def _expand(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.expansion.options import ExpansionOptions
-    from fusion_upcycle.expansion.run import IMPORTANCE_FOLDER, expand
+    from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
+    from fusion_upcycle.expansion.run import expand
 
     made = expand(
         parsed.source,

@@ -67,8 +67,8 @@ def add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _merge(parsed: argparse.Namespace) -> None:
+    from fusion_upcycle.merging.merging import BASE
     from fusion_upcycle.merging.options import MergingOptions
-    from fusion_upcycle.merging.plan import BASE
     from fusion_upcycle.merging.run import merge_into_moe
 
     base = {} if parsed.base is None else {BASE: parsed.base}

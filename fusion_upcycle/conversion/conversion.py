@@ -1,11 +1,15 @@
-"""A planned conversion as a lazy mapping: every target tensor, made when asked for, in pieces.
+"""The protocol of every operation: a planned conversion, lazy, that proves and describes itself.
 
 Each tensor of the target has one rule that says where it comes from. Nothing is read until a sink
-asks: a checkpoint folder or a live model, which so get the same bits.
+asks: a checkpoint folder or a live model, which so get the same bits. An operation (sparse
+upcycling, merging, expansion) is a subclass: it makes its experts and routers, and owns its part of
+the proof, of the record and of the card. `fusion_upcycle.conversion.run` does the rest; an
+operation whose folders can be proven again has `replan(record)` in its own `run`.
 """
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -13,14 +17,22 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, TensorSpec, cast
+from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, Rule, Zeros
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
+from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.verification.names import check_names
+from fusion_upcycle.verification.proof import Findings, Proof
+from fusion_upcycle.verification.tensors import check_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from fusion_upcycle.conversion.card import CardWords
 
 
 class ConversionOptions(Protocol):
@@ -48,8 +60,11 @@ class Conversion(ABC):
         rules: target tensor name -> where it comes from, in the order of writing.
         specs: target tensor name -> dtype and shape.
         averaged: names of the source's tensors that are means over several models.
+        details: what scoring and calibration found on the way, for the record.
     """
 
+    #: Of the operation, in records and on cards.
+    method: ClassVar[str]
     #: What to do where half precision cannot hold a value.
     _wider: ClassVar[str] = "dtype=float32"
 
@@ -63,6 +78,7 @@ class Conversion(ABC):
     rules: dict[str, Rule]
     specs: dict[str, TensorSpec]
     averaged: frozenset[str] = frozenset()
+    details: Mapping[str, Any] = field(default_factory=dict)
     _last_expert: tuple[tuple[int, int], Expert] | None = field(default=None, repr=False)
 
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
@@ -101,6 +117,84 @@ class Conversion(ABC):
     @abstractmethod
     def parameters(self) -> dict[str, int]:
         """Parameters of the source and of the result, total and active per token."""
+
+    @property
+    @abstractmethod
+    def claims_exact(self) -> bool:
+        """Whether the result computes the source's function at step 0 (in exact arithmetic)."""
+
+    @abstractmethod
+    def about(self, sources: Mapping[str, Any]) -> dict[str, Any]:
+        """What the record of this operation says beside the common fields, or instead of them.
+
+        Args:
+            sources: name of each source model -> its identity.
+        """
+
+    @abstractmethod
+    def in_words(self, record: Mapping[str, Any]) -> "CardWords":
+        """What the model card says of this operation, from the finished record."""
+
+    @abstractmethod
+    def _prove_function(
+        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+    ) -> Findings:
+        """The operation's own part of `prove`, for tensors and names that are right."""
+
+    def record(self, sources: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of this conversion: what was asked for, planned and found before writing."""
+        return {
+            "method": self.method,
+            "class": class_name(self.config),
+            "dtype": dtype_name(self.dtype),
+            "options": self.options.to_json(),
+            "plan": self.plan.to_json(),
+            "parameters": self.parameters,
+            **self.about(sources),
+            **self.details,
+        }
+
+    def prove(
+        self,
+        result: TensorSource,
+        *,
+        mode: str,
+        tokens: Tokens,
+        models: Models,
+        progress: bool = False,
+    ) -> Proof:
+        """Prove a result: names and all tensors, then what the operation claims of its function.
+
+        Args:
+            result: the tensors that were made, from the written folder or the live model.
+            mode: `layers` (streaming, in float32), `logits` (both models in memory) or `none`.
+            tokens: to run the models on.
+            models: source and result in memory, for `mode="logits"`.
+            progress: show progress bars.
+
+        Raises:
+            ProofError: a tensor differs, or a claim is false.
+        """
+        claim = "exact" if self.claims_exact else "approximate"
+        if mode == "none":
+            return Proof("none", claim)
+        started = time.perf_counter()
+        check_names(self.config, self.architecture)
+        tensors = check_tensors(self, result, progress=progress)
+        found = self._prove_function(
+            result, mode=mode, tokens=tokens, models=models, progress=progress
+        )
+        return Proof(
+            mode,
+            claim,
+            found.holds,
+            tokens.words,
+            tensors,
+            found.function,
+            found.details,
+            round(time.perf_counter() - started, 3),
+            f"{found.words}; {sum(tensors.values())} tensors bit-equal; {tokens.words}",
+        )
 
     @abstractmethod
     def _source_expert(self, layer: int, expert: int) -> tuple[Expert, Iterable[str]]:

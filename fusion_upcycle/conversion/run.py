@@ -1,125 +1,291 @@
-"""An output folder: shards, config, companions, record and model card, all or nothing."""
+"""Any planned conversion to a folder or to a live model: written, proven, recorded.
 
-import json
+folders = open_folders({"source": "./llama"}, "./moe", verify="auto")   # checks, before any work
+to_folder(plan(...), folders)                                          # streams
+to_model(plan(...), model, verify="auto")                              # in memory
+"""
+
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.architectures.config import readable_config
+import torch
+import transformers
+
 from fusion_upcycle.architectures.layout import class_name
-from fusion_upcycle.checkpoint.writer import (
-    RECORD_FILE,
-    check_output,
-    parse_size,
-    plan_shards,
-    staging_folder,
-    write_shards,
-)
-from fusion_upcycle.checks import dtype_name
-from fusion_upcycle.conversion.card import model_card
+from fusion_upcycle.checkpoint.reader import CheckpointReader
+from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate
 from fusion_upcycle.conversion.conversion import Conversion
-from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.report.record import Measured, versions
-from fusion_upcycle.verification import Proof
+from fusion_upcycle.conversion.live import fill_live
+from fusion_upcycle.conversion.output import Converted, OutputOptions, write_output
+from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.live.tensors import LiveTensorsOnCPU
+from fusion_upcycle.progress import loading_bars
+from fusion_upcycle.verification.function import Models, sample_tokens
+from fusion_upcycle.verification.names import check_written_config
+from fusion_upcycle.verification.proof import Proof, resolve_mode
+from fusion_upcycle.verification.tensors import check_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: The name of a source model that has no other.
+SOURCE = "source"
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """How an output folder is written; nothing here changes a bit of its tensors.
+class Folders:
+    """What a conversion reads and writes, checked before any work.
 
     Attributes:
-        overwrite: replace an earlier output of ours.
-        max_shard_size: of the files, as in "5GB".
-        progress: show progress bars.
+        given: name of each source model -> folder or Hub id, as the user gave it.
+        local: name of each source model -> its local folder.
+        main: the model whose tokenizer, template, generation and licence files the result gets.
+        output: folder to make.
+        verify: mode of the proof.
+        writing: how the output is written.
     """
 
-    overwrite: bool = False
-    max_shard_size: int | str = "5GB"
-    progress: bool = True
-
-    def check(self, output: Path) -> None:
-        """Fail before any work when the output cannot be written."""
-        parse_size(self.max_shard_size)
-        check_output(output, overwrite=self.overwrite)
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A finished conversion.
-
-    Attributes:
-        output: the folder.
-        proof: what was proven.
-        record: contents of the folder's `upcycling.json`.
-        costs: wall and CPU seconds of writing and proving, peak memory.
-    """
-
+    given: Mapping[str, str | Path]
+    local: Mapping[str, Path]
+    main: str
     output: Path
-    proof: Proof
-    record: dict[str, Any]
-    costs: dict[str, dict[str, float | int]]
+    verify: str
+    writing: OutputOptions
+
+    @property
+    def source(self) -> Path:
+        """The local folder of the main model."""
+        return self.local[self.main]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.source / "tokenizer.json"
+
+    def to_json(self) -> dict[str, Any]:
+        """Identity of each source model, for the record: enough to notice that it has changed."""
+        return {name: _identity(given, self.local[name]) for name, given in self.given.items()}
 
 
-def write_output(
-    conversion: Conversion,
-    output: Path,
+def open_folders(
+    given: Mapping[str, str | Path],
+    output: str | Path,
     *,
-    source: dict[str, Any],
-    companions: Callable[[Path], list[str]],
-    prove: Callable[[Path], Proof],
-    options: OutputOptions,
-    resumable: bool = True,
-    about: Mapping[str, Any] | None = None,
-) -> Converted:
-    """Write a planned conversion, prove it, and only then let the folder appear.
+    main: str | None = None,
+    verify: str = "auto",
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> Folders:
+    """Locate the source models, and refuse what stands in the way of the output.
 
     Args:
-        source: what the record says of the source: name, whether it is from the Hub, its files.
-        companions: puts tokenizer, template, generation and licence files into the staged folder
-            and returns their names.
-        prove: staged folder -> proof; an error leaves no output.
-        resumable: whether `source` tells exactly what is converted, so that the shards of a killed
-            run can be kept.
-        about: what the record says beside and instead of the usual.
+        given: name of each source model -> local folder or Hugging Face Hub id.
+        main: the one whose tokenizer and other files the result gets; None is the first.
+
+    Raises:
+        UpcyclingError: a source that is not there, a damaged tokenizer file, an output that is
+            there already or holds a source, options that are none.
     """
-    output = output.resolve()
-    shards = plan_shards(conversion.specs, options.max_shard_size)
-    total = conversion.total_bytes
-    record: dict[str, Any] = {
-        "name": output.name,
-        "method": "sparse upcycling",
-        "source": source,
-        "class": class_name(conversion.config),
-        "dtype": dtype_name(conversion.dtype),
-        "options": conversion.options.to_json(),
-        "plan": conversion.plan.to_json(),
-        "parameters": conversion.parameters,
-        "bytes": total,
-        "shards": [shard.file for shard in shards],
-        "versions": versions(),
-        **(about or {}),
-    }
-    fingerprint = record if resumable else record | {"run": uuid4().hex}
-    with staging_folder(
-        output, fingerprint, total_bytes=total, overwrite=options.overwrite
-    ) as staging:
-        with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            write_shards(staging, shards, conversion.chunks, bar.update)
-            _write_json(staging / "config.json", readable_config(conversion.config))
-            record["copied_files"] = companions(staging)
-        with Measured() as proving:
-            proof = prove(staging)
-        record |= {"proof": proof.to_json(), "proof_in_words": str(proof)}
-        _write_json(staging / RECORD_FILE, record)
-        (staging / "README.md").write_text(model_card(record), encoding="utf-8")
-    costs = {"write": writing.as_record(), "prove": proving.as_record()}
-    return Converted(output, proof, record, costs)
+    resolve_mode(verify, streaming=True, total_bytes=0)
+    writing = OutputOptions(overwrite, max_shard_size, progress)
+    output = Path(output).expanduser().resolve()
+    local = {name: locate(source) for name, source in given.items()}
+    for name, folder in local.items():
+        if folder.resolve().is_relative_to(output):
+            which = "the source" if len(local) == 1 else f"model {name}"
+            raise UpcyclingError(
+                f"{output} is {which} itself, or holds it ({folder}). Choose another output."
+            )
+    writing.check(output)
+    main = next(iter(local)) if main is None else main
+    check_companions(local[main])
+    return Folders(given, local, main, output, verify, writing)
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    # config.json holds one thing that is not JSON: the dtype.
-    path.write_text(
-        json.dumps(data, indent=2, default=dtype_name, allow_nan=False) + "\n", encoding="utf-8"
+def to_folder(
+    conversion: Conversion,
+    folders: Folders,
+    *,
+    put: Callable[[Path], object] | None = None,
+    resumable: bool = True,
+) -> Converted:
+    """Stream a planned conversion to its folder; neither model is ever in memory.
+
+    Args:
+        put: puts what this conversion has beside its weights into the staged folder.
+        resumable: whether the record tells exactly what is converted.
+
+    Raises:
+        UpcyclingError: a tokenizer of another model, a full disk.
+        ProofError: the result is not what it claims to be; nothing is left behind.
+    """
+    # Before the writing: a tokenizer of another model is refused first.
+    prove = _prover(conversion, folders.source, folders.verify, folders.writing.progress)
+
+    def companions(staging: Path) -> list[str]:
+        if put is not None:
+            put(staging)
+        return copy_companions(folders.source, staging)
+
+    return write_output(
+        conversion,
+        folders.output,
+        sources=folders.to_json(),
+        main=folders.main,
+        companions=companions,
+        prove=prove,
+        options=folders.writing,
+        resumable=resumable,
     )
+
+
+def prove_folder(
+    conversion: Conversion, source: Path, result: Path, *, mode: str, progress: bool
+) -> Proof:
+    """Prove the folder `result` against the folder `source` that it was made from."""
+    return _prover(conversion, source, mode, progress)(result)
+
+
+def _prover(
+    conversion: Conversion, source: Path, mode: str, progress: bool
+) -> Callable[[Path], Proof]:
+    tokens = sample_tokens(source / "tokenizer.json", conversion.config)
+    mode = resolve_mode(mode, streaming=True, total_bytes=conversion.total_bytes)
+    load = partial(load_model, dtype=conversion.dtype, progress=progress)
+
+    def prove(result: Path) -> Proof:
+        return conversion.prove(
+            _open_result(conversion, result),
+            mode=mode,
+            tokens=tokens,
+            models=Models(
+                lambda: load(source, conversion.source_config),
+                lambda: load(result, conversion.config, complete=True),
+            ),
+            progress=progress,
+        )
+
+    return prove
+
+
+def to_model(
+    conversion: Conversion,
+    source: "PreTrainedModel",
+    *,
+    verify: str,
+    tokenizer_file: Path | None = None,
+    progress: bool = False,
+) -> tuple["PreTrainedModel", Proof]:
+    """Fill transformers' own class with the planned tensors, and prove the result.
+
+    Args:
+        conversion: planned from live models.
+        source: the model, or the first of them; the result gets its device, mode and generation
+            config.
+        verify: mode of the proof.
+        tokenizer_file: `tokenizer.json` for the proof's tokens.
+
+    Raises:
+        UpcyclingError: a tokenizer of another model.
+        ProofError: the result is not what it claims to be.
+    """
+    tokens = sample_tokens(tokenizer_file, conversion.config)
+    mode = resolve_mode(verify, streaming=False, total_bytes=conversion.total_bytes)
+    made = fill_live(conversion, source)
+    proof = conversion.prove(
+        LiveTensorsOnCPU(made, conversion.architecture, conversion.specs),
+        mode=mode,
+        tokens=tokens,
+        models=Models(lambda: source, lambda: made),
+        progress=progress,
+    )
+    return made, proof
+
+
+def save_model(
+    conversion: Conversion,
+    proof: Proof,
+    output: Path,
+    *,
+    sources: Mapping[str, Mapping[str, Any]],
+    companions: Callable[[Path], list[str]],
+    options: OutputOptions,
+) -> Converted:
+    """Write the folder of a live conversion, through the same writer as a streamed one.
+
+    Args:
+        proof: of the live model; every tensor of the folder is compared with it again.
+        sources: what the record says of each source model.
+        companions: writes tokenizer and generation files into the folder, returns their names.
+    """
+
+    def prove_written(folder: Path) -> Proof:
+        written = _open_result(conversion, folder)
+        if proof.mode != "none":
+            check_tensors(conversion, written, progress=options.progress)
+        return proof
+
+    return write_output(
+        conversion,
+        output,
+        sources=sources,
+        main=next(iter(sources)),
+        companions=companions,
+        prove=prove_written,
+        options=options,
+        resumable=False,  # nothing tells one live model from another
+    )
+
+
+def load_model(
+    folder: Path,
+    config: "PreTrainedConfig",
+    *,
+    dtype: torch.dtype,
+    progress: bool,
+    complete: bool = False,
+) -> "PreTrainedModel":
+    """Load a folder with transformers' own class for its config.
+
+    Raises:
+        ProofError: with `complete`, a tensor that transformers misses or does not expect.
+    """
+    with loading_bars(progress):
+        model, info = getattr(transformers, class_name(config)).from_pretrained(
+            folder,
+            # A result must say itself what it is; a source may be read in another family's words.
+            config=None if complete else copy.deepcopy(config),
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if complete and info[problem]:
+            raise ProofError(f"transformers loads {folder} with {problem}: {info[problem]}")
+    return model
+
+
+def _open_result(conversion: Conversion, folder: Path) -> CheckpointReader:
+    """The written tensors of `conversion`, once its config.json is known to say what was planned.
+
+    Raises:
+        ProofError: another config, or files that cannot be read.
+    """
+    check_written_config(folder, conversion.config)
+    try:
+        return CheckpointReader(folder, read_once=True)
+    except UpcyclingError as error:
+        raise ProofError(f"The output cannot be read: {error}") from error
+
+
+def _identity(given: str | Path, folder: Path) -> dict[str, Any]:
+    files = CheckpointReader(folder).files
+    return {
+        "name": str(given),
+        "from_hub": not Path(given).expanduser().exists(),
+        "files": {file.name: file.stat().st_size for file in files},
+        "modified": max(file.stat().st_mtime_ns for file in files),
+    }

@@ -8,18 +8,23 @@ Shape suffixes: E source experts, M experts of the result, F intermediate size, 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fusion_upcycle.architectures.layout import file_layout, layer_prefix
-from fusion_upcycle.checkpoint.tensors import TensorSpec
+from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
+from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.conversion.rules import RouterRows, Rule, SelectionBias
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import ExpansionOptions
+from fusion_upcycle.expansion.proof import prove_expansion
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
+from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.verification.proof import Findings
 
 
 @dataclass(kw_only=True)
@@ -33,6 +38,7 @@ class Expansion(Conversion):
         selection_biases: MoE layer -> selection bias [M], likewise; None copies that of the source.
     """
 
+    method = "expert upcycling"
     _wider: ClassVar[str] = "a source in float32"
 
     options: ExpansionOptions
@@ -68,9 +74,15 @@ class Expansion(Conversion):
         return self.is_identity and before == after
 
     def with_router(
-        self, rows: Mapping[int, Tensor], biases: Mapping[int, Tensor] | None = None
+        self,
+        rows: Mapping[int, Tensor],
+        biases: Mapping[int, Tensor] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> "Expansion":
         """The same expansion with these routers [M, D], and selection biases [M], of each layer.
+
+        Args:
+            details: what the record says of them.
 
         Raises:
             UpcyclingError: other layers or shapes, or biases where the family has none.
@@ -95,8 +107,20 @@ class Expansion(Conversion):
             if (name := self.bias_name(layer)) is not None and biases is not None:
                 rules[name] = SelectionBias(layer)
         return replace(
-            self, router_rows=rows, selection_biases=biases, rules=rules, _last_expert=None
+            self,
+            router_rows=rows,
+            selection_biases=biases,
+            rules=rules,
+            details={**self.details, **(details or {})},
+            _last_expert=None,
         )
+
+    def with_state(self, state: Path | None, new_moments: str) -> "Expansion":
+        """The same expansion, whose record says which optimizer state is expanded with it."""
+        if state is None:
+            return self
+        said = {"optimizer_state": {"source": str(state), "new_moments": new_moments}}
+        return replace(self, details={**self.details, **said})
 
     def origin_kind(self, name: str) -> str:
         """What a proof compares this tensor with."""
@@ -163,6 +187,51 @@ class Expansion(Conversion):
             "total": total,
             "active": total - (self.total_experts - after) * layers,
         }
+
+    def about(self, sources: Mapping[str, Any]) -> dict[str, Any]:
+        """The family, how many experts there were and are, and what router was given."""
+        before, after = self.experts_per_token
+        return {
+            "family": self.architecture.name,
+            "num_experts": {"before": self.num_experts, "after": self.total_experts},
+            "experts_per_token": {"before": before, "after": after},
+            "router_sha256": self.router_sha256,
+        }
+
+    def in_words(self, record: Mapping[str, Any]) -> CardWords:
+        """What the model card says."""
+        version, source = record["versions"]["fusion_upcycle"], public_name(record["source"])
+        experts, chosen = record["num_experts"], record["experts_per_token"]
+        by = f", by {record['importance']['metric']}" if "importance" in record else ""
+        counts, proof = record["parameters"], record["proof"]
+        caveat = "At step 0 the model computes the same function as its source, as was checked."
+        if proof["claim"] == "approximate":
+            caveat = (
+                "Growing with top-k fixed does not keep the function: the model differs from its "
+                f"source before training, by the distance above ({proof.get('reason')})."
+            )
+        return CardWords(
+            f"""A sparse Mixture-of-Experts model grown from `{source}` \
+with fusion_upcycle {version}:
+each of {len(record["plan"])} MoE layers went from {experts["before"]} to {experts["after"]} \
+experts (expert upcycling, arXiv 2604.19835;
+selection: {record["options"]["selection"]}{by}). The router picks {chosen["after"]} experts for \
+each token, and picked {chosen["before"]}.
+It has not been trained since.""",
+            {
+                "parameters of the source, total": counts["source"],
+                "parameters of the source, active per token": counts["source_active"],
+            },
+            "same function as the source",
+            caveat,
+        )
+
+    def _prove_function(
+        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+    ) -> Findings:
+        return prove_expansion(
+            self, result, mode=mode, tokens=tokens, models=models, progress=progress
+        )
 
     def _initialiser(self, expert: int) -> ExpertInit:
         return self.options.initialise_copy

@@ -1,38 +1,31 @@
 """Expert upcycling in memory: from a live MoE to a larger live MoE."""
 
-import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.layout import class_name, empty_model, file_layout
 from fusion_upcycle.architectures.moe_config import checked_config
-from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, StateDictSource
-from fusion_upcycle.conversion.live import fill_live
+from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.conversion.live import live_config
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.moments import check_state
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
-from fusion_upcycle.expansion.proof import prove_expansion
-from fusion_upcycle.expansion.router.calibrate import (
-    CALIBRATION_TOKENS,
-    calibrate_router,
-    check_calibrated,
-    read_calibration,
-)
-from fusion_upcycle.expansion.run import describe_expansion
-from fusion_upcycle.expansion.scoring import load_scores, measured_scores, scores_for
+from fusion_upcycle.expansion.preparation import Inputs, Source, prepare
+from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
+from fusion_upcycle.expansion.scoring import scores_for
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import live_identity
-from fusion_upcycle.live.tensors import LiveTensors
-from fusion_upcycle.verification import Proof, resolve_mode, sample_tokens
+from fusion_upcycle.live.tensors import LiveTensorsOnCPU
+from fusion_upcycle.verification.proof import Proof, resolve_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,15 +39,19 @@ class Expanded:
         model: the larger MoE, on the source's device and in its mode.
         expansion: what it was made by.
         proof: what was proven.
-        about: what a record says beside the plan and the options.
         measured: scores that were measured for it.
     """
 
     model: "PreTrainedModel"
     expansion: Expansion
     proof: Proof
-    about: dict[str, Any]
     measured: Importance | None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a record says beside the plan and the options."""
+        expansion = self.expansion
+        return {"method": expansion.method, **expansion.about({}), **expansion.details}
 
 
 def expand_model(
@@ -91,46 +88,32 @@ def expand_model(
     resolve_mode(verify, streaming=False, total_bytes=0)
     _, config = _check_live(moe)
     file = None if tokenizer is None else Path(tokenizer).expanduser() / "tokenizer.json"
-    given = load_scores(scores)
-    state = None if optimizer_state is None else Path(optimizer_state).expanduser()
-    if state is not None:
-        check_state(state, config, live_identity(moe))
-    text = read_calibration(
-        calibration,
-        chosen,
-        tokenizer_file=file,
-        config=moe.config,
-        tokens=calibration_tokens,
-        context_length=context_length,
-        scored=given is not None,
-    )
-    measured = measured_scores(
-        chosen,
-        given,
-        text,
-        plan=lambda options: _plan_live(moe, options, None)[0],
-        measure=lambda text: measure_importance(
-            moe,
-            text.texts,
-            text.tokenizer_file,
-            tokens=text.tokens,
-            context_length=text.context_length,
-            optimizer_state=state if chosen.metric == "fisher" else None,
-            progress=progress,
+    if optimizer_state is not None:
+        check_state(Path(optimizer_state).expanduser(), config, live_identity(moe))
+    prepared = prepare(
+        Source(
+            moe.config,
+            file,
+            partial(plan_model, moe),
+            lambda text: measure_importance(
+                moe,
+                text.texts,
+                text.tokenizer_file,
+                tokens=text.tokens,
+                context_length=text.context_length,
+                progress=progress,
+            ),
         ),
+        chosen,
+        Inputs(scores, calibration, calibration_tokens, context_length),
+        progress=progress,
     )
-    expansion, about = _plan_live(moe, chosen, given or measured)
-    if text is None:
-        expansion.check_router()
-    check_calibrated(expansion)
-    expansion, calibrated = calibrate_router(expansion, text, progress=progress)
-    mode = resolve_mode(verify, streaming=False, total_bytes=expansion.total_bytes)
-    larger, proof = build_live_expansion(expansion, moe, mode=mode, tokenizer_file=file)
-    about = describe_expansion(expansion) | about | calibrated
-    return Expanded(larger, expansion, proof, about, measured)
+    expansion = prepared.expansion
+    larger, proof = to_model(expansion, moe, verify=verify, tokenizer_file=file, progress=progress)
+    return Expanded(larger, expansion, proof, prepared.measured)
 
 
-def plan_live_expansion(
+def plan_model(
     moe: "PreTrainedModel", options: ExpansionOptions, importance: Importance | None = None
 ) -> Expansion:
     """Plan the expansion of a live model; its tensors' dtypes count, not that of its config.
@@ -141,17 +124,11 @@ def plan_live_expansion(
     Raises:
         UpcyclingError: as `plan_expansion`; a model that is not in memory; scores of another model.
     """
-    return _plan_live(moe, options, importance)[0]
-
-
-def _plan_live(
-    moe: "PreTrainedModel", options: ExpansionOptions, importance: Importance | None
-) -> tuple[Expansion, dict[str, Any]]:
     architecture, config = _check_live(moe)
     wanted = importance is not None and options.needs_scores
-    scores, about = scores_for(options, importance, live_identity(moe) if wanted else None)
-    source = _OnCPU(moe, architecture, file_layout(config).specs)
-    return plan_expansion(source, config, options, scores=scores), about
+    scores, details = scores_for(options, importance, live_identity(moe) if wanted else None)
+    source = LiveTensorsOnCPU(moe, architecture, file_layout(config).specs)
+    return replace(plan_expansion(source, config, options, scores=scores), details=details)
 
 
 def _check_live(moe: "PreTrainedModel") -> tuple[Architecture, "PreTrainedConfig"]:
@@ -162,10 +139,7 @@ def _check_live(moe: "PreTrainedModel") -> tuple[Architecture, "PreTrainedConfig
         )
     architecture = moe_family(moe.config.model_type)
     state = StateDictSource(moe.state_dict())  # refuses what is not in memory, not floating point
-    config = copy.deepcopy(moe.config)
-    config.architectures = [type(moe).__name__]
-    config.dtype = None
-    config = checked_config(config)
+    config = checked_config(live_config(moe))
     expected = {name: tuple(t.shape) for name, t in empty_model(config).state_dict().items()}
     for name in sorted(expected.keys() | state.specs.keys()):
         shape = state.specs[name].shape if name in state.specs else None
@@ -181,39 +155,3 @@ def _check_live(moe: "PreTrainedModel") -> tuple[Architecture, "PreTrainedConfig
             f"{f'is {list(shape)}' if shape else 'is not there'}: the config is of another model."
         )
     return architecture, config
-
-
-def build_live_expansion(
-    expansion: Expansion,
-    moe: "PreTrainedModel",
-    *,
-    mode: str,
-    tokenizer_file: Path | None = None,
-) -> tuple["PreTrainedModel", Proof]:
-    """Fill transformers' own class with the planned tensors, and prove the result.
-
-    Args:
-        expansion: made by `plan_live_expansion(moe, ...)`.
-        moe: the source; the result gets its device, mode and generation config.
-        mode: of the proof.
-        tokenizer_file: `tokenizer.json` for the proof's tokens.
-    """
-    expansion.check_router()
-    tokens = sample_tokens(tokenizer_file, expansion.config)
-    larger, _ = fill_live(expansion, moe)
-    result = _OnCPU(larger, expansion.architecture, expansion.specs)
-    proof = prove_expansion(
-        expansion, result, mode=mode, tokens=tokens, models=lambda: (moe, larger)
-    )
-    return larger, proof
-
-
-class _OnCPU(LiveTensors):
-    """A live model to be read, wherever it is; what is read is on the CPU."""
-
-    def tensor(self, name: str) -> Tensor:
-        return super().tensor(name).cpu()
-
-    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        for piece in super().tensor(name).reshape(-1)[start:stop].split(CHUNK_ELEMENTS):
-            yield piece.cpu()

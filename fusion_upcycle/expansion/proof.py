@@ -1,7 +1,13 @@
-"""The proof of an expansion: its tensors, the model within it that the source was, the distance."""
+"""The proof of an expansion: the model within it that the source was, and the distance.
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+Details of the proof, beside the common fields:
+
+- `reason`: why it is not exact.
+- `restricted`: distance of the source from the result with one expert for each of the source's.
+- `own_dtype`: distance of both models in memory, in their own dtype.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,78 +15,82 @@ from torch import Tensor
 
 from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.experts import EXPERT_PARTS
-from fusion_upcycle.verification.function import Tokens, compare_live, distance, output_of
-from fusion_upcycle.verification.names import check_names, check_shared_fields
-from fusion_upcycle.verification.proof import Proof, require_exact, require_finite
+from fusion_upcycle.verification.function import (
+    Models,
+    Tokens,
+    compare_live,
+    distance,
+    output_of,
+)
+from fusion_upcycle.verification.names import check_shared_fields
+from fusion_upcycle.verification.proof import (
+    Findings,
+    distance_in_words,
+    require_exact,
+    require_finite,
+)
 from fusion_upcycle.verification.streamed_model import streamed_model
-from fusion_upcycle.verification.tensors import check_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from fusion_upcycle.expansion.expansion import Expansion
 
 
 def prove_expansion(
-    expansion: Expansion,
+    expansion: "Expansion",
     result: TensorSource,
     *,
     mode: str,
     tokens: Tokens,
-    models: Callable[[], tuple["PreTrainedModel", "PreTrainedModel"]],
+    models: Models,
     progress: bool = False,
-) -> Proof:
-    """Prove an expansion: every tensor; the source within the result; how far the whole is from it.
+) -> Findings:
+    """Find the source within the result, and measure how far the whole is from it.
 
     A result in which each source expert is represented by one of its experts alone must be the
     source: by the last copy where copies compute the same as their source, else by the original.
     What the router makes of all copies with top-k fixed is another function: it is reported how
-    far it is from the source, and why.
-
-    Args:
-        result: the tensors that were made, from the written folder or the live model.
-        mode: `layers` streams; `logits` compares both models in memory too, in their own dtype;
-            or `none`.
-        tokens: to run the models on.
-        models: gives source and result in memory, for `mode="logits"`.
+    far it is from the source, and why. `logits` compares both models in memory too.
 
     Raises:
-        ProofError: a tensor differs, the source is not within the result, or an expansion by no
-            expert is not the source.
+        ProofError: the source is not within the result, or an expansion by no expert is not the
+            source.
     """
     exact = expansion.claims_exact
-    if mode == "none":
-        return Proof("none", "exact" if exact else "approximate")
-    started = time.perf_counter()
-    check_names(expansion)
-    tensors = check_tensors(expansion, result, progress=progress)
-    check_shared_fields(expansion, changed_fields(expansion))
+    check_shared_fields(expansion.source_config, expansion.config, changed_fields(expansion))
     reference, is_logits = _outputs(expansion, expansion.source, tokens.ids, whole=False)
     restricted = None
     if not expansion.is_identity:
         within, _ = _outputs(expansion, SourceWithin(expansion, result), tokens.ids, whole=False)
         require_exact(restricted := distance(reference, within, logits=is_logits), None)
-    found, _ = _outputs(expansion, result, tokens.ids, whole=True)
-    function = distance(reference, found, logits=is_logits)
+    outputs, _ = _outputs(expansion, result, tokens.ids, whole=True)
+    found = distance(reference, outputs, logits=is_logits)
     if exact:
-        require_exact(function, None)
-    require_finite(function)
-    own = compare_live(*models(), tokens.ids) if mode == "logits" else None
-    return Proof(
-        mode=mode,
-        claim="exact" if exact else "approximate",
-        holds=True if exact else None,
-        reason=None if exact else reason(expansion),
-        tokens=tokens.words,
-        tensors=tensors,
-        function=function.to_json() | {"relative": _relative(reference, found)},
-        own_dtype=None if own is None else own.to_json(),
-        restricted=None if restricted is None else restricted.to_json(),
-        wall_seconds=round(time.perf_counter() - started, 3),
+        require_exact(found, None)
+    require_finite(found)
+    own = None
+    if mode == "logits":
+        own = compare_live(models.source(), models.result(), tokens.ids)
+    why = None if exact else reason(expansion)
+    verdict = (
+        "exact, proven"
+        if exact
+        else f"approximate ({why}; with one expert for each of the source's, equal)"
+    )
+    function = found.to_json() | {"relative": _relative(reference, outputs)}
+    return Findings(
+        f"{verdict}: {', '.join(distance_in_words(function))}",
+        True if exact else None,
+        function,
+        {
+            "reason": why,
+            "restricted": None if restricted is None else restricted.to_json(),
+            "own_dtype": None if own is None else own.to_json(),
+        },
     )
 
 
-def reason(expansion: Expansion) -> str:
+def reason(expansion: "Expansion") -> str:
     """Why the result does not compute the source's function, in words."""
     before, after = expansion.experts_per_token
     if before != after:
@@ -96,7 +106,7 @@ def reason(expansion: Expansion) -> str:
     return f"{router}, and new experts differ from those that they are copies of"
 
 
-def changed_fields(expansion: Expansion) -> set[str]:
+def changed_fields(expansion: "Expansion") -> set[str]:
     """The config's fields that an expansion is there to change."""
     aliases = expansion.config.attribute_map
     names = {expansion.architecture.experts_field, "num_experts_per_tok"}
@@ -110,7 +120,7 @@ class SourceWithin:
     is that of the originals; the source's own where router rows were given.
     """
 
-    def __init__(self, expansion: Expansion, result: TensorSource):
+    def __init__(self, expansion: "Expansion", result: TensorSource):
         self.specs = expansion.source.specs
         self._result = result
         self._source = expansion.source
@@ -129,7 +139,7 @@ class SourceWithin:
                 elif name is not None:
                     self._pieces[name] = [(name, 0, self.specs[name].numel)]
 
-    def _take_experts(self, expansion: Expansion, layer: int, places: Mapping[int, int]) -> None:
+    def _take_experts(self, expansion: "Expansion", layer: int, places: Mapping[int, int]) -> None:
         prefix = layer_prefix(expansion.config, layer)
         elements = expansion.expert_shape[0] * expansion.expert_shape[1]
         found: dict[str, dict[int, tuple[str, int, int]]] = {}
@@ -172,7 +182,7 @@ class SourceWithin:
 
 @torch.inference_mode()
 def _outputs(
-    expansion: Expansion, weights: TensorSource, ids: Tensor, *, whole: bool
+    expansion: "Expansion", weights: TensorSource, ids: Tensor, *, whole: bool
 ) -> tuple[Tensor, bool]:
     """Outputs in float32 or better of the result (`whole`) or the source, one expert in memory."""
     compute = torch.promote_types(expansion.dtype, torch.float32)

@@ -1,23 +1,20 @@
 """Expert upcycling from folder to folder, streaming: neither model is ever in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import (
-    check_companions,
-    copy_companions,
-    locate,
-    read_config,
-)
-from fusion_upcycle.conversion.card import EXPERT_UPCYCLING
-from fusion_upcycle.conversion.run import Converted, OutputOptions, write_output
-from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
+from fusion_upcycle.errors import ProofError
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.moments import (
     check_new_moments,
@@ -26,26 +23,13 @@ from fusion_upcycle.expansion.moments import (
 )
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
-from fusion_upcycle.expansion.proof import prove_expansion
-from fusion_upcycle.expansion.router.calibrate import (
-    CALIBRATION_TOKENS,
-    calibrate_router,
-    check_calibrated,
-    read_calibration,
-)
-from fusion_upcycle.expansion.scoring import load_scores, measured_scores, scores_for
+from fusion_upcycle.expansion.preparation import Inputs, Source, prepare
+from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
+from fusion_upcycle.expansion.scoring import scores_for
 from fusion_upcycle.experts import DuplicationPlan
-from fusion_upcycle.importance.run import score_folder, write_importance
+from fusion_upcycle.importance.run import score_folder
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import folder_identity
-from fusion_upcycle.upcycling.run import describe_source, load_model, open_result, reading_record
-from fusion_upcycle.verification import Proof, Tokens, resolve_mode, sample_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-#: In the result: scores that were measured for it, and their figure.
-IMPORTANCE_FOLDER = "importance"
 
 
 def expand(
@@ -109,130 +93,87 @@ def expand(
     chosen = make_expansion_options(**options)
     state = None if optimizer_state is None else Path(optimizer_state).expanduser()
     check_new_moments(chosen, new_moments, used=state is not None)
-    resolve_mode(verify, streaming=True, total_bytes=0)
-    output, folder = Path(output).expanduser().resolve(), locate(source)
-    writing = OutputOptions(overwrite, max_shard_size, progress)
-    writing.check(output)
-    if folder.resolve().is_relative_to(output):
-        raise UpcyclingError(
-            f"{output} is the source itself, or holds it ({folder}). Choose another output."
-        )
-    check_companions(folder)
-    config, importance = read_config(folder), load_scores(scores)
+    folders = open_folders(
+        {SOURCE: source},
+        output,
+        verify=verify,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
+    folder = folders.source
+    config = read_config(folder)
     moe_family(config.model_type)
     if state is not None:
         check_state(state, checked_config(config), folder_identity(folder))
-    text = read_calibration(
-        calibration,
-        chosen,
-        tokenizer_file=folder / "tokenizer.json",
-        config=config,
-        tokens=calibration_tokens,
-        context_length=context_length,
-        scored=importance is not None,
-        routed=router_rows is not None,
-    )
-    measured = measured_scores(
-        chosen,
-        importance,
-        text,
-        plan=lambda options: _plan_folder(folder, None, options)[0],
-        measure=lambda text: score_folder(
-            folder,
-            text.texts,
-            tokens=text.tokens,
-            context_length=text.context_length,
-            optimizer_state=state if chosen.metric == "fisher" else None,
-            progress=progress,
+    prepared = prepare(
+        Source(
+            config,
+            folders.tokenizer_file,
+            partial(_plan_folder, folder),
+            lambda text: score_folder(
+                folder,
+                text.texts,
+                tokens=text.tokens,
+                context_length=text.context_length,
+                progress=progress,
+            ),
+            scratch=next(parent for parent in folders.output.parents if parent.is_dir()),
         ),
+        chosen,
+        Inputs(
+            scores,
+            calibration,
+            calibration_tokens,
+            context_length,
+            router_rows,
+            selection_biases,
+        ),
+        progress=progress,
     )
-    expansion, about = _plan_folder(folder, importance or measured, chosen)
-    if router_rows is not None:
-        expansion = expansion.with_router(router_rows, selection_biases)
-    if text is None:
-        expansion.check_router()
-    check_calibrated(expansion)
-    if state is not None:
-        about["optimizer_state"] = {"source": str(state), "new_moments": new_moments}
-    scratch = next(parent for parent in output.parents if parent.is_dir())
-    expansion, calibrated = calibrate_router(expansion, text, scratch=scratch, progress=progress)
-    tokens = sample_tokens(folder / "tokenizer.json", expansion.config)
-    mode = resolve_mode(verify, streaming=True, total_bytes=expansion.total_bytes)
+    expansion = prepared.expansion.with_state(state, new_moments)
 
-    def put_companions(staging: Path) -> list[str]:
+    def put(staging: Path) -> None:
         if state is not None:
             write_expanded_state(state, expansion, staging, new_moments)
-        if measured is not None:
-            write_importance(measured, staging / IMPORTANCE_FOLDER)
-        return copy_companions(folder, staging)
+        prepared.put_scores(staging)
 
-    def prove_staged(staging: Path) -> Proof:
-        return _prove_folder(expansion, folder, staging, mode, tokens, progress=progress)
-
-    return write_output(
-        expansion,
-        output,
-        source=describe_source(source, folder),
-        companions=put_companions,
-        prove=prove_staged,
-        options=writing,
-        # Rows that were given say nothing of themselves in the record.
-        resumable=router_rows is None,
-        about=describe_expansion(expansion) | about | calibrated,
-    )
+    # Rows that were given say nothing of themselves in the record.
+    return to_folder(expansion, folders, put=put, resumable=router_rows is None)
 
 
-def verify_expansion(
-    output: Path,
-    source: Path,
-    *,
-    mode: str,
-    progress: bool,
-) -> Proof:
-    """Prove an expanded folder again, by the plan and options of its record.
+def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Expansion]:
+    """From a record, a function (source folder, output folder) that plans its expansion again.
 
-    Router rows that were fitted to calibration text are taken as they stand in the folder.
-
-    Raises:
-        UpcyclingError: a record or source that cannot be used.
-        ProofError: the folder is not what its record says.
+    Router rows that were made of calibration text are taken as they stand in the output folder.
     """
-    with reading_record(output) as record:
-        options = make_expansion_options(**record["options"])
-        plan = DuplicationPlan.from_json(record["plan"])
-        digests = record["router_sha256"]
-        biases_given = digests is not None and digests["biases"] is not None
-    expansion = plan_expansion(CheckpointReader(source), read_config(source), options, plan=plan)
-    if digests is not None:
+    options = make_expansion_options(**record["options"])
+    plan = DuplicationPlan.from_json(record["plan"])
+    digests = record["router_sha256"]
+    biases_given = digests is not None and digests["biases"] is not None
+
+    def planned(source: Path, output: Path) -> Expansion:
+        reader, config = CheckpointReader(source), read_config(source)
+        expansion = plan_expansion(reader, config, options, plan=plan)
+        if digests is None:
+            return expansion
         rows, biases = _routers_of(expansion, output)
         expansion = expansion.with_router(rows, biases if biases_given else None)
         if expansion.router_sha256 != digests:
             raise ProofError(f"The router of {output} is not the one that was made for it.")
-    tokens = sample_tokens(source / "tokenizer.json", expansion.config)
-    mode = resolve_mode(mode, streaming=True, total_bytes=expansion.total_bytes)
-    return _prove_folder(expansion, source, output, mode, tokens, progress=progress)
+        return expansion
 
-
-def describe_expansion(expansion: Expansion) -> dict[str, Any]:
-    """What the record of an expansion says beside and instead of that of an upcycling."""
-    before, after = expansion.experts_per_token
-    return {
-        "method": EXPERT_UPCYCLING,
-        "family": expansion.architecture.name,
-        "num_experts": {"before": expansion.num_experts, "after": expansion.total_experts},
-        "experts_per_token": {"before": before, "after": after},
-        "router_sha256": expansion.router_sha256,
-    }
+    return planned
 
 
 def _plan_folder(
-    folder: Path, importance: Importance | None, options: ExpansionOptions
-) -> tuple[Expansion, dict[str, Any]]:
+    folder: Path, options: ExpansionOptions, importance: Importance | None
+) -> Expansion:
     """Plan the expansion of a local folder, reading its headers and config only."""
     wanted = importance is not None and options.needs_scores
-    chosen, about = scores_for(options, importance, folder_identity(folder) if wanted else None)
+    scores, details = scores_for(options, importance, folder_identity(folder) if wanted else None)
     reader, config = CheckpointReader(folder), read_config(folder)
-    return plan_expansion(reader, config, options, scores=chosen), about
+    return replace(plan_expansion(reader, config, options, scores=scores), details=details)
 
 
 def _routers_of(
@@ -248,29 +189,3 @@ def _routers_of(
     rows = {layer: reader.tensor(name) for layer, name in names.items()}
     found = {layer: reader.tensor(name) for layer, name in biases.items() if name is not None}
     return rows, found or None
-
-
-def _prove_folder(
-    expansion: Expansion,
-    source: Path,
-    result: Path,
-    mode: str,
-    tokens: Tokens,
-    *,
-    progress: bool,
-) -> Proof:
-    def models() -> "tuple[PreTrainedModel, PreTrainedModel]":
-        dtype = expansion.dtype
-        return (
-            load_model(source, expansion.source_config, dtype, progress=progress),
-            load_model(result, expansion.config, dtype, progress=progress, complete=True),
-        )
-
-    return prove_expansion(
-        expansion,
-        open_result(expansion, result),
-        mode=mode,
-        tokens=tokens,
-        models=models,
-        progress=progress,
-    )

@@ -1,16 +1,12 @@
-"""Importance scores for a selection: given, or measured on the calibration text."""
+"""Importance scores for a selection: as they are given, and what the record says of them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
-from fusion_upcycle.expansion.router.calibrate import CalibrationText, check_before_scores
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.report.drawing import require_matplotlib
 
 
 def load_scores(scores: str | Path | Importance | None) -> Importance | None:
@@ -23,27 +19,6 @@ def load_scores(scores: str | Path | Importance | None) -> Importance | None:
             "folder_importance returns."
         )
     return scores
-
-
-def measured_scores(
-    options: ExpansionOptions,
-    given: Importance | None,
-    text: CalibrationText | None,
-    *,
-    plan: Callable[[ExpansionOptions], Expansion],
-    measure: Callable[[CalibrationText], Importance],
-) -> Importance | None:
-    """What `measure` finds, where the selection needs scores and none are given but text is.
-
-    Args:
-        plan: plans the expansion, to say what stands in the way before the long work.
-    """
-    if text is None or given is not None or not options.needs_scores:
-        return None
-    require_matplotlib()
-    # Needs no scores, and has the same limits.
-    check_before_scores(options, plan(replace(options, selection="random")))
-    return measure(text)
 
 
 def scores_for(

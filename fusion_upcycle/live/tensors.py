@@ -38,3 +38,14 @@ class LiveTensors:
 
     def release(self, names: Iterable[str]) -> None:
         """Nothing to give back: the model owns its memory."""
+
+
+class LiveTensorsOnCPU(LiveTensors):
+    """A live model to be read, wherever it is; what is read is on the CPU."""
+
+    def tensor(self, name: str) -> Tensor:
+        return super().tensor(name).cpu()
+
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        for piece in super().tensor(name).reshape(-1)[start:stop].split(CHUNK_ELEMENTS):
+            yield piece.cpu()

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.merging.plan import Merging
+from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
-from fusion_upcycle.verification.function import ffn_of, layers_of, streamed_dense
+from fusion_upcycle.upcycling.proof import ffn_of, streamed_dense
+from fusion_upcycle.verification.function import layers_of
 
 #: Tokens of one window, less where the model has fewer positions.
 WINDOW_TOKENS = 256
@@ -55,11 +56,11 @@ def calibration_windows(
             f"calibration names {sorted(unused)}, which give no experts. The models that do: "
             f"{', '.join(merging.experts)}."
         )
-    config = merging.upcycling.source_config
+    config = merging.source_config
     windows = calibration_sequences(
         {model: texts[model] for model in merging.experts},
         tokenizer_file,
-        tokens=merging.options.calibration_tokens * len(merging.experts),
+        tokens=merging.asked.calibration_tokens * len(merging.experts),
         context_length=min(WINDOW_TOKENS, config.max_position_embeddings),
         starts=_from_end_to_end,
     )
@@ -84,19 +85,18 @@ def router_moments(
 
     Model i runs as the merge would if only its experts were chosen: shared weights with its FFNs.
     """
-    upcycling = merging.upcycling
-    layers, size = upcycling.resolved.moe_layers, upcycling.config.hidden_size
+    layers, size = merging.resolved.moe_layers, merging.config.hidden_size
     # The output head is not looked at: one row of logits is the least it can make.
-    unneeded = {"logits_to_keep": 1} if class_name(upcycling.config).endswith("ForCausalLM") else {}
+    unneeded = {"logits_to_keep": 1} if class_name(merging.config).endswith("ForCausalLM") else {}
     moments = {layer: Moments.empty(len(merging.experts), size) for layer in layers}
     total = sum(len(ids_WT) for ids_WT in windows.ids.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
         for index, model in enumerate(merging.experts):
-            dense = streamed_dense(upcycling, merging.as_dense(model))
+            dense = streamed_dense(merging, merging.as_dense(model))
             for batch in (ids_WT := windows.ids[model]).split(BATCH_WINDOWS):
                 share = len(batch) / len(ids_WT)
                 hooks = [
-                    ffn_of(upcycling, layers_of(dense)[layer]).register_forward_pre_hook(
+                    ffn_of(merging, layers_of(dense)[layer]).register_forward_pre_hook(
                         _adding(moments[layer], index, share)
                     )
                     for layer in layers
@@ -114,23 +114,23 @@ def route(
     tokenizer_file: Path | None,
     *,
     progress: bool = False,
-) -> tuple[Merging, dict[str, Any]]:
-    """The merge with the router that its options call for, and what the record says of the texts.
+) -> Merging:
+    """The merge with the router that its options call for; its details say of which texts.
 
     Raises:
         UpcyclingError: texts or tokenizer that are missing, too short, or not asked for.
     """
-    if not merging.options.prototype_router:
+    if not merging.asked.prototype_router:
         if texts:
             raise UpcyclingError(
                 "calibration is given, but router_init is not prototype: nothing would read it. "
                 "Choose router_init=prototype, or leave calibration out."
             )
-        return merging, {}
+        return merging
     windows = calibration_windows(texts, merging, tokenizer_file)
-    assert callable(merging.options.router_init)
+    assert callable(merging.asked.router_init)
     rows = {
-        layer: merging.options.router_init(moments)
+        layer: merging.asked.router_init(moments)
         for layer, moments in router_moments(merging, windows, progress=progress).items()
     }
     digest = sha256(b"".join(row.numpy().tobytes() for row in rows.values())).hexdigest()
@@ -141,7 +141,8 @@ def route(
         }
         for model, text in windows.to_json()["texts"].items()
     }
-    return merging.with_router(rows), {"calibration": about, "router_rows_sha256": digest}
+    details = {"calibration": about, "router_rows_sha256": digest}
+    return merging.with_router(rows, details)
 
 
 def _adding(moments: Moments, model: int, share: float) -> Any:

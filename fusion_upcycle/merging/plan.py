@@ -4,73 +4,23 @@ Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several 
 everything after the plan is what sparse upcycling does.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fusion_upcycle.architectures.layout import layer_prefix
-from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import DuplicationPlan
+from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions
-from fusion_upcycle.merging.source import DenseView, MergeSource, own_name
+from fusion_upcycle.merging.source import MergeSource, own_name
 from fusion_upcycle.upcycling.frame import Frame, plan_frame, source_dtype
 from fusion_upcycle.upcycling.plan import plan_tensors
-from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.names import differences, meaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-#: FusionBench's name of the model that the others were trained from.
-BASE = "_pretrained_"
-
-
-@dataclass(frozen=True)
-class DenseModel:
-    """One of the models: its config, with `architectures` set, and its tensors."""
-
-    config: "PreTrainedConfig"
-    source: TensorSource
-
-
-@dataclass(frozen=True)
-class Merging:
-    """A planned merge.
-
-    Attributes:
-        upcycling: the plan, as of any conversion.
-        merged: the models as one source.
-        models: all of them, the base under the name `BASE`.
-        experts: names of the models that give experts, in the order of the experts.
-    """
-
-    upcycling: Upcycling
-    merged: MergeSource
-    models: Mapping[str, DenseModel]
-    experts: Sequence[str]
-    options: MergingOptions
-
-    def as_dense(self, model: str) -> DenseView:
-        """The dense model that is left if only the experts of `model` are ever chosen."""
-        return self.merged.as_dense(model)
-
-    def first_expert(self, model: str) -> int:
-        return self.experts.index(model) * self.options.experts_per_model
-
-    def with_router(self, rows: Mapping[int, Tensor]) -> "Merging":
-        """The same merge with these router rows [models, D] for each MoE layer.
-
-        The experts of one model share its row.
-        """
-        repeated = {
-            layer: row.repeat_interleave(self.options.experts_per_model, dim=0)
-            for layer, row in rows.items()
-        }
-        return replace(self, upcycling=replace(self.upcycling, router_rows=repeated))
 
 
 def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> Merging:
@@ -110,10 +60,20 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
     )
     order = tuple(i for i in range(len(experts)) for _ in range(options.experts_per_model))
     plan = DuplicationPlan(dict.fromkeys(frame.resolved.moe_layers, order))
-    upcycling = plan_tensors(
-        frame, merged, plan, lambda name: [own_name(model, name) for model in experts]
+    return plan_tensors(
+        frame,
+        merged,
+        plan,
+        lambda name: [own_name(model, name) for model in experts],
+        partial(
+            Merging,
+            averaged=merged.averaged,
+            merged=merged,
+            models=models,
+            experts=experts,
+            asked=options,
+        ),
     )
-    return Merging(replace(upcycling, averaged=merged.averaged), merged, models, experts, options)
 
 
 def _kept_names(frame: Frame) -> list[str]:

@@ -1,104 +1,87 @@
-"""The proof of a merge: its tensors, each model's experts by themselves, how far the whole is."""
+"""The proof of a merge: each model's experts by themselves, and how far the whole is.
 
-import time
-from collections.abc import Callable
+Details of the proof, beside the common fields:
+
+- `experts`: for each source model: its experts in a MoE that chooses nothing else, against the
+  dense model with its FFNs and the merged rest.
+- `sources`: distance of the MoE's outputs from those of each source model.
+"""
+
 from typing import TYPE_CHECKING
 
 import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.merging.plan import Merging
-from fusion_upcycle.verification.function import (
-    Tokens,
-    compare_streamed,
-    distance,
-    evaluating,
-    output_of,
-    streamed_dense,
-    streamed_moe,
-)
-from fusion_upcycle.verification.names import check_names, check_shared_fields
-from fusion_upcycle.verification.proof import Proof, require_exact
-from fusion_upcycle.verification.tensors import check_tensors
+from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
+from fusion_upcycle.verification.function import Models, Tokens, distance, evaluating, output_of
+from fusion_upcycle.verification.names import check_shared_fields
+from fusion_upcycle.verification.proof import Findings, require_exact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from fusion_upcycle.merging.merging import Merging
 
 
 def prove_merging(
-    merging: Merging,
+    merging: "Merging",
     result: TensorSource,
     *,
     mode: str,
     tokens: Tokens,
-    moe: Callable[[], "PreTrainedModel"],
+    models: Models,
     progress: bool = False,
-) -> Proof:
-    """Prove a merge: every tensor; the experts of each model; and how far the whole is from each.
+) -> Findings:
+    """Prove the experts of each model; and measure how far the whole is from each.
 
     With the experts of one model alone, the MoE must be the dense model that has this model's FFNs
     and the merged rest. What the router makes of several models is nobody's function: it is
     reported how far it is from each of them.
 
-    Args:
-        result: the tensors that were made, from the written folder or the live model.
-        mode: `layers`, `logits` (`moe` gives the outputs) or `none`.
-        tokens: to run the models on.
-        moe: gives the merged model in memory.
-
     Raises:
-        ProofError: a tensor differs, or a model's experts are not its FFNs.
+        ProofError: a model's experts are not its FFNs.
     """
-    if mode == "none":
-        return Proof("none", "approximate")
-    upcycling = merging.upcycling
-    started = time.perf_counter()
-    check_names(upcycling)
-    tensors = check_tensors(upcycling, result, progress=progress)
-    kept = upcycling.options.preserves_function
-    twin = result if kept or not upcycling.resolved.exact else upcycling.with_copied_experts()
+    kept = merging.options.preserves_function
+    twin = result if kept or not merging.resolved.exact else merging.with_copied_experts()
     experts = {}
     for model in merging.experts:
         found, layers = compare_streamed(
-            upcycling,
+            merging,
             twin,
             tokens.ids,
             reference=merging.as_dense(model),
             expert=merging.first_expert(model),
-            dense_ffn=not upcycling.resolved.exact,
+            dense_ffn=not merging.resolved.exact,
             progress=progress,
         )
         require_exact(found, layers)
         experts[model] = found.to_json()
-    check_shared_fields(upcycling, upcycling.architecture.remapped_fields)
-    return Proof(
-        mode=mode,
-        claim="approximate",
-        tokens=tokens.words,
-        tensors=tensors,
-        experts=experts,
-        sources=_distances(merging, result, tokens, moe if mode == "logits" else None),
-        wall_seconds=round(time.perf_counter() - started, 3),
+    check_shared_fields(merging.source_config, merging.config, merging.architecture.remapped_fields)
+    sources = _distances(merging, result, tokens, models if mode == "logits" else None)
+    far = [
+        f"{name} {found['kl_nats']:.2g} nats KL"
+        if "kl_nats" in found
+        else f"{name} {found['max_abs']:.2g} of output up to {found['scale']:.3g}"
+        for name, found in sources.items()
+    ]
+    return Findings(
+        "each expert is its model's FFN, proven; distance from the source models: "
+        + ", ".join(far),
+        details={"experts": experts, "sources": sources},
     )
 
 
 @torch.inference_mode()
 def _distances(
-    merging: Merging,
-    result: TensorSource,
-    tokens: Tokens,
-    moe: Callable[[], "PreTrainedModel"] | None,
+    merging: "Merging", result: TensorSource, tokens: Tokens, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
-    upcycling = merging.upcycling
-    if moe is None:
-        outputs, is_logits = output_of(streamed_moe(upcycling, result), tokens.ids)
+    if models is None:
+        outputs, is_logits = output_of(streamed_moe(merging, result), tokens.ids)
     else:
-        with evaluating(model := moe()):
-            outputs, is_logits = output_of(model, tokens.ids)
+        with evaluating(moe := models.result()):
+            outputs, is_logits = output_of(moe, tokens.ids)
     return {
         name: distance(
-            output_of(streamed_dense(upcycling, model.source), tokens.ids)[0],
+            output_of(streamed_dense(merging, model.source), tokens.ids)[0],
             outputs.cpu(),
             logits=is_logits,
         ).to_json()

@@ -1,27 +1,25 @@
-"""MoE merging from folders to a folder, streaming: no model is ever in memory."""
+"""MoE merging from folders to a folder and from models to a model."""
 
 import json
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import (
-    check_companions,
-    copy_companions,
-    locate,
-    read_config,
-)
-from fusion_upcycle.conversion.run import Converted, OutputOptions, write_output
+from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.conversion.live import live_config
+from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.run import open_folders, to_folder
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.calibration import route
-from fusion_upcycle.merging.options import make_merging_options
-from fusion_upcycle.merging.plan import BASE, DenseModel, Merging, plan_merging
-from fusion_upcycle.merging.proof import prove_merging
+from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
+from fusion_upcycle.merging.options import MergingOptions, make_merging_options
+from fusion_upcycle.merging.plan import plan_merging
 from fusion_upcycle.texts.documents import named_documents
-from fusion_upcycle.upcycling.run import describe_source, load_model, open_result
-from fusion_upcycle.verification import Proof, resolve_mode, sample_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: What of a `tokenizer.json` decides which ids a text becomes; the rest is the last call's state.
 _TOKENIZER_FIELDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
@@ -65,65 +63,50 @@ def merge_into_moe(
         ProofError: the result is not what it claims to be; nothing is left behind.
     """
     chosen = make_merging_options(**options)
-    resolve_mode(verify, streaming=True, total_bytes=0)
-    output = Path(output).expanduser().resolve()
-    folders = {name: locate(model) for name, model in models.items()}
-    writing = OutputOptions(overwrite, max_shard_size, progress)
-    for name, folder in folders.items():
-        if folder.resolve().is_relative_to(output):
-            raise UpcyclingError(
-                f"{output} is model {name} itself, or holds it ({folder}). Choose another output."
-            )
-    writing.check(output)
+    folders = open_folders(
+        models,
+        output,
+        main=BASE if BASE in models else None,
+        verify=verify,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
     merging = plan_merging(
-        {name: DenseModel(read_config(f), CheckpointReader(f)) for name, f in folders.items()},
+        {
+            name: DenseModel(read_config(f), CheckpointReader(f))
+            for name, f in folders.local.items()
+        },
         chosen,
     )
-    check_same_tokenizer(folders)
-    companions = folders.get(BASE) or next(iter(folders.values()))
-    check_companions(companions)
-    tokenizer_file = companions / "tokenizer.json"
-    tokens = sample_tokens(tokenizer_file, merging.upcycling.config)
+    check_same_tokenizer(folders.local)
     texts = named_documents(calibration)
-    merging, calibrated = route(merging, texts, tokenizer_file, progress=progress)
-    mode = resolve_mode(verify, streaming=True, total_bytes=merging.upcycling.total_bytes)
-
-    def prove_staged(staging: Path) -> Proof:
-        upcycling = merging.upcycling
-        return prove_merging(
-            merging,
-            open_result(upcycling, staging),
-            mode=mode,
-            tokens=tokens,
-            moe=lambda: load_model(
-                staging, upcycling.config, upcycling.dtype, progress=progress, complete=True
-            ),
-            progress=progress,
-        )
-
-    sources = {name: describe_source(models[name], folder) for name, folder in folders.items()}
-    return write_output(
-        merging.upcycling,
-        output,
-        source=sources[BASE if BASE in sources else next(iter(sources))],
-        companions=partial(copy_companions, companions),
-        prove=prove_staged,
-        options=writing,
-        about=describe_merging(merging) | {"sources": sources} | calibrated,
-    )
+    merging = route(merging, texts, folders.tokenizer_file, progress=progress)
+    return to_folder(merging, folders)
 
 
-def describe_merging(merging: Merging) -> dict[str, Any]:
-    """What the record of a merge says beside and instead of that of an upcycling."""
-    copies = merging.options.experts_per_model
-    return {
-        "method": "MoE merging",
-        "options": merging.options.to_json(len(merging.experts)),
-        "experts": {
-            model: list(range(first := merging.first_expert(model), first + copies))
-            for model in merging.experts
-        },
+def plan_models(
+    models: "Mapping[str, PreTrainedModel]",
+    options: MergingOptions,
+    *,
+    texts: Mapping[str, Sequence[str]],
+    tokenizer_file: Path | None = None,
+) -> Merging:
+    """Plan the merge of live models, for `fusion_upcycle.conversion.run.to_model`.
+
+    Args:
+        models: name -> model.
+        texts: for `router_init=prototype`, model -> documents.
+        tokenizer_file: `tokenizer.json` for these.
+
+    Raises:
+        UpcyclingError: models, texts or options that do not fit.
+    """
+    dense = {
+        name: DenseModel(live_config(model), StateDictSource(model.state_dict()))
+        for name, model in models.items()
     }
+    return route(plan_merging(dense, options), texts, tokenizer_file)
 
 
 def check_same_tokenizer(folders: Mapping[str, Path]) -> None:

@@ -1,7 +1,9 @@
 """What the FusionBench algorithms that make an MoE have in common."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +13,28 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.architectures.layout import class_name
-from fusion_upcycle.checks import AUTO, dtype_name
-from fusion_upcycle.conversion.run import OutputOptions
+from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checks import AUTO
+from fusion_upcycle.conversion.output import OutputOptions
+from fusion_upcycle.conversion.run import SOURCE, save_model
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.method.pool import FUSION_BENCH_KEYS, plain
+from fusion_upcycle.method.pool import (
+    FUSION_BENCH_KEYS,
+    PooledFolder,
+    plain,
+    pooled_folder,
+    require_own_tokenizer,
+    require_pretrained,
+    tokenizer_file,
+)
 from fusion_upcycle.report.record import write_run_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fusion_upcycle.conversion.conversion import Conversion
-    from fusion_upcycle.conversion.run import Converted
-    from fusion_upcycle.verification import Proof
+    from fusion_upcycle.conversion.output import Converted
+    from fusion_upcycle.verification.proof import Proof
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +51,7 @@ class ConversionAlgorithm(BaseAlgorithm):
     save_checkpoint: str | None
     verify: str
     return_model: bool
+    _writing: OutputOptions
 
     def __init__(self, **kwargs: Any):
         for name in kwargs:
@@ -62,39 +74,106 @@ class ConversionAlgorithm(BaseAlgorithm):
                 f"{self._elsewhere}"
             )
 
-    def _finish(self, converted: "Converted") -> "PreTrainedModel | None":
-        """Report a streamed conversion, and load it if the model is asked for."""
+    def run(self, modelpool: Any) -> "PreTrainedModel | None":
+        """Convert the models of a pool, or models in memory.
+
+        With `save_checkpoint`, and a pool that names folders or Hub ids, the conversion streams
+        from folder to folder, and the result is loaded only if `return_model`.
+
+        Raises:
+            UpcyclingError: models that cannot be used; a result that cannot be proven.
+        """
+        output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
+        if output is not None:
+            self._writing.check(output)
+        if not isinstance(modelpool, BaseModelPool):
+            return self._run_live(self._named(modelpool), output, None)
+        names = self._names(modelpool)
+        folders = {}
+        for name in names:
+            found = pooled_folder(modelpool, name, streaming=output is not None)
+            if found is not None:
+                folders[name] = found
+        if output is not None and len(folders) == len(names):
+            require_own_tokenizer(modelpool, [folder.source for folder in folders.values()])
+            return self._run_streaming(folders, output)
+        self._check_folders(folders)
+        models = {name: modelpool.load_model(name) for name in names}
+        return self._run_live(models, output, modelpool)
+
+    def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
+        """Name -> model of what was given in place of a pool."""
+        return {SOURCE: model}
+
+    def _names(self, pool: BaseModelPool) -> Sequence[str]:
+        """The models of a pool that are converted."""
+        require_pretrained(pool)
+        return ["_pretrained_"]
+
+    def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
+        """Refuse models that are about to be loaded, by the folders that they come from."""
+
+    def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> "Converted":
+        """Convert from folders to a folder."""
+        raise NotImplementedError
+
+    def _convert(
+        self, models: "Mapping[str, PreTrainedModel]", tokenizer_file: Path | None
+    ) -> "InMemory":
+        """Convert in memory, and prove it."""
+        raise NotImplementedError
+
+    def _run_streaming(
+        self, folders: Mapping[str, PooledFolder], output: Path
+    ) -> "PreTrainedModel | None":
+        if self._accepted is not None:
+            for folder in folders.values():
+                for name in read_config(locate(folder.source)).architectures or ():
+                    self._check_class(name)
+        converted = self._stream(folders, output)
         self._report(converted)
         if not self.return_model:
             return None
         model_class = getattr(transformers, converted.record["class"])
         return model_class.from_pretrained(converted.output, dtype=converted.record["dtype"])
 
+    def _run_live(
+        self,
+        models: "Mapping[str, PreTrainedModel]",
+        output: Path | None,
+        pool: BaseModelPool | None,
+    ) -> "PreTrainedModel":
+        for model in models.values():
+            self._check_class(type(model).__name__)
+        made = self._convert(models, None if pool is None else tokenizer_file(pool))
+        sources = {
+            name: {"name": type(model).__name__ + " in memory", "from_hub": False}
+            for name, model in models.items()
+        }
+        if output is None:
+            self._report_live(made, sources)
+            return made.model
+        converted = save_model(
+            made.conversion,
+            made.proof,
+            output,
+            sources=sources,
+            companions=partial(_save_companions, made, pool),
+            options=self._writing,
+        )
+        self._report(converted)
+        return made.model
+
     def _report(self, converted: "Converted") -> None:
         log.info("Written to %s; %s", converted.output, converted.proof)
-        kept = (
-            *("class", "source", "sources", "experts", "calibration", "dtype", "options", "plan"),
-            *("num_experts", "experts_per_token", "importance", "router", "optimizer_state"),
-            *("parameters", "bytes", "proof"),
-        )
-        record = {key: converted.record[key] for key in kept if key in converted.record}
+        # What of the folder's record is of the run, and not of its files.
+        folders_own = ("name", "shards", "versions", "copied_files", "proof_in_words")
+        record = {k: v for k, v in converted.record.items() if k not in folders_own}
         self._record(record | {"output": str(converted.output), "costs": converted.costs})
 
-    def _report_live(
-        self, conversion: "Conversion", proof: "Proof", about: Mapping[str, Any] | None = None
-    ) -> None:
-        log.info("Converted in memory; %s", proof)
-        self._record(
-            {
-                "class": class_name(conversion.config),
-                "dtype": dtype_name(conversion.dtype),
-                "options": conversion.options.to_json(),
-                "plan": conversion.plan.to_json(),
-                "parameters": conversion.parameters,
-                "proof": proof.to_json(),
-            }
-            | dict(about or {})
-        )
+    def _report_live(self, made: "InMemory", sources: Mapping[str, Any]) -> None:
+        log.info("Converted in memory; %s", made.proof)
+        self._record(made.conversion.record(sources) | {"proof": made.proof.to_json()})
 
     def _record(self, record: dict[str, Any]) -> None:
         path = write_run_record("method", {"algorithm": type(self).__name__} | record)
@@ -102,11 +181,30 @@ class ConversionAlgorithm(BaseAlgorithm):
             log.info("Run record: %s", path)
 
 
-def save_companions(moe: "PreTrainedModel", pool: BaseModelPool | None, folder: Path) -> list[str]:
+@dataclass(frozen=True)
+class InMemory:
+    """A conversion in memory.
+
+    Attributes:
+        model: the result.
+        conversion: what it was made by.
+        proof: of it.
+        put: puts what it has beside its weights into the folder that it is saved to.
+    """
+
+    model: "PreTrainedModel"
+    conversion: "Conversion"
+    proof: "Proof"
+    put: Callable[[Path], object] | None = None
+
+
+def _save_companions(made: InMemory, pool: BaseModelPool | None, folder: Path) -> list[str]:
     """Generation config of a live model, and the tokenizer of its pool, if it has one."""
+    if made.put is not None:
+        made.put(folder)
     before = set(folder.iterdir())
-    if moe.can_generate():
-        moe.generation_config.save_pretrained(folder)
+    if made.model.can_generate():
+        made.model.generation_config.save_pretrained(folder)
     if pool is not None and getattr(pool, "tokenizer", None) is not None:
         pool.load_tokenizer().save_pretrained(folder)
     return sorted(str(path.relative_to(folder)) for path in set(folder.iterdir()) - before)

@@ -5,36 +5,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import dtype_name
-from fusion_upcycle.conversion.live import save_live
+from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
 from fusion_upcycle.expansion.options import make_expansion_options
+from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
 from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
-from fusion_upcycle.expansion.run import IMPORTANCE_FOLDER, expand
+from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.run import write_importance
-from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
+from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
 from fusion_upcycle.method.pool import (
     PooledFolder,
     named_texts,
     plain,
-    pooled_folder,
-    require_own_tokenizer,
-    require_pretrained,
-    tokenizer_file,
 )
 from fusion_upcycle.report.record import hydra_output_folder
-from fusion_upcycle.verification import resolve_mode
+from fusion_upcycle.verification.proof import resolve_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fusion_upcycle.expansion.live import Expanded
 
 log = logging.getLogger(__name__)
 
@@ -136,27 +131,8 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)
 
-    def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel | None":
-        """Expand `_pretrained_` of a pool, or a model.
-
-        With `save_checkpoint`, and a pool that names a folder or Hub id, the expansion streams from
-        folder to folder, and the result is loaded only if `return_model`.
-
-        Raises:
-            UpcyclingError: see `fusion_upcycle.expand`.
-        """
-        output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
-        if output is not None:
-            self._writing.check(output)
-        if not isinstance(modelpool, BaseModelPool):
-            return self._run_live(modelpool, output, pool=None)
-        require_pretrained(modelpool)
-        if output is not None and (found := pooled_folder(modelpool)) is not None:
-            require_own_tokenizer(modelpool, [found.source])
-            return self._run_streaming(found, output)
-        return self._run_live(modelpool.load_model("_pretrained_"), output, pool=modelpool)
-
-    def _run_streaming(self, found: PooledFolder, output: Path) -> "PreTrainedModel | None":
+    def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
+        (found,) = folders.values()
         if self.tokenizer is not None:
             raise UpcyclingError(
                 f"method.tokenizer={self.tokenizer} would not be used: streaming takes the "
@@ -175,13 +151,13 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         )
         if (measured := converted.output / IMPORTANCE_FOLDER).is_dir():
             log.info("Importance scores: %s", measured)
-        return self._finish(converted)
+        return converted
 
-    def _run_live(
-        self, moe: "PreTrainedModel", output: Path | None, pool: BaseModelPool | None
-    ) -> "PreTrainedModel":
-        file = None if pool is None else tokenizer_file(pool)
-        folder = None if file is None else file.parent
+    def _convert(
+        self, models: "Mapping[str, PreTrainedModel]", tokenizer_file: Path | None
+    ) -> InMemory:
+        (moe,) = models.values()
+        folder = None if tokenizer_file is None else tokenizer_file.parent
         made = expand_model(
             moe,
             tokenizer=folder if self.tokenizer is None else locate(self.tokenizer),
@@ -190,34 +166,21 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
             **self._inputs,
             **vars(self._options),
         )
-        about = dict(made.about)
         state = None
         if self.optimizer_state is not None:
             state = Path(self.optimizer_state).expanduser()
-            about["optimizer_state"] = {"source": str(state), "new_moments": self.new_moments}
-        if output is None:
-            self._report_live(made.expansion, made.proof, about)
-            _leave_scores(made)
-            return made.model
+        expansion = made.expansion.with_state(state, self.new_moments)
 
-        def put_companions(staging: Path) -> list[str]:
+        def put(staging: Path) -> None:
             if state is not None:
-                write_expanded_state(state, made.expansion, staging, self.new_moments)
+                write_expanded_state(state, expansion, staging, self.new_moments)
             if made.measured is not None:
                 write_importance(made.measured, staging / IMPORTANCE_FOLDER)
-            return save_companions(made.model, pool, staging)
 
-        converted = save_live(
-            made.expansion,
-            made.proof,
-            output,
-            source={"name": type(moe).__name__ + " in memory", "from_hub": False},
-            companions=put_companions,
-            options=self._writing,
-            about=about,
-        )
-        self._report(converted)
-        return made.model
+        run = hydra_output_folder()
+        if self.save_checkpoint is None and made.measured is not None and run is not None:
+            log.info("Importance scores: %s", write_importance(made.measured, Path(run))[0])
+        return InMemory(made.model, expansion, made.proof, put)
 
 
 def _node(name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,10 +203,3 @@ def _check_dtype(found: PooledFolder, folder: Path) -> None:
             f"method.save_checkpoint: the source is {dtype_name(own)}, and its tensors are kept as "
             "they are. Remove it, or set method.save_checkpoint=null to expand in memory."
         )
-
-
-def _leave_scores(made: "Expanded") -> None:
-    """Scores that were measured for a result in memory, in the run's own folder."""
-    folder = hydra_output_folder()
-    if made.measured is not None and folder is not None:
-        log.info("Importance scores: %s", write_importance(made.measured, Path(folder))[0])

@@ -1,30 +1,23 @@
 """MoE merging: any supported family, and Mixtral under FusionBench's own class names."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
-from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import AUTO
-from fusion_upcycle.conversion.live import merge_live, save_live
+from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import make_merging_options
-from fusion_upcycle.merging.plan import BASE
-from fusion_upcycle.merging.run import check_same_tokenizer, describe_merging, merge_into_moe
-from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
-from fusion_upcycle.method.pool import (
-    PooledFolder,
-    plain,
-    pooled_folder,
-    require_own_tokenizer,
-    tokenizer_file,
-)
+from fusion_upcycle.merging.run import check_same_tokenizer, merge_into_moe, plan_models
+from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
+from fusion_upcycle.method.pool import PooledFolder, plain
 from fusion_upcycle.texts.documents import named_documents
-from fusion_upcycle.verification import resolve_mode
+from fusion_upcycle.verification.proof import resolve_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,48 +103,26 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)
 
-    def run(
-        self, modelpool: "BaseModelPool | Mapping[str, PreTrainedModel]"
-    ) -> "PreTrainedModel | None":
-        """Merge the models of a pool, or of a mapping name -> model.
+    def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
+        return dict(model)
 
-        With `save_checkpoint`, and a pool that names folders or Hub ids, the merge streams from
-        folders to folder, and the result is loaded only if `return_model`.
+    def _names(self, pool: BaseModelPool) -> Sequence[str]:
+        return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
 
-        Raises:
-            UpcyclingError: see `fusion_upcycle.merge_into_moe`.
-        """
-        output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
-        if output is not None:
-            self._writing.check(output)
-        if not isinstance(modelpool, BaseModelPool):
-            return self._run_live(dict(modelpool), output, pool=None)
-        names = [*([BASE] if modelpool.has_pretrained else []), *modelpool.model_names]
-        found = {n: pooled_folder(modelpool, n, streaming=output is not None) for n in names}
-        folders = {name: folder for name, folder in found.items() if folder is not None}
-        if output is not None and len(folders) == len(found):
-            require_own_tokenizer(modelpool, [folder.source for folder in folders.values()])
-            return self._run_streaming(folders, output)
+    def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
         local = {name: Path(folder.source).expanduser() for name, folder in folders.items()}
         check_same_tokenizer({name: path for name, path in local.items() if path.is_dir()})
-        models = {name: modelpool.load_model(name) for name in found}
-        return self._run_live(models, output, pool=modelpool)
 
-    def _run_streaming(
-        self, found: Mapping[str, PooledFolder], output: Path
-    ) -> "PreTrainedModel | None":
-        for folder in found.values():
-            for name in read_config(locate(folder.source)).architectures or ():
-                self._check_class(name)
-        dtypes = {str(folder.dtype): folder.dtype for folder in found.values()}
+    def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
+        dtypes = {str(folder.dtype): folder.dtype for folder in folders.values()}
         if len(dtypes) > 1 and self._options.dtype is None:
             raise UpcyclingError(
                 f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). Set "
                 "method.dtype."
             )
         dtype = next(iter(dtypes.values()))
-        converted = merge_into_moe(
-            {name: folder.source for name, folder in found.items()},
+        return merge_into_moe(
+            {name: folder.source for name, folder in folders.items()},
             output,
             calibration=self._calibration,
             verify=self.verify,
@@ -159,42 +130,19 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             max_shard_size=self._writing.max_shard_size,
             **vars(self._options) | {"dtype": self._options.dtype or dtype},
         )
-        return self._finish(converted)
 
-    def _run_live(
-        self,
-        models: "Mapping[str, PreTrainedModel]",
-        output: Path | None,
-        pool: BaseModelPool | None,
-    ) -> "PreTrainedModel":
-        for model in models.values():
-            self._check_class(type(model).__name__)
-        merging, moe, proof, calibrated = merge_live(
+    def _convert(
+        self, models: "Mapping[str, PreTrainedModel]", tokenizer_file: Path | None
+    ) -> InMemory:
+        merging = plan_models(
             models,
             self._options,
             texts=named_documents(self._calibration),
-            mode=self.verify,
-            tokenizer_file=None if pool is None else tokenizer_file(pool),
+            tokenizer_file=tokenizer_file,
         )
-        sources = {
-            name: {"name": type(model).__name__ + " in memory", "from_hub": False}
-            for name, model in models.items()
-        }
-        about = describe_merging(merging) | {"sources": sources} | calibrated
-        if output is None:
-            self._report_live(merging.upcycling, proof, about)
-            return moe
-        converted = save_live(
-            merging.upcycling,
-            proof,
-            output,
-            source=next(iter(sources.values())),
-            companions=partial(save_companions, moe, pool),
-            options=self._writing,
-            about=about,
-        )
-        self._report(converted)
-        return moe
+        first = next(iter(models.values()))
+        moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
+        return InMemory(moe, merging, proof)
 
 
 class MixtralForCausalLMMergingAlgorithm(MoEMergingAlgorithm):

@@ -1,29 +1,20 @@
 """Sparse upcycling: any supported family, and Mixtral under FusionBench's own class names."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
-from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import AUTO
-from fusion_upcycle.conversion.live import build_live, plan_live, save_live
+from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import unknown
-from fusion_upcycle.method.conversion import ConversionAlgorithm, initialiser, save_companions
-from fusion_upcycle.method.pool import (
-    PooledFolder,
-    plain,
-    pooled_folder,
-    require_own_tokenizer,
-    require_pretrained,
-    tokenizer_file,
-)
+from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
+from fusion_upcycle.method.pool import PooledFolder, plain
 from fusion_upcycle.upcycling.options import make_options
-from fusion_upcycle.upcycling.run import upcycle
-from fusion_upcycle.verification import resolve_mode
+from fusion_upcycle.upcycling.run import plan_model, upcycle
+from fusion_upcycle.verification.proof import resolve_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,30 +103,9 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)
 
-    def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel | None":
-        """Upcycle `_pretrained_` of a pool, or a model.
-
-        With `save_checkpoint`, and a pool that names a folder or Hub id, the conversion streams
-        from folder to folder, and the result is loaded only if `return_model`.
-
-        Raises:
-            UpcyclingError: see `fusion_upcycle.upcycle`.
-        """
-        output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
-        if output is not None:
-            self._writing.check(output)
-        if not isinstance(modelpool, BaseModelPool):
-            return self._run_live(modelpool, output, pool=None)
-        require_pretrained(modelpool)
-        if output is not None and (found := pooled_folder(modelpool)) is not None:
-            require_own_tokenizer(modelpool, [found.source])
-            return self._run_streaming(found, output)
-        return self._run_live(modelpool.load_model("_pretrained_"), output, pool=modelpool)
-
-    def _run_streaming(self, found: PooledFolder, output: Path) -> "PreTrainedModel | None":
-        for name in read_config(locate(found.source)).architectures or ():
-            self._check_class(name)
-        converted = upcycle(
+    def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
+        (found,) = folders.values()
+        return upcycle(
             found.source,
             output,
             verify=self.verify,
@@ -143,32 +113,14 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             max_shard_size=self._writing.max_shard_size,
             **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
         )
-        return self._finish(converted)
 
-    def _run_live(
-        self, dense: "PreTrainedModel", output: Path | None, pool: BaseModelPool | None
-    ) -> "PreTrainedModel":
-        self._check_class(type(dense).__name__)
-        upcycling = plan_live(dense, self._options)
-        moe, proof = build_live(
-            upcycling,
-            dense,
-            mode=resolve_mode(self.verify, streaming=False, total_bytes=upcycling.total_bytes),
-            tokenizer_file=None if pool is None else tokenizer_file(pool),
-        )
-        if output is None:
-            self._report_live(upcycling, proof)
-            return moe
-        converted = save_live(
-            upcycling,
-            proof,
-            output,
-            source={"name": type(dense).__name__ + " in memory", "from_hub": False},
-            companions=partial(save_companions, moe, pool),
-            options=self._writing,
-        )
-        self._report(converted)
-        return moe
+    def _convert(
+        self, models: "Mapping[str, PreTrainedModel]", tokenizer_file: Path | None
+    ) -> InMemory:
+        (dense,) = models.values()
+        upcycling = plan_model(dense, self._options)
+        moe, proof = to_model(upcycling, dense, verify=self.verify, tokenizer_file=tokenizer_file)
+        return InMemory(moe, upcycling, proof)
 
 
 class MixtralForCausalLMUpscalingAlgorithm(SparseUpcyclingAlgorithm):

@@ -5,7 +5,7 @@ optional: every source tensor is used or refused by name, every target tensor is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fusion_upcycle import expert_init
 from fusion_upcycle.architectures.base import LLAMA_FFN, SharedExpert
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+Made = TypeVar("Made", bound=Upcycling)
+
+
 def plan_upcycling(
     source: TensorSource,
     source_config: "PreTrainedConfig",
@@ -50,7 +53,7 @@ def plan_upcycling(
     """
     frame = plan_frame(source, source_config, options)
     plan = DuplicationPlan.from_dense(frame.resolved.moe_layers, options.num_experts)
-    return plan_tensors(frame, source, plan, lambda name: [name])
+    return plan_tensors(frame, source, plan, lambda name: [name], Upcycling)
 
 
 def plan_tensors(
@@ -58,7 +61,8 @@ def plan_tensors(
     source: TensorSource,
     plan: DuplicationPlan,
     expert_sources: Callable[[str], Sequence[str]],
-) -> Upcycling:
+    make: Callable[..., Made],
+) -> Made:
     """Decide every target tensor's origin, given which source expert each expert comes from.
 
     Args:
@@ -66,6 +70,7 @@ def plan_tensors(
         plan: of the MoE layers.
         expert_sources: name of a tensor of an MoE layer's FFN, as in a dense model -> its name in
             `source` for each source expert of the plan.
+        make: of the fields of an `Upcycling`.
 
     Raises:
         UpcyclingError: a tensor that is missing, left over, or of another shape.
@@ -106,7 +111,7 @@ def plan_tensors(
                     "upcycled without changing what it computes."
                 )
             rules[name] = Carried(name)
-    return Upcycling(
+    return make(
         source=source,
         source_config=config,
         config=frame.config,

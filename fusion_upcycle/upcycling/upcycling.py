@@ -6,23 +6,28 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusion_upcycle.checkpoint.tensors import TensorSpec, cast
+from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec, cast
+from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion, scaled
 from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, RouterRows, Rule
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
 from fusion_upcycle.upcycling.options import UpcyclingOptions
+from fusion_upcycle.upcycling.proof import prove_upcycling
 from fusion_upcycle.upcycling.resolution import ResolvedOptions
 from fusion_upcycle.upcycling.shards import repeat_neurons, take_neurons
+from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.verification.proof import Findings
 
 
 @dataclass(kw_only=True)
 class Upcycling(Conversion):
-    """A planned sparse upcycling, or merge.
+    """A planned sparse upcycling; a merge is one from several models.
 
     Attributes:
         options: what was asked for, and in `resolved` what it means here.
@@ -30,10 +35,42 @@ class Upcycling(Conversion):
         router_rows: MoE layer -> router [E, D], where `options.router_init` does not make it.
     """
 
+    method = "sparse upcycling"
+
     options: UpcyclingOptions
     resolved: ResolvedOptions
     ffn_names: Mapping[int, Sequence[Mapping[str, str]]]
     router_rows: Mapping[int, Tensor] | None = None
+
+    def about(self, sources: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing beside the common fields."""
+        return {}
+
+    def in_words(self, record: Mapping[str, Any]) -> CardWords:
+        """What the model card says."""
+        options, version = record["options"], record["versions"]["fusion_upcycle"]
+        source = public_name(record["source"])
+        approximate = record["proof"]["claim"] == "approximate"
+        return CardWords(
+            f"""A sparse Mixture-of-Experts model upcycled from the dense model \
+`{source}` with fusion_upcycle
+{version}: the FFN of each of {len(record["plan"])} layers became {options["num_experts"]} experts,
+of which a new router picks {options["experts_per_token"]} for each token. It has not been trained
+since.""",
+            {"parameters of the dense source": record["parameters"]["dense"]},
+            "same function as the source",
+            "What was asked for does not keep the function: the model differs from its source "
+            "before training, by the distance above."
+            if approximate
+            else "At step 0 the model computes the same function as its source, as was checked.",
+        )
+
+    def _prove_function(
+        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+    ) -> Findings:
+        return prove_upcycling(
+            self, result, mode=mode, tokens=tokens, models=models, progress=progress
+        )
 
     def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
         match rule:

@@ -1,7 +1,7 @@
 """How far apart two models are on the same tokens."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary, read_tokenizer
-from fusion_upcycle.upcycling.upcycling import Upcycling
-from fusion_upcycle.verification.streamed_model import streamed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,6 +51,10 @@ class Distance:
         """False for NaN and infinity too."""
         return self.max_abs <= TOLERANCE * self.scale < float("inf")
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.max_abs)
+
     def to_json(self) -> dict[str, Any]:
         """What is not finite is None: JSON has no other way to say it."""
         found = {name: value for name, value in asdict(self).items() if value is not None}
@@ -82,65 +82,19 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
 
 
 @torch.inference_mode()
-def compare_streamed(
-    upcycling: Upcycling,
-    result: TensorSource,
-    ids: Tensor,
-    *,
-    reference: TensorSource | None = None,
-    expert: int | None = None,
-    dense_ffn: bool = False,
-    progress: bool = False,
-) -> tuple[Distance, dict[str, Any]]:
-    """Both models on the same tokens, one layer and one expert in memory, in float32.
-
-    Args:
-        reference: the dense model; None is the one that the MoE was made from.
-        expert: let this expert of each layer stand in for those that the router chooses.
-        dense_ffn: let the dense FFNs stand in for the MoE blocks: what is left to differ is
-            everything else.
-
-    Returns:
-        The distance of the outputs, and that of each FFN against its MoE block on the hidden
-        states that reach it.
-    """
-    dense = streamed_dense(upcycling, reference or upcycling.source)
-    moe = streamed_moe(upcycling, result, expert)
-    moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
-    layers: list[Distance] = []
-    count = 2 * upcycling.config.num_hidden_layers
-    with progress_bar("Running both models", count, progress, unit="layer") as bar:
-        for dense_layer, moe_layer in zip(layers_of(dense), layers_of(moe), strict=True):
-            ffn = ffn_of(upcycling, dense_layer)
-
-            def measure(_: nn.Module, args: Any, output: Tensor, ffn: nn.Module = ffn) -> None:
-                layers.append(distance(ffn(args[0]), output, logits=False))
-
-            block = moe_layer.get_submodule(moe_block)
-            block.register_forward_hook(measure)
-            if dense_ffn:
-                block.forward = ffn.forward
-            for layer in (dense_layer, moe_layer):
-                layer.register_forward_hook(lambda *_: bar.update(1) and None)
-        outputs, is_logits = output_of(moe, ids)
-        expected, _ = output_of(dense, ids)
-    assert len(layers) == upcycling.config.num_hidden_layers
-    worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
-    return distance(expected, outputs, logits=is_logits), {
-        "compared": len(layers),
-        "worst_layer": worst,
-        "worst_layer_max_abs": layers[worst].max_abs,
-        "worst_layer_scale": layers[worst].scale,
-        "within_tolerance": all(layer.within_tolerance for layer in layers),
-    }
-
-
-@torch.inference_mode()
 def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) -> Distance:
     """Both models in memory, in their own dtype, on their own devices."""
     with evaluating(dense), evaluating(moe):
         reference, is_logits = output_of(dense, ids)
         return distance(reference.cpu(), output_of(moe, ids)[0].cpu(), logits=is_logits)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Source and result of a conversion in memory, for whoever asks for them."""
+
+    source: "Callable[[], PreTrainedModel]"
+    result: "Callable[[], PreTrainedModel]"
 
 
 @dataclass(frozen=True)
@@ -176,38 +130,6 @@ def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> To
     check_vocabulary(max(found), config.vocab_size, str(tokenizer_file))
     ids = torch.tensor([found])
     return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
-
-
-def ffn_of(upcycling: Upcycling, dense_layer: nn.Module) -> nn.Module:
-    """The FFN of a decoder layer of the dense model."""
-    layout = upcycling.architecture.dense[upcycling.source_config.model_type]
-    return dense_layer.get_submodule(layout.ffn["gate_proj_FD"].split(".")[0])
-
-
-def streamed_dense(upcycling: Upcycling, source: TensorSource) -> "PreTrainedModel":
-    """The dense model with the weights of `source`, as the result's dtype rounds them."""
-    return streamed_model(
-        upcycling.source_config, source, None, upcycling.dtype, _compute_dtype(upcycling)
-    )
-
-
-def streamed_moe(
-    upcycling: Upcycling, result: TensorSource, expert: int | None = None
-) -> "PreTrainedModel":
-    """The MoE with the weights of `result`; of the experts only `expert`, if it is given."""
-    architecture, compute = upcycling.architecture, _compute_dtype(upcycling)
-    return streamed_model(upcycling.config, result, architecture, None, compute, expert=expert)
-
-
-def _compute_dtype(upcycling: Upcycling) -> torch.dtype:
-    """Rounding of half precision would hide what a proof looks for."""
-    return torch.promote_types(upcycling.dtype, torch.float32)
-
-
-def _relative(layer: Distance) -> float:
-    """For finding the worst layer; NaN counts as worst."""
-    ratio = layer.max_abs / max(layer.scale, 1e-30)
-    return ratio if ratio == ratio else float("inf")
 
 
 def layers_of(model: "PreTrainedModel") -> nn.ModuleList:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.config import NO_EFFECT
 from fusion_upcycle.architectures.layout import class_name, file_layout
 from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.live.tensors import LiveTensors
 
@@ -40,7 +40,7 @@ _MICRO = {
 }
 
 
-def check_names(conversion: Conversion) -> None:
+def check_names(config: "PreTrainedConfig", architecture: Architecture) -> None:
     """Our file names against transformers' own, bit by bit, on a micro model of the family.
 
     The rest of the proof reads and writes through our name table, so that two experts' matrices
@@ -51,11 +51,10 @@ def check_names(conversion: Conversion) -> None:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = copy.deepcopy(conversion.config)
+    config = copy.deepcopy(config)
     for name, value in _MICRO.items():
         if getattr(config, name, None):  # absent, or 0 for a shared expert that is not there
             setattr(config, name, value)
-    architecture = conversion.architecture
     setattr(config, architecture.experts_field, 3)
     config.num_experts_per_tok = 1
     if architecture.moe_layer_fields is not None:
@@ -82,7 +81,9 @@ def check_written_config(folder: Path, config: "PreTrainedConfig") -> None:
         raise ProofError(f"{folder / 'config.json'} differs: {differences(written, planned)}.")
 
 
-def check_shared_fields(conversion: Conversion, changed: Collection[str] = ()) -> None:
+def check_shared_fields(
+    source: "PreTrainedConfig", result: "PreTrainedConfig", changed: Collection[str] = ()
+) -> None:
     """Fields that the configs of source and result share must have the same value.
 
     The tokens of a proof may not reach what a field does: a sliding window of 4096, a rope scaling
@@ -94,7 +95,7 @@ def check_shared_fields(conversion: Conversion, changed: Collection[str] = ()) -
     Raises:
         ProofError: names the fields that differ.
     """
-    before, after = meaning(conversion.source_config), meaning(conversion.config)
+    before, after = meaning(source), meaning(result)
     shared = before.keys() & after.keys() - {*changed}
     before, after = ({name: c[name] for name in shared} for c in (before, after))
     if before != after:

@@ -1,23 +1,35 @@
 """Is every tensor on disk what its rule says? Compared bit by bit, one piece at a time."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
-from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.progress import progress_bar
 
 
+class PlannedTensors(TensorSource, Protocol):
+    """Tensors that are made of a source, and what each is compared with."""
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    def origin_kind(self, name: str) -> str:
+        """`bit_equal_to_source`, `bit_equal_to_second_draw`, ..."""
+        ...
+
+
 def check_tensors(
-    conversion: Conversion, result: TensorSource, *, progress: bool = False
+    conversion: PlannedTensors, result: TensorSource, *, progress: bool = False
 ) -> dict[str, int]:
     """Compare every tensor of `result` with its origin, bit for bit.
 
     Carried tensors (plain copies of experts among them) are compared with the source, means over
     several models with a second computation, initialised experts and routers with a second draw
     from the same seed. Names and shapes are compared with transformers' own class
-    (`Conversion.specs` was made from it).
+    (the planned specs were made from it).
 
     Returns:
         Numbers of tensors compared, by kind.

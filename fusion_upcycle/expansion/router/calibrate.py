@@ -168,15 +168,15 @@ def calibrate_router(
     *,
     scratch: Path | None = None,
     progress: bool = False,
-) -> tuple[Expansion, dict[str, Any]]:
+) -> Expansion:
     """The expansion with router rows made of text, and what the record says of them.
 
     Args:
         scratch: folder for temporary files; None is the system's.
 
     Returns:
-        The expansion as it is, and nothing, where its options make rows without text, or where
-        nothing is added. Else the record has, for each layer, what `RowsReport` and `split_rows` or
+        The expansion as it is where its options make rows without text, or where nothing is
+        added. Else its details have, for each layer, what `RowsReport` and `split_rows` or
         `fit_rows` say, on the calibration text itself.
 
     Raises:
@@ -184,7 +184,7 @@ def calibrate_router(
     """
     calibrated = expansion.options.calibrated
     if calibrated is None or expansion.is_identity or expansion.router_rows is not None:
-        return expansion, {}
+        return expansion
     assert text is not None  # or `Expansion.check_router` has refused
     inputs = folder_router_inputs(
         expansion.source_config,
@@ -224,7 +224,7 @@ def calibrate_router(
         "calibration": text.sequences.to_json(),
         "layers": layers,
     }
-    return expansion.with_router(rows), {"router": about}
+    return expansion.with_router(rows, details={"router": about})
 
 
 def _warn(layers: Mapping[str, Any], few: float) -> None:

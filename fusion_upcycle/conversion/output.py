@@ -1,0 +1,119 @@
+"""An output folder: shards, config, companions, record and model card, all or nothing."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from fusion_upcycle.architectures.config import readable_config
+from fusion_upcycle.checkpoint.writer import (
+    RECORD_FILE,
+    check_output,
+    parse_size,
+    plan_shards,
+    staging_folder,
+    write_shards,
+)
+from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.conversion.card import model_card
+from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.record import Measured, versions
+from fusion_upcycle.verification.proof import Proof
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How an output folder is written; nothing here changes a bit of its tensors.
+
+    Attributes:
+        overwrite: replace an earlier output of ours.
+        max_shard_size: of the files, as in "5GB".
+        progress: show progress bars.
+    """
+
+    overwrite: bool = False
+    max_shard_size: int | str = "5GB"
+    progress: bool = True
+
+    def check(self, output: Path) -> None:
+        """Fail before any work when the output cannot be written."""
+        parse_size(self.max_shard_size)
+        check_output(output, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion.
+
+    Attributes:
+        output: the folder.
+        proof: what was proven.
+        record: contents of the folder's `upcycling.json`.
+        costs: wall and CPU seconds of writing and proving, peak memory.
+    """
+
+    output: Path
+    proof: Proof
+    record: dict[str, Any]
+    costs: dict[str, dict[str, float | int]]
+
+
+def write_output(
+    conversion: Conversion,
+    output: Path,
+    *,
+    sources: Mapping[str, Mapping[str, Any]],
+    main: str,
+    companions: Callable[[Path], list[str]],
+    prove: Callable[[Path], Proof],
+    options: OutputOptions,
+    resumable: bool = True,
+) -> Converted:
+    """Write a planned conversion, prove it, and only then let the folder appear.
+
+    Args:
+        sources: what the record says of each source model: name, whether it is from the Hub, its
+            files.
+        main: the model that the result's tokenizer and other files are of.
+        companions: puts tokenizer, template, generation and licence files into the staged folder
+            and returns their names.
+        prove: staged folder -> proof; an error leaves no output.
+        resumable: whether the record tells exactly what is converted, so that the shards of a
+            killed run can be kept.
+    """
+    output = output.resolve()
+    shards = plan_shards(conversion.specs, options.max_shard_size)
+    total = conversion.total_bytes
+    record: dict[str, Any] = {
+        "name": output.name,
+        "source": sources[main],
+        **conversion.record(sources),
+        "bytes": total,
+        "shards": [shard.file for shard in shards],
+        "versions": versions(),
+    }
+    fingerprint = record if resumable else record | {"run": uuid4().hex}
+    with staging_folder(
+        output, fingerprint, total_bytes=total, overwrite=options.overwrite
+    ) as staging:
+        with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
+            write_shards(staging, shards, conversion.chunks, bar.update)
+            _write_json(staging / "config.json", readable_config(conversion.config))
+            record["copied_files"] = companions(staging)
+        with Measured() as proving:
+            proof = prove(staging)
+        record |= {"proof": proof.to_json(), "proof_in_words": str(proof)}
+        _write_json(staging / RECORD_FILE, record)
+        (staging / "README.md").write_text(model_card(conversion, record), encoding="utf-8")
+    costs = {"write": writing.as_record(), "prove": proving.as_record()}
+    return Converted(output, proof, record, costs)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    # config.json holds one thing that is not JSON: the dtype.
+    path.write_text(
+        json.dumps(data, indent=2, default=dtype_name, allow_nan=False) + "\n", encoding="utf-8"
+    )

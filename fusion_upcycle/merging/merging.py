@@ -1,0 +1,120 @@
+"""A merge as a conversion: an upcycling from several models of one shape.
+
+`fusion_upcycle.merging.plan` makes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.conversion.card import CardWords, public_name
+from fusion_upcycle.merging.options import MergingOptions
+from fusion_upcycle.merging.proof import prove_merging
+from fusion_upcycle.merging.source import DenseView, MergeSource
+from fusion_upcycle.upcycling.upcycling import Upcycling
+from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.verification.proof import Findings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: FusionBench's name of the model that the others were trained from.
+BASE = "_pretrained_"
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """One of the models: its config, with `architectures` set, and its tensors."""
+
+    config: "PreTrainedConfig"
+    source: TensorSource
+
+
+@dataclass(kw_only=True)
+class Merging(Upcycling):
+    """A planned merge.
+
+    Attributes:
+        asked: what was asked for; `options` is what the upcycling makes of it.
+        merged: the models as one source.
+        models: all of them, the base under the name `BASE`.
+        experts: names of the models that give experts, in the order of the experts.
+    """
+
+    method = "MoE merging"
+
+    asked: MergingOptions
+    merged: MergeSource
+    models: Mapping[str, DenseModel]
+    experts: Sequence[str]
+
+    @property
+    def claims_exact(self) -> bool:
+        """False: a merge computes no one model's function."""
+        return False
+
+    def as_dense(self, model: str) -> DenseView:
+        """The dense model that is left if only the experts of `model` are ever chosen."""
+        return self.merged.as_dense(model)
+
+    def first_expert(self, model: str) -> int:
+        """Index of the first of the experts that `model` gives to each layer."""
+        return self.experts.index(model) * self.asked.experts_per_model
+
+    def with_router(self, rows: Mapping[int, Tensor], details: Mapping[str, Any]) -> "Merging":
+        """The same merge with these router rows [models, D] for each MoE layer.
+
+        The experts of one model share its row.
+
+        Args:
+            details: what the record says of them.
+        """
+        repeated = {
+            layer: row.repeat_interleave(self.asked.experts_per_model, dim=0)
+            for layer, row in rows.items()
+        }
+        return replace(self, router_rows=repeated, details=details)
+
+    def about(self, sources: Mapping[str, Any]) -> dict[str, Any]:
+        """All source models, and who gave which experts."""
+        copies = self.asked.experts_per_model
+        return {
+            "options": self.asked.to_json(len(self.experts)),
+            "experts": {
+                model: list(range(first := self.first_expert(model), first + copies))
+                for model in self.experts
+            },
+            "sources": dict(sources),
+        }
+
+    def in_words(self, record: Mapping[str, Any]) -> CardWords:
+        """What the model card says."""
+        options, version = record["options"], record["versions"]["fusion_upcycle"]
+        models = "\n".join(
+            f"- {name}: `{public_name(source)}`"
+            + (f", experts {places}" if (places := record["experts"].get(name)) else "")
+            for name, source in record["sources"].items()
+        )
+        rest = "the base model's" if options["shared"] == "base" else "the mean over these models"
+        return CardWords(
+            f"""A sparse Mixture-of-Experts model merged from several dense models of one shape with
+fusion_upcycle {version}:
+
+{models}
+
+The experts of each layer are these models' FFNs; all else is {rest}. The router picks
+{options["experts_per_token"]} experts for each token. It has not been trained since.""",
+            {"parameters of each dense source": record["parameters"]["dense"]},
+            "proof",
+            "A merge computes no one model's function: the distances are those of one sample.",
+        )
+
+    def _prove_function(
+        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+    ) -> Findings:
+        return prove_merging(
+            self, result, mode=mode, tokens=tokens, models=models, progress=progress
+        )

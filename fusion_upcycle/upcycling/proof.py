@@ -1,0 +1,205 @@
+"""The proof of a sparse upcycling: each FFN against its MoE block, and the function of the whole.
+
+Details of the proof, beside the common fields:
+
+- `rounded`: True where half precision rounds scales that are no powers of two: exactness is proven
+  before that, in float32.
+- `layers`: each FFN against its MoE block, in float32.
+- `own_dtype`: distance of the outputs computed in the dtype of half-precision weights, with its
+  rounding.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import ProofError
+from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.verification.function import (
+    Distance,
+    Models,
+    Tokens,
+    compare_live,
+    distance,
+    layers_of,
+    output_of,
+)
+from fusion_upcycle.verification.names import check_shared_fields
+from fusion_upcycle.verification.proof import (
+    Findings,
+    distance_in_words,
+    require_exact,
+    require_finite,
+)
+from fusion_upcycle.verification.streamed_model import streamed_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fusion_upcycle.upcycling.upcycling import Upcycling
+
+#: Largest difference of an exact conversion in half precision arithmetic, whose rounding is 1-3 %.
+LOADED_TOLERANCE = 0.3
+
+
+def prove_upcycling(
+    upcycling: "Upcycling",
+    result: TensorSource,
+    *,
+    mode: str,
+    tokens: Tokens,
+    models: Models,
+    progress: bool = False,
+) -> Findings:
+    """Compare the dense model with the MoE: exactly where that is claimed, else how far it is.
+
+    Raises:
+        ProofError: the claim of exactness is false, or outputs are not finite.
+    """
+    own, layers, precise = None, None, False
+    if mode == "logits":
+        dense, moe = models.source(), models.result()
+        own = compare_live(dense, moe, tokens.ids)
+        precise = min(dense.dtype.itemsize, moe.dtype.itemsize) >= 4
+    if own is not None and precise:
+        judged = own
+    else:
+        # Exactness is judged in float32 or better, whatever the dtype of the weights.
+        judged, layers = compare_streamed(upcycling, result, tokens.ids, progress=progress)
+    require_finite(judged)
+    exact, rounded = upcycling.claims_exact, upcycling.rounds_scales
+    if exact and not rounded:
+        require_exact(judged, layers)
+    else:
+        # Only the experts may differ: the same conversion with plain copies must be exact, or,
+        # where no copies could be (shards that make no whole), with the dense FFNs themselves.
+        # And in float32, where half precision rounds what it scales.
+        twin = upcycling.with_copied_experts() if upcycling.resolved.exact else None
+        if twin is not None and rounded:
+            twin = twin.unrounded()
+        require_exact(
+            *compare_streamed(
+                twin or upcycling,
+                twin or result,
+                tokens.ids,
+                dense_ffn=twin is None,
+                progress=progress,
+            )
+        )
+    if own is not None and exact:
+        _require_close(own)
+    check_shared_fields(
+        upcycling.source_config, upcycling.config, upcycling.architecture.remapped_fields
+    )
+    verdict = "exact, proven" if exact else "approximate"
+    if exact and rounded:
+        verdict = "exact but for the rounding of scaled weights, proven in float32"
+    function = judged.to_json()
+    return Findings(
+        f"{verdict}: {', '.join(distance_in_words(function))}",
+        True if exact else None,
+        function,
+        {
+            "rounded": True if exact and rounded else None,
+            "layers": layers,
+            "own_dtype": None if own is None or own is judged else own.to_json(),
+        },
+    )
+
+
+@torch.inference_mode()
+def compare_streamed(
+    upcycling: "Upcycling",
+    result: TensorSource,
+    ids: Tensor,
+    *,
+    reference: TensorSource | None = None,
+    expert: int | None = None,
+    dense_ffn: bool = False,
+    progress: bool = False,
+) -> tuple[Distance, dict[str, Any]]:
+    """Both models on the same tokens, one layer and one expert in memory, in float32.
+
+    Args:
+        reference: the dense model; None is the one that the MoE was made from.
+        expert: let this expert of each layer stand in for those that the router chooses.
+        dense_ffn: let the dense FFNs stand in for the MoE blocks: what is left to differ is
+            everything else.
+
+    Returns:
+        The distance of the outputs, and that of each FFN against its MoE block on the hidden
+        states that reach it.
+    """
+    dense = streamed_dense(upcycling, reference or upcycling.source)
+    moe = streamed_moe(upcycling, result, expert)
+    moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
+    layers: list[Distance] = []
+    count = 2 * upcycling.config.num_hidden_layers
+    with progress_bar("Running both models", count, progress, unit="layer") as bar:
+        for dense_layer, moe_layer in zip(layers_of(dense), layers_of(moe), strict=True):
+            ffn = ffn_of(upcycling, dense_layer)
+
+            def measure(_: nn.Module, args: Any, output: Tensor, ffn: nn.Module = ffn) -> None:
+                layers.append(distance(ffn(args[0]), output, logits=False))
+
+            block = moe_layer.get_submodule(moe_block)
+            block.register_forward_hook(measure)
+            if dense_ffn:
+                block.forward = ffn.forward
+            for layer in (dense_layer, moe_layer):
+                layer.register_forward_hook(lambda *_: bar.update(1) and None)
+        outputs, is_logits = output_of(moe, ids)
+        expected, _ = output_of(dense, ids)
+    assert len(layers) == upcycling.config.num_hidden_layers
+    worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
+    return distance(expected, outputs, logits=is_logits), {
+        "compared": len(layers),
+        "worst_layer": worst,
+        "worst_layer_max_abs": layers[worst].max_abs,
+        "worst_layer_scale": layers[worst].scale,
+        "within_tolerance": all(layer.within_tolerance for layer in layers),
+    }
+
+
+def ffn_of(upcycling: "Upcycling", dense_layer: nn.Module) -> nn.Module:
+    """The FFN of a decoder layer of the dense model."""
+    layout = upcycling.architecture.dense[upcycling.source_config.model_type]
+    return dense_layer.get_submodule(layout.ffn["gate_proj_FD"].split(".")[0])
+
+
+def streamed_dense(upcycling: "Upcycling", source: TensorSource) -> "PreTrainedModel":
+    """The dense model with the weights of `source`, as the result's dtype rounds them."""
+    return streamed_model(
+        upcycling.source_config, source, None, upcycling.dtype, _compute_dtype(upcycling)
+    )
+
+
+def streamed_moe(
+    upcycling: "Upcycling", result: TensorSource, expert: int | None = None
+) -> "PreTrainedModel":
+    """The MoE with the weights of `result`; of the experts only `expert`, if it is given."""
+    architecture, compute = upcycling.architecture, _compute_dtype(upcycling)
+    return streamed_model(upcycling.config, result, architecture, None, compute, expert=expert)
+
+
+def _compute_dtype(upcycling: "Upcycling") -> torch.dtype:
+    """Rounding of half precision would hide what a proof looks for."""
+    return torch.promote_types(upcycling.dtype, torch.float32)
+
+
+def _relative(layer: Distance) -> float:
+    """For finding the worst layer; NaN counts as worst."""
+    ratio = layer.max_abs / max(layer.scale, 1e-30)
+    return ratio if ratio == ratio else float("inf")
+
+
+def _require_close(own: Distance) -> None:
+    """Refuse models that differ once transformers loads them."""
+    if own.max_abs > LOADED_TOLERANCE * own.scale:
+        raise ProofError(
+            "The conversion is exact by its weights, but as transformers loads them the two models "
+            f"differ by {own.max_abs:.2g} of outputs up to {own.scale:.3g}, more than rounding. "
+            "Please report this with the source's config.json."
+        )
