@@ -3,13 +3,12 @@
 Shapes: B windows, T tokens of a window, N tokens counted, E experts, D hidden size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.token_classes import TokenClasses
@@ -17,7 +16,7 @@ from fusion_upcycle.analysis.windows import UNITS, Batch, DomainWindows, domain_
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
-from fusion_upcycle.live.routers import Routers, find_routers
+from fusion_upcycle.live.routers import Routers, find_routers, hearing_inputs
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 
@@ -124,11 +123,11 @@ def _run(
 ) -> None:
     """One batch; `inside` are the places, among its counted tokens, whose inputs are kept."""
     rows = counted.nonzero().flatten()
-    with ExitStack() as hooks:
-        for layer, router in routers.modules.items():
-            hook = router.register_forward_pre_hook(_keeping(kept[layer], rows[inside]))
-            hooks.callback(hook.remove)
-        routed = hooks.enter_context(routers.listening())
+
+    def keep(layer: int, hidden_ND: Tensor) -> None:
+        kept[layer].append(hidden_ND[rows[inside].to(hidden_ND.device)].cpu())
+
+    with hearing_inputs(routers.modules, keep), routers.listening() as routed:
         # Without the head: nothing here needs logits over the vocabulary.
         model.base_model(input_ids=batch.ids_BT.to(model.device), use_cache=False)
     counts.add(
@@ -140,14 +139,6 @@ def _run(
         classes(batch.ids_BT.flatten()[rows]),
         batch.units_BT.flatten()[rows],
     )
-
-
-def _keeping(rows: list[Tensor], places: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        hidden_ND = inputs[0].flatten(0, -2)
-        rows.append(hidden_ND[places.to(hidden_ND.device)].cpu())
-
-    return keep
 
 
 def _check_finite(counts: RoutingCounts) -> None:

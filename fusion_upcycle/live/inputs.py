@@ -1,5 +1,6 @@
-"""What a live model takes: how long an input, which token ids."""
+"""What a live model takes: how long an input, which token ids, which arguments."""
 
+import inspect
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,3 +17,12 @@ def num_embeddings(model: "PreTrainedModel") -> int:
     number = model.get_input_embeddings().num_embeddings
     assert isinstance(number, int)
     return number
+
+
+def logits_of_last(model: "PreTrainedModel", rows: int) -> dict[str, int]:
+    """Arguments by which a forward pass makes logits of the last `rows` tokens only.
+
+    None for backbones, which have no logits, and for the few families that always make all.
+    """
+    told = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": rows} if told else {}

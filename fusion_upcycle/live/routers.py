@@ -1,12 +1,14 @@
 """The routers of a live model: found by the family's `Architecture`, heard by forward hooks.
 
+`Routers.listening` hears what they say, `hearing_inputs` what they, or other modules, are given.
+
 Works for every family in `fusion_upcycle.architectures`, also where transformers' own class has no
 balance loss. Shapes: L MoE layers, E experts, N tokens, K experts per token, D hidden size.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +139,26 @@ def find_routers(model: "PreTrainedModel") -> Routers:
         experts_per_token=first.top_k,
         architecture=architecture,
     )
+
+
+@contextmanager
+def hearing_inputs(
+    modules: Mapping[int, nn.Module], hear: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Within the block, `hear` is told what each module is about to be run on.
+
+    Args:
+        modules: layer -> module.
+        hear: called with the layer and its hidden states [N, D], where the module's weights are.
+    """
+    with ExitStack() as hooks:
+        for layer, module in modules.items():
+
+            def told(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+                hear(layer, args[0].flatten(0, -2))
+
+            hooks.callback(module.register_forward_pre_hook(told).remove)
+        yield
 
 
 def _submodels(model: nn.Module) -> Iterator["PreTrainedModel"]:

@@ -5,15 +5,16 @@ one FFN and of one D x D matrix per MoE layer.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import logits_of_last
+from fusion_upcycle.live.routers import hearing_inputs
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.progress import progress_bar
@@ -86,26 +87,26 @@ def router_moments(
     Model i runs as the merge would if only its experts were chosen: shared weights with its FFNs.
     """
     layers, size = merging.resolved.moe_layers, merging.config.hidden_size
-    # The output head is not looked at: one row of logits is the least it can make.
-    unneeded = {"logits_to_keep": 1} if class_name(merging.config).endswith("ForCausalLM") else {}
     moments = {layer: Moments.empty(len(merging.experts), size) for layer in layers}
     total = sum(len(ids_WT) for ids_WT in windows.ids.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
         for index, model in enumerate(merging.experts):
             dense = streamed_dense(merging, merging.as_dense(model))
-            for batch in (ids_WT := windows.ids[model]).split(BATCH_WINDOWS):
-                share = len(batch) / len(ids_WT)
-                hooks = [
-                    ffn_of(merging, layers_of(dense)[layer]).register_forward_pre_hook(
-                        _adding(moments[layer], index, share)
-                    )
-                    for layer in layers
-                ]
-                dense(input_ids=batch, use_cache=False, **unneeded)
-                for hook in hooks:
-                    hook.remove()
-                bar.update(len(batch))
+            ffns = {layer: ffn_of(merging, layers_of(dense)[layer]) for layer in layers}
+            ids_WT = windows.ids[model]
+            with hearing_inputs(ffns, partial(_add, moments, index, ids_WT.numel())):
+                for batch in ids_WT.split(BATCH_WINDOWS):
+                    # The output head is not looked at: one row of logits is the least it can make.
+                    dense(input_ids=batch, use_cache=False, **logits_of_last(dense, 1))
+                    bar.update(len(batch))
     return moments
+
+
+def _add(
+    moments: Mapping[int, Moments], model: int, tokens: int, layer: int, inputs_ND: Tensor
+) -> None:
+    """Count what a layer's FFN is given of one batch of a model's `tokens`."""
+    moments[layer].add(model, inputs_ND, len(inputs_ND) / tokens)
 
 
 def route(
@@ -143,10 +144,3 @@ def route(
     }
     details = {"calibration": about, "router_rows_sha256": digest}
     return merging.with_router(rows, details)
-
-
-def _adding(moments: Moments, model: int, share: float) -> Any:
-    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments.add(model, inputs[0].flatten(0, -2), share)
-
-    return add

@@ -3,10 +3,9 @@
 Shapes: B windows in a batch, C tokens of input per window, S stride, V vocabulary.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.inputs import max_positions, num_embeddings
+from fusion_upcycle.live.inputs import logits_of_last, max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.texts.tokens import check_vocabulary, packed, start_token
 
@@ -142,15 +141,12 @@ def _total_nats(
     # goes alone and the others need `stride` rows of logits only.
     batches = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
     device = next(model.parameters()).device
-    takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     total, scored_until = 0.0, 0
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         ids_BC = torch.stack([ids_N[start : start + length_C] for start in batch]).to(device)
         keep = length_C if batch[0] == 0 else stride
-        arguments: dict[str, Any] = {"use_cache": False}
-        if takes_logits_to_keep:  # some families have no such argument and give all rows
-            arguments["logits_to_keep"] = keep
-        logits_BSV = model(input_ids=ids_BC, **arguments).logits[:, -keep:]
+        outputs = model(input_ids=ids_BC, use_cache=False, **logits_of_last(model, keep))
+        logits_BSV = outputs.logits[:, -keep:]
         for start, logits_SV in zip(batch, logits_BSV, strict=True):
             end = start + length_C  # the last row of this window predicts token `end`
             new = end - scored_until

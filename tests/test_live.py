@@ -1,0 +1,41 @@
+"""What is heard of a live model and known of it from outside."""
+
+import pytest
+import torch
+from tiny import dense_model
+from tiny_moe import moe_model
+from torch import Tensor
+
+from fusion_upcycle.live.inputs import logits_of_last
+from fusion_upcycle.live.routers import find_routers, hearing_inputs
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@torch.no_grad()
+def test_inputs_are_heard_as_each_layer_is_given_them() -> None:
+    model = moe_model("mixtral")
+    expected = model(IDS, output_hidden_states=True).hidden_states[0].flatten(0, -2)
+    heard: dict[int, Tensor] = {}
+    with hearing_inputs(dict(enumerate(model.model.layers)), heard.__setitem__):
+        model(IDS)
+    assert list(heard) == [0, 1]
+    assert torch.equal(heard[0], expected) and not torch.equal(heard[1], expected)
+
+
+def test_nothing_is_heard_after_the_block_even_if_it_failed() -> None:
+    model = moe_model("mixtral")
+    routers = find_routers(model)
+    routers.close()
+    heard: list[int] = []
+    with pytest.raises(RuntimeError), hearing_inputs(routers.modules, lambda i, _: heard.append(i)):
+        raise RuntimeError
+    model(IDS)
+    assert not heard
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_logits_of_the_last_tokens_only_where_there_are_logits() -> None:
+    model = dense_model()
+    assert model(IDS, **logits_of_last(model, 2)).logits.shape[1] == 2
+    assert model.model(IDS, **logits_of_last(model.model, 2)).last_hidden_state.shape[1] == 6
