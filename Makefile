@@ -4,6 +4,7 @@ PYTHON ?= python3
 # two workers with two threads each ran four times slower on two cores.
 PYTEST_ARGS ?= -n 2
 
+SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -32,10 +33,12 @@ test: lint  ## lint, types and tests: what CI runs
 	@echo "test: pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: venv  ## check style and formatting
+lint: venv  ## check style, formatting and the import order
 	@echo "lint: ruff"
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
+	@echo "lint: imports"
+	@$(BIN)/lint-imports --no-cache | sed -n '/^Analyzed/,$$p'; exit $${PIPESTATUS[0]}
 
 format: venv  ## fix what ruff can fix, and format
 	@$(BIN)/python -m ruff check --fix .

@@ -66,7 +66,6 @@ def judge(name: str, experts: int, output: Path) -> dict[str, Any]:
             folder / "tokenizer.json",
             tokens=tokens,
             context_length=CONTEXT,
-            optimizer_state=folder,
             progress=True,
         )
         scores[str(tokens)] = importance.to_json()["metrics"]

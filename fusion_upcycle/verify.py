@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.conversion.run import prove_folder
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expansion import run as expansion
@@ -44,7 +44,14 @@ def verify(
     if mode == "none":
         raise UpcyclingError("verify needs a mode that verifies: layers, logits or auto.")
     output = Path(output).expanduser()
-    with _reading_record(output) as record:
+    path = output / RECORD_FILE
+    if not path.is_file():
+        raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
+    with _reading(path):
+        record = json.loads(path.read_bytes())
+        options = dict(record["options"])
+    record["options"] = recorded_options(options)
+    with _reading(path):
         name, method = record["source"]["name"], record["method"]
         if not isinstance(name, str):
             raise TypeError(f"source {name!r}")
@@ -55,19 +62,16 @@ def verify(
             "then. To prove it again, merge again."
         )
     if plan is None:
-        raise unknown(f"method in {output / RECORD_FILE}:", str(method), _REPLAN)
+        raise unknown(f"method in {path}:", str(method), _REPLAN)
     folder = locate(source or name)
     return prove_folder(plan(folder, output), folder, output, mode=mode, progress=progress)
 
 
 @contextmanager
-def _reading_record(output: Path) -> Iterator[dict[str, Any]]:
-    """The record of an output; what goes wrong in the block is put down to its being damaged."""
-    path = output / RECORD_FILE
-    if not path.is_file():
-        raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong in the block is put down to the record's being damaged."""
     try:
-        yield json.loads(path.read_bytes())
+        yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcyclingError(
             f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "

@@ -1,6 +1,5 @@
 """What an analysis leaves: figures, page, record; and the command that makes them."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -91,27 +90,6 @@ def test_lines_differ_by_more_than_colour(record: dict[str, Any], tmp_path: Path
     (axes,) = figures.comparison_chart(compare(analysis, analysis)).axes
     assert len(set(markers_of(axes))) == 4
     assert "similarity" in axes.get_ylabel()
-    for name in ("one", "two"):
-        write_metrics(tmp_path / f"{name}.csv")
-    runs = {name: tmp_path / f"{name}.csv" for name in ("one", "two")}
-    (axes,) = figures.loss_curves(runs).axes
-    assert len(set(markers_of(axes))) == 2
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "training loss / nats per token")
-    assert axes.lines[0].get_xydata().tolist() == [[100, 3.5], [200, 3.25]]
-
-
-def write_metrics(path: Path) -> None:
-    """As Lightning's CSVLogger: rows of other intervals leave fields empty."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "tokens", "lm_nats_per_token", "layer_0/load_cv"])
-        writer.writerows([[1, 100, 3.5, ""], [1, "", "", 0.2], [2, 200, 3.25, ""]])
-
-
-def test_a_metrics_file_without_losses_is_refused(tmp_path: Path) -> None:
-    write_metrics(tmp_path / "m.csv")
-    with pytest.raises(UpcyclingError, match=r"no rows with both `tokens` and 'bits'"):
-        figures.loss_curves({"run": tmp_path / "m.csv"}, metric="bits")
 
 
 def test_figures_are_the_same_bytes_each_time(record: dict[str, Any], tmp_path: Path) -> None:

@@ -116,15 +116,12 @@ def test_help_lists_all_targets_and_recipes() -> None:
 def test_planning_flags_are_understood() -> None:
     shards = ["--num-experts", "64", "--experts-per-token", "8", "--granularity", "8"]
     shared = ["--shared-expert", "copy", "--shared-expert-intermediate-size", "80"]
-    assert planned(
-        *shards, *shared, "--scaling", "megatron", "--expert-intermediate-size", "6"
-    ) == {
+    assert planned(*shards, *shared, "--expert-intermediate-size", "6") == {
         "num_experts": 64,
         "experts_per_token": 8,
         "granularity": 8,
         "shared_expert": "copy",
         "shared_expert_intermediate_size": 80,
-        "scaling": "megatron",
         "expert_intermediate_size": 6,
     }
     assert planned("--no-normalize-topk-prob") == {"normalize_topk_prob": False}
@@ -381,7 +378,7 @@ def test_inspect_without_source_and_recipe_says_so(capsys: pytest.CaptureFixture
     [
         ([], "exact, up to rounding"),
         (["--expert-init", "noise"], "the initialiser changes weights"),
-        (["--scaling", "megatron", "--granularity", "2"], "these shards and this routing"),
+        (["--granularity", "2", "--router-init", "zeros"], "these shards and this routing"),
     ],
     ids=str,
 )

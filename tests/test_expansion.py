@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fusion_upcycle import upcycle
+from fusion_upcycle import expand_model, upcycle
 from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.conversion.output import Converted, OutputOptions
-from fusion_upcycle.conversion.run import save_model, to_model
+from fusion_upcycle.conversion.run import save_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.live import plan_model
-from fusion_upcycle.expansion.options import make_expansion_options
 from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import folder_identity
@@ -36,8 +34,7 @@ def grow(source: Path, output: Path, **options: Any) -> Converted:
 
 
 def live(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    expansion = plan_model(model, make_expansion_options(**options))
-    return to_model(expansion, model, verify="layers")[0]
+    return expand_model(model, verify="layers", **options).model
 
 
 def scores_of(folder: Path, scores: list[float]) -> Importance:
@@ -282,22 +279,20 @@ def test_scores_are_of_the_model_that_they_are_used_for(tmp_path: Path) -> None:
         grow(other, tmp_path / "wrong", scores=scores, **options)
     with pytest.raises(UpcyclingError, match="have no load"):
         grow(source, tmp_path / "wrong", scores=scores, **options | {"metric": "load"})
-    chosen = make_expansion_options(**options)
-    assert plan_model(load(source), chosen, scores).plan.to_json() == done.record["plan"]
+    made = expand_model(load(source), scores=scores, verify="none", **options)
+    assert made.expansion.plan.to_json() == done.record["plan"]
     with pytest.raises(UpcyclingError, match="importance scores are of"):
-        plan_model(load(other), chosen, scores)
+        expand_model(load(other), scores=scores, **options)
 
 
 def test_a_live_expansion_is_saved_as_a_streamed_one_is_written(tmp_path: Path) -> None:
     source = moe_folder(tmp_path / "moe", "granitemoe")
     options = {"num_experts": 7, "expert_init": "noise"}
     grow(source, tmp_path / "out", **options)
-    model = load(source)
-    expansion = plan_model(model, make_expansion_options(**options))
-    _, proof = to_model(expansion, model, verify="logits")
+    made = expand_model(load(source), verify="logits", **options)
     done = save_model(
-        expansion,
-        proof,
+        made.expansion,
+        made.proof,
         tmp_path / "saved",
         sources={"moe": {"name": "moe", "from_hub": False}},
         companions=lambda folder: [],
@@ -305,4 +300,4 @@ def test_a_live_expansion_is_saved_as_a_streamed_one_is_written(tmp_path: Path) 
     )
     assert_same_bits(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "out"))
     assert done.record["num_experts"] == {"before": 4, "after": 7}
-    assert verify(tmp_path / "saved", source, progress=False).tensors == proof.tensors
+    assert verify(tmp_path / "saved", source, progress=False).tensors == made.proof.tensors

@@ -190,7 +190,6 @@ def test_options_come_back_from_their_record() -> None:
         assert again.to_json() == options.to_json()
     assert options.to_json()["router_extension"] == {
         "name": "fit",
-        "after_split": False,
         "steps": 20,
         "min_copy_share": 0.6,
     }
@@ -225,7 +224,7 @@ def test_the_record_and_the_card_say_what_was_made(source: Path, tmp_path: Path)
         "differs from its source before training",
     ):
         assert said in card, said
-    assert "dense" not in card and "temperature" not in card
+    assert "dense" not in card and "metric" not in card
 
 
 def test_shard_size_and_order_change_no_bit(source: Path, tmp_path: Path) -> None:
@@ -276,6 +275,18 @@ def test_a_damaged_record_is_an_error_that_says_so(
     (output / "upcycling.json").write_text(json.dumps(record | fields))
     with pytest.raises(UpcyclingError, match=match):
         verify(output, progress=False)
+
+
+def test_the_record_of_an_older_version_is_read(source: Path, tmp_path: Path) -> None:
+    made = expand(source, tmp_path / "out", num_experts=5, verify="none", progress=False)
+    path = made.output / "upcycling.json"
+    options = json.loads(path.read_text())["options"] | {"temperature": 1.0}
+    path.write_text(json.dumps(made.record | {"options": options}))
+    assert verify(made.output, progress=False).tensors
+    fit = {"name": "fit", "after_split": True}
+    path.write_text(json.dumps(made.record | {"options": options | {"router_extension": fit}}))
+    with pytest.raises(UpcyclingError, match=r"^The record.*older version with after_split=True"):
+        verify(made.output, progress=False)
 
 
 def test_an_initialiser_of_ones_own_cannot_be_proven_again(source: Path, tmp_path: Path) -> None:

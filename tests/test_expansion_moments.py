@@ -11,11 +11,8 @@ from transformers import PreTrainedModel
 
 from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, read_moments, write_moments
-from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.expansion.live import plan_model
-from fusion_upcycle.expansion.moments import expand_moments
-from fusion_upcycle.expansion.options import make_expansion_options
+from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.training.moments import load_moments, place_moments
 
@@ -68,8 +65,7 @@ def test_parameters_and_moments_expand_alike(family: str, tmp_path: Path) -> Non
         for name, values in moments.items():
             state[name].copy_(values[kind])
         options = {"num_experts": 6, "router_extension": "copy"}
-        expansion = plan_model(before, make_expansion_options(**options))
-        larger, _ = to_model(expansion, before, verify="none")
+        larger = expand_model(before, verify="none", **options).model
         for name, values in grown.items():
             assert torch.equal(larger.state_dict()[name], values[kind]), (name, kind)
 
@@ -96,11 +92,15 @@ def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:
     step(by_folder, optimizer, 2)
 
     model = load(source)
-    expansion = plan_model(model, make_expansion_options(**options))
-    in_memory, _ = to_model(expansion, model, verify="none")
-    place_moments(
-        optimizer := optimizer_of(in_memory), expand_moments(read_moments(source), expansion)
-    )
+    made = expand_model(model, verify="none", **options)
+    places = {layer: list(plan) for layer, plan in made.expansion.plan.source_experts.items()}
+    moments = read_moments(source)
+    for name, values in moments.items():
+        if ".mlp." in name:  # experts and routers: one entry for each expert
+            for kind in ("exp_avg", "exp_avg_sq"):
+                values[kind] = values[kind][places[int(name.split(".")[2])]]
+    in_memory = made.model
+    place_moments(optimizer := optimizer_of(in_memory), moments)
     step(in_memory, optimizer, 2)
     assert_same_bits(by_folder.state_dict(), in_memory.state_dict())
 
@@ -108,11 +108,16 @@ def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:
 def test_new_moments_of_copies(tmp_path: Path) -> None:
     source = trained(tmp_path, "mixtral")
     moments = read_moments(source)
-    expansion = plan_model(load(source), make_expansion_options(num_experts=10))
-    assert expansion.plan.source_experts[0] == (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)
+
+    def expanded(new: str) -> Moments:
+        output = tmp_path / new
+        options = {"num_experts": 10, "new_moments": new, "verify": "none", "progress": False}
+        made = expand(source, output, optimizer_state=source, **options)
+        assert made.record["plan"]["0"] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+        return read_moments(output)
+
     name = "model.layers.1." + MOE_FAMILIES["mixtral"].experts_module + ".down_proj"
-    reset = expand_moments(moments, expansion, "reset")[name]
-    scaled = expand_moments(moments, expansion, "scale")[name]
+    reset, scaled = expanded("reset")[name], expanded("scale")[name]
     for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
         old = moments[name][kind]
         assert torch.equal(reset[kind][:4], old) and not reset[kind][4:].any()

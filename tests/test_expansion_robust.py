@@ -12,13 +12,11 @@ from fusion_upcycle import expand, expand_model
 from fusion_upcycle.checkpoint import writer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion import expansion
-from fusion_upcycle.expansion.live import plan_model
-from fusion_upcycle.expansion.options import make_expansion_options
 
 
 def test_a_live_model_that_is_not_loaded_is_refused() -> None:
     with pytest.raises(UpcyclingError, match="meta device"):
-        plan_model(moe_model("mixtral").to("meta"), make_expansion_options())
+        expand_model(moe_model("mixtral").to("meta"))
     with pytest.raises(UpcyclingError, match="meta device"):  # before the text is looked at
         expand_model(moe_model("mixtral").to("meta"), calibration={"a": "nowhere"})
 
@@ -27,7 +25,7 @@ def test_parts_that_the_class_does_not_have_are_not_lost_in_silence() -> None:
     adapted = moe_model("mixtral")
     adapted.model.layers[0].mlp.adapter = torch.nn.Linear(3, 3, bias=False)
     with pytest.raises(UpcyclingError, match=r"mlp\.adapter\.weight.*merge_and_unload"):
-        plan_model(adapted, make_expansion_options())
+        expand_model(adapted)
     buffered = moe_model("mixtral")
     buffered.register_buffer("calls", torch.zeros(1))
     with pytest.raises(UpcyclingError, match="has calls, for which MixtralForCausalLM has no"):

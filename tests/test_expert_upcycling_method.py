@@ -142,9 +142,7 @@ def test_a_run_of_fusion_bench_grows_its_pool(
     )
     record = method_record(tmp_path / "run")
     assert record["algorithm"] == "ExpertUpcyclingAlgorithm"
-    assert record["options"]["router_extension"] == FIT | {"after_split": False} | {
-        "min_copy_share": 0.6
-    }
+    assert record["options"]["router_extension"] == FIT | {"min_copy_share": 0.6}
     assert record["options"]["expert_init"]["name"] == "noise"
     assert record["num_experts"] == {"before": 4, "after": 6}
     assert record["importance"]["metric"] == "saliency"

@@ -246,12 +246,12 @@ def test_a_padding_row_that_transformers_would_zero_is_refused(
 
 def test_the_model_card_names_every_option_that_is_not_a_default(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", "qwen3")
-    options = {"moe_layers": "last_1", "granularity": 2, "scaling": "megatron", "progress": False}
-    upcycle(source, tmp_path / "moe", **options)
+    options = {"moe_layers": "last_1", "granularity": 2, "router_init": "zeros"}
+    upcycle(source, tmp_path / "moe", progress=False, **options)
     card = (tmp_path / "moe" / "README.md").read_text()
     for said in ("FFN of each of 1 layers", "| granularity | 2 |", "| moe layers | last_1 |"):
         assert said in card
-    assert "| scaling | megatron |" in card
+    assert "| router init | zeros |" in card
     assert "What was asked for does not keep the function" in card
     assert "normalize" not in card
 

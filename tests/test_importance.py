@@ -14,7 +14,6 @@ from tiny_moe import moe_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance import accumulators
@@ -163,43 +162,16 @@ def test_a_missing_gradient_is_an_error_by_name(tokenizer_file: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_fisher_divides_by_the_second_moment(tokenizer_file: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    model = model_of()
-    moments = {
-        f"{name}/exp_avg_sq": torch.rand(p.shape, generator=torch.Generator().manual_seed(1))
-        for name, p in model.named_parameters()
-    }
-    (tmp_path / MOMENTS_FILE).parent.mkdir()
-    save_file(moments, tmp_path / MOMENTS_FILE)
-    found = measured(model, tokenizer_file, optimizer_state=tmp_path).scores("fisher")
-    unscaled = measured(model, tokenizer_file).scores("grad_squared")
-    assert found.keys() == unscaled.keys()
-    # Of all matrices together between those of the largest and the smallest second moment.
-    for layer, scores in found.items():
-        norms = [
-            part.flatten(1).norm(dim=1)
-            for kind in ("gate_up_proj", "down_proj")
-            for part in accumulators.matrices(
-                kind, moments[f"model.layers.{layer}.mlp.experts.{kind}/exp_avg_sq"]
-            )
-        ]
-        low, high = torch.stack(norms).amin(0), torch.stack(norms).amax(0)
-        ratio = torch.tensor(unscaled[layer]) / torch.tensor(scores)
-        assert (low <= ratio).all() and (ratio <= high).all()
-    with pytest.raises(UpcyclingError, match="AdamW's moments"):
-        measured(model, tokenizer_file).scores("fisher")
-    with pytest.raises(UpcyclingError, match="moments are of another model"):
-        measured(model_of(num_local_experts=6), tokenizer_file, optimizer_state=tmp_path)
-
-
 def test_file_goes_round_and_is_of_one_model(tokenizer_file: Path, tmp_path: Path) -> None:
     model = model_of()
     found = measured(model, tokenizer_file)
     model.save_pretrained(tmp_path / "model")
     loaded = Importance.load(found.save(tmp_path).parent)
     assert loaded == found
+    written = json.loads((tmp_path / "importance.json").read_text())
+    written["metrics"]["fisher"] = written["metrics"]["load"]  # of an older version
+    (tmp_path / "old.json").write_text(json.dumps(written))
+    assert Importance.load(tmp_path / "old.json") == found
     loaded.check(folder_identity(tmp_path / "model"))
     half = model_of().to(torch.bfloat16)
     loaded.check(live_identity(half))  # the same model, loaded in another dtype

@@ -17,7 +17,7 @@ from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expert_init import subset
 from fusion_upcycle.experts import Expert
 from fusion_upcycle.upcycling.run import plan_model
-from fusion_upcycle.upcycling.shards import Sharding, repeat_neurons, shard_scales, take_neurons
+from fusion_upcycle.upcycling.shards import Sharding, repeat_neurons, take_neurons
 
 QWEN2_SHARDS = {"expert_init": "qwen2", "expert_intermediate_size": 20}
 F48 = {"qwen3": {"head_dim": 8}}
@@ -69,21 +69,6 @@ def test_the_subsets_of_all_experts_have_the_ffn_as_their_mean() -> None:
     assert all((expert.gate_proj_FD.abs().sum(1) > 0).sum() in (4, 5) for expert in made)
 
 
-def test_megatron_s_scale_is_right_without_the_gate_and_wrong_with_it() -> None:
-    exact, megatron = shard_scales(8.0, "exact"), shard_scales(8.0, "megatron")
-    assert exact["down_proj_DF"] == 8.0
-    assert exact["gate_proj_FD"] == exact["up_proj_FD"] == 1.0
-    assert set(megatron.values()) == {2.0}
-
-    def scaled(scales: dict[str, float]) -> Tensor:
-        return run(
-            Expert(*(weight * scales[part] for part, weight in vars(random_expert()).items()))
-        )
-
-    assert torch.allclose(scaled(exact), 8 * run(random_expert()))
-    assert not torch.allclose(scaled(megatron), 8 * run(random_expert()), rtol=0.05)
-
-
 #: options -> whether the result is claimed, and proven, to be exact
 GRANULAR: list[tuple[str, str, dict[str, Any], bool]] = [
     ("llama", "mixtral", {"granularity": 2, "experts_per_token": 2}, True),
@@ -93,7 +78,6 @@ GRANULAR: list[tuple[str, str, dict[str, Any], bool]] = [
     ("llama", "mixtral", {"granularity": 2, "expert_init": "permute"}, True),
     ("llama", "mixtral", {"granularity": 2, "experts_per_token": 3}, False),
     ("llama", "mixtral", {"granularity": 2, "router_init": "zeros"}, False),
-    ("llama", "mixtral", {"granularity": 2, "scaling": "megatron"}, False),
     ("llama", "mixtral", {"granularity": 2, "expert_init": "noise"}, False),
     ("llama", "mixtral", {"expert_init": "subset"}, False),
     ("llama", "mixtral", {"expert_init": "qwen2", "expert_intermediate_size": 20}, False),

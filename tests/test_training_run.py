@@ -299,18 +299,6 @@ def test_a_frozen_group_stays_as_it_is_and_nothing_else(group: str, tmp_path: Pa
     assert all(parameter.requires_grad for parameter in trained.parameters())
 
 
-def test_routers_alone_are_trained_first(tmp_path: Path) -> None:
-    model = moe_model()
-    groups = group_of_parameters(model, find_routers(model))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first = run(moe_model(), tmp_path / "first", 2, routers_first=128).model
-    changed = {n for n, p in first.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {name for name in groups if groups[name] == "routers"}
-    later = run(moe_model(), tmp_path / "later", 3, routers_first=128).model
-    changed = {n for n, p in later.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == set(groups)
-
-
 def test_selection_biases_move_by_the_load_and_stay_float32(tmp_path: Path) -> None:
     for family in ("glm4_moe", "ernie4_5_moe"):
         model = moe_model(family).bfloat16()
@@ -505,7 +493,6 @@ def test_the_progress_bar_shows_loss_and_speed(
         ({"attention": "sliding"}, "attention 'sliding'.*document"),
         ({"freeze": "routers"}, r"must be a list: \[routers\]"),
         ({"freeze": ["router"]}, "'router'.*Did you mean 'routers'"),
-        ({"freeze": ["routers"], "routers_first": 9}, "routers_first"),
         ({"batch_size": 3, "devices": 2}, "batch_size=3.*2 device"),
         ({"micro_batch_size": 3}, "micro_batch_size=3"),
         ({"betas": [0.9]}, "two numbers"),
@@ -548,8 +535,6 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run(dense_model(), tmp_path)
     with pytest.raises(UpcyclingError, match="LlamaModel does not predict tokens"):
         run(dense_model(vocab_size=257, backbone=True), tmp_path)
-    with pytest.raises(UpcyclingError, match="is dense and has no router"):
-        run(dense_model(vocab_size=257), tmp_path, routers_first=64)
     with pytest.raises(UpcyclingError, match=r"attention=document.*linear_attention"):
         run(moe_model("qwen3_5_moe_text"), tmp_path, attention="document")
 

@@ -372,6 +372,16 @@ def test_verify_refuses_a_damaged_record(contents: str, output: Path) -> None:
         verify(output, progress=False)
 
 
+def test_verify_reads_the_record_of_an_older_version(output: Path) -> None:
+    path = output / "upcycling.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"options": record["options"] | {"scaling": "exact"}}))
+    assert verify(output, progress=False).holds
+    path.write_text(json.dumps(record | {"options": record["options"] | {"scaling": "megatron"}}))
+    with pytest.raises(UpcyclingError, match=r"^The record.*older version with scaling=megatron"):
+        verify(output, progress=False)
+
+
 def test_verify_refuses_a_folder_that_is_not_ours(source: Path) -> None:
     with pytest.raises(UpcyclingError, match="not an output of ours"):
         verify(source, progress=False)

@@ -1,11 +1,8 @@
 """Figures of an analysis, one function each, made from its record alone."""
 
-import csv
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.report.drawing import (
     LINES,
     add_colour_bar,
@@ -142,46 +139,3 @@ def comparison_chart(comparison: Mapping[str, Any]) -> "Figure":
     axes.set_title("Did the copies diverge? (1 = the same)")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
-
-
-@styled
-def loss_curves(runs: Mapping[str, Path], *, metric: str = "lm_nats_per_token") -> "Figure":
-    """Training loss over tokens.
-
-    Args:
-        runs: name -> `metrics.csv` of a training run.
-        metric: column of the files, in nats per token.
-
-    Raises:
-        UpcyclingError: a file without that column, or without a value in it.
-    """
-    figure, axes = chart(8)
-    for index, (name, path) in enumerate(runs.items()):
-        points = _read_metric(path, metric)
-        colour, marker = LINES[index % len(LINES)]
-        step = max(1, len(points) // 8)
-        markers = (
-            index * step // len(runs),
-            step,
-        )  # of curves that lie on each other, side by side
-        axes.plot(
-            *zip(*points, strict=True), label=name, color=colour, marker=marker, markevery=markers
-        )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("training loss / nats per token")
-    axes.set_title("Loss over training")
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def _read_metric(path: Path, metric: str) -> list[tuple[float, float]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    points = [
-        (float(row["tokens"]), float(row[metric]))
-        for row in rows
-        if row.get(metric) and row.get("tokens")
-    ]
-    if not points:
-        raise UpcyclingError(f"{path} has no rows with both `tokens` and {metric!r}.")
-    return points

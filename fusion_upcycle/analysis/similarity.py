@@ -83,12 +83,6 @@ def output_cka(experts: nn.Module, inputs_nD: Tensor) -> tuple[Tensor, float]:
     return _normalised(grams_En @ grams_En.T), mean_off_diagonal(floor)
 
 
-def linear_cka(x_nD: Tensor, y_nD: Tensor) -> float:
-    """Linear CKA of two representations of the same n tokens, see `output_cka`."""
-    x, y = _gram(x_nD).flatten(), _gram(y_nD).flatten()
-    return float(x @ y / (x.norm() * y.norm()).clamp_min(_TINY))
-
-
 def _outputs(experts: nn.Module, inputs_nD: Tensor) -> Iterator[Tensor]:
     """What each expert makes of the inputs, by the model's own code: all tokens to one expert."""
     down_EDF: Tensor = experts.down_proj  # type: ignore[assignment]

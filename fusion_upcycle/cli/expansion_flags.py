@@ -51,11 +51,6 @@ def add_importance(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     importance.add_argument("model", help="local folder or Hugging Face Hub id of a MoE model")
     _add_text(importance, required=True)
     importance.add_argument(
-        "--optimizer-state",
-        metavar="FOLDER",
-        help="of the same model, saved by continued_pretraining: for the metric fisher",
-    )
-    importance.add_argument(
         "--output",
         default="importance",
         metavar="FOLDER",
@@ -82,16 +77,14 @@ def add_expand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add(
         "--selection",
         metavar="NAME",
-        help="whom to duplicate: uniform | greedy | proportional | sampling | random "
-        "(default: uniform)",
+        help="whom to duplicate: uniform | greedy | random (default: uniform)",
     )
     add(
         "--metric",
         metavar="NAME",
-        help="grad_squared | saliency | weight_norm | load | fisher (default: grad_squared)",
+        help="grad_squared | saliency | weight_norm | load (default: grad_squared)",
     )
     add("--max-copies", type=int, metavar="C", help="places of one expert, at most (default: 3)")
-    add("--temperature", type=float, metavar="T", help="of sampling (default: 1)")
     add(
         "--expert-init",
         metavar="NAME[,OPTION=VALUE...]",
@@ -102,7 +95,7 @@ def add_expand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--router-extension",
         metavar="NAME[,OPTION=VALUE...]",
         help="copy | noise,noise_std=0.01 | bias,noise_std=0.01 | split,mixed_share=0.03 | "
-        "fit,after_split=false,min_copy_share=0.6,steps=600 (default: noise)",
+        "fit,min_copy_share=0.6,steps=600 (default: noise)",
     )
     add("--experts-per-token", type=int, metavar="K", help="top-k (default: the source's)")
     add("--seed", type=int, metavar="S", help="of every random draw (default: 0)")
@@ -176,7 +169,6 @@ def _importance(parsed: argparse.Namespace) -> None:
         parsed.output,
         tokens=parsed.tokens,
         context_length=parsed.context_length,
-        optimizer_state=parsed.optimizer_state,
         progress=not parsed.quiet,
     )
     Console().print(importance_table(importance).to_rich())

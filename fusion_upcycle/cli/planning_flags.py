@@ -53,11 +53,6 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         help="width of an expert (default: the FFN's, divided by G)",
     )
     add(
-        "--scaling",
-        metavar="NAME",
-        help="of shards: exact, down_proj alone | megatron, all matrices (default: exact)",
-    )
-    add(
         "--moe-layers",
         metavar="LAYERS",
         help="all | every_N | last_N | indices as in 0,2,5 (default: all)",

@@ -14,12 +14,12 @@ from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.moments import check_state
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
 from fusion_upcycle.expansion.preparation import Inputs, Source, prepare
-from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.scoring import scores_for
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance
@@ -72,7 +72,7 @@ def expand_model(
     Args:
         moe: causal LM or backbone of a family that can be expanded; it is left as it is.
         scores, calibration, calibration_tokens, context_length: as `expand` takes them.
-        optimizer_state: folder of the same model with AdamW's moments, for scores by `fisher`;
+        optimizer_state: folder of the same model with AdamW's moments, which are checked here;
             `write_expanded_state` expands them.
         tokenizer: folder of the model's `tokenizer.json`, for calibration and the proof's tokens.
         verify: `layers` computes in float32; `logits` runs both models too; `none` leaves the

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusion_upcycle import expert_init
 from fusion_upcycle.architectures.layout import empty_model, layer_prefix
-from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, moments_reader
+from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, moments_reader
 from fusion_upcycle.checkpoint.tensors import TensorSpec
 from fusion_upcycle.checkpoint.writer import Shard, write_shards
 from fusion_upcycle.checks import bare_function
@@ -69,7 +69,11 @@ def write_expanded_state(
 
     Args:
         folder: of the source's moments, which `check_state` has seen.
-        new: as `expand_moments` takes it.
+        new: what the new copies begin with. `copy`: their source expert's moments. `reset`: zero;
+            AdamW counts its steps per parameter, not per expert, so that their first steps are
+            about three times as long (betas 0.9 and 0.999). `scale`: `exp_avg` / c and
+            `exp_avg_sq` / c^2 for a source expert that now has c places, among which its tokens
+            are shared; the length of the first step is that of `copy`.
     """
     reader = moments_reader(folder)
     layers = _expert_parameters(expansion)
@@ -98,34 +102,6 @@ def write_expanded_state(
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # of a killed run, and perhaps of other moments
     write_shards(staging, [Shard(MOMENTS_FILE, specs)], chunks, lambda _: None)
-
-
-def expand_moments(moments: Moments, expansion: Expansion, new: str = "copy") -> Moments:
-    """The moments of the result's parameters; all that is no expert and no router row stays.
-
-    Args:
-        moments: of the source's parameters, by live name.
-        new: what the new copies begin with. `copy`: their source expert's moments. `reset`: zero;
-            AdamW counts its steps per parameter, not per expert, so that their first steps are
-            about three times as long (betas 0.9 and 0.999). `scale`: `exp_avg` / c and
-            `exp_avg_sq` / c^2 for a source expert that now has c places, among which its tokens
-            are shared; the length of the first step is that of `copy`.
-    """
-    result = dict(moments)
-    for name, plan in _expert_parameters(expansion).items():
-        if name in moments:
-            result[name] = {
-                kind: value
-                if value.ndim == 0
-                else torch.stack(
-                    [
-                        _of_expert(value[origin], kind, plan, expert, expansion.num_experts, new)
-                        for expert, origin in enumerate(plan)
-                    ]
-                )
-                for kind, value in moments[name].items()
-            }
-    return result
 
 
 def check_new_moments(options: ExpansionOptions, new: str, *, used: bool) -> None:

@@ -26,7 +26,7 @@ COPY_INITS = {name: EXPERT_INITS[name] for name in ("copy", "noise", "drop", "pe
 #: Router extensions that look at router inputs of calibration text -> their options and defaults.
 CALIBRATED: dict[str, dict[str, Any]] = {
     "split": {"mixed_share": MIXED_SHARE},
-    "fit": {"after_split": False, "steps": STEPS, "min_copy_share": MIN_COPY_SHARE},
+    "fit": {"steps": STEPS, "min_copy_share": MIN_COPY_SHARE},
 }
 
 
@@ -38,20 +38,18 @@ class ExpansionOptions:
         num_experts: M, experts per MoE layer of the result, at least as many as there are; None
             goes by `multiplier`.
         multiplier: m, where `num_experts` is not said: M = m * E; None is 2.
-        selection: which experts are duplicated: `uniform`, `greedy`, `proportional`, `sampling` or
-            `random`, as in `fusion_upcycle.selection`.
-        metric: the importance score that `greedy`, `proportional` and `sampling` go by: a key of
+        selection: which experts are duplicated: `uniform`, `greedy` or `random`, as in
+            `fusion_upcycle.selection`.
+        metric: the importance score that `greedy` goes by: a key of
             `fusion_upcycle.importance.scores.METRICS`.
         max_copies: most places of one expert, its original among them; not of `uniform`.
-        temperature: of `sampling`.
         expert_init: of the new copies (originals stay bit for bit): `copy`, `noise`, `drop`,
             `permute`, `svd`, with options as in `{"name": "noise", "noise_std": 0.05}`, or a
             function of your own.
         router_extension: how the router gets its new rows: `copy`, `noise`, `bias` (noise on the
             selection bias, for families that have one); or `split`, `fit`, which keep (nearly) the
             function and need calibration text (see `fusion_upcycle.expansion.router`).
-            With options likewise: split has `mixed_share`; fit has `after_split` (start from the
-            rows of split), `steps` and `min_copy_share`.
+            With options likewise: split has `mixed_share`; fit has `steps` and `min_copy_share`.
         experts_per_token: top-k of the result; None keeps the source's, and so the cost of a token.
         seed: of every random draw.
     """
@@ -61,7 +59,6 @@ class ExpansionOptions:
     selection: str = "uniform"
     metric: str = "grad_squared"
     max_copies: int = 3
-    temperature: float = 1.0
     expert_init: InitSpec = "copy"
     router_extension: "InitSpec | Calibrated" = "noise"
     experts_per_token: int | None = None
@@ -79,7 +76,7 @@ class ExpansionOptions:
                 raise UpcyclingError(f"{name}={value!r} must be a whole number, 1 or more.")
         if type(self.seed) is not int:
             raise UpcyclingError(f"seed={self.seed!r} must be a whole number.")
-        check_selection(self.selection, self.max_copies, self.temperature)
+        check_selection(self.selection, self.max_copies)
         if self.metric not in METRICS:
             raise unknown("metric", str(self.metric), METRICS)
         set_field = partial(object.__setattr__, self)
@@ -144,19 +141,10 @@ class Calibrated:
                 kind = f"option of router_extension {self.name}:"
                 raise unknown(kind, str(option), CALIBRATED[self.name])
         object.__setattr__(self, "options", CALIBRATED[self.name] | self.options)
-        steps, after_split = (self.options.get(name) for name in ("steps", "after_split"))
-        if "steps" in self.options and (type(steps) is not int or steps < 1):
+        steps = self.options.get("steps", 1)
+        if type(steps) is not int or steps < 1:
             raise UpcyclingError(f"steps={steps!r} of router_extension=fit must be 1 or more.")
-        if "after_split" in self.options and type(after_split) is not bool:
-            raise UpcyclingError(
-                f"after_split={after_split!r} of router_extension=fit must be true or false."
-            )
         self._rehearse()
-
-    @property
-    def uses_split(self) -> bool:
-        """Whether rows of `split` are needed, which only plans of whole copies have."""
-        return self.name == "split" or bool(self.options["after_split"])
 
     def _rehearse(self) -> None:
         """Make rows of a toy, so that an option out of range is said before any work."""
@@ -165,8 +153,8 @@ class Calibrated:
         if self.name == "split":
             split_rows(*toy, 2, RoutingRule(1), generator, **self.options)
         else:
-            options = {k: v for k, v in self.options.items() if k != "after_split"} | {"steps": 1}
             start = torch.cat([toy[0], -toy[0]])
+            options = self.options | {"steps": 1}
             fit_rows(*toy, (0, 1, 0, 1), RoutingRule(1), generator, start_MD=start, **options)
 
 

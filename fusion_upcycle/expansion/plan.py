@@ -178,7 +178,6 @@ def _choose(
         total,
         selection=options.selection,
         max_copies=options.max_copies,
-        temperature=options.temperature,
         seed=options.seed,
     )
 

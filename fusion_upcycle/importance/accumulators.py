@@ -6,19 +6,15 @@ first axis: `gate_up_proj` [E, 2F, D], `down_proj` [E, D, F].
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.errors import UpcyclingError
 
 #: Elements that are looked at together: what is computed of a large layer must not be as large.
 _ELEMENTS = 2**24
-_EPSILON = 1e-8  # AdamW's default
 
 
 @dataclass
@@ -81,14 +77,11 @@ class ExpertSums:
     def next_sequence(self) -> None:
         self._seen.clear()
 
-    def metrics(
-        self, load: Mapping[int, list[float]], norms: Mapping[str, Tensor] | None
-    ) -> dict[str, dict[int, list[float]]]:
+    def metrics(self, load: Mapping[int, list[float]]) -> dict[str, dict[int, list[float]]]:
         """All metrics, layer -> E scores; of sharded parameters the same on every process.
 
         Args:
             load: layer -> tokens routed to each expert, per token.
-            norms: name -> norm of AdamW's second moment of each matrix [matrices, E].
 
         Raises:
             UpcyclingError: scores that are not finite, by layer.
@@ -99,20 +92,12 @@ class ExpertSums:
             "weight_norm": {},
             "load": {layer: list(values) for layer, values in load.items()},
         }
-        if norms is not None:
-            found["fisher"] = {}
         for layer, parameters in self.parameters.items():
-            squared = {name: whole(self.squared[name]) for name in parameters}
             total: dict[str, list[Tensor]] = {
-                "grad_squared": [part.sum(0) for part in squared.values()],
+                "grad_squared": [whole(self.squared[name]).sum(0) for name in parameters],
                 "saliency": [whole(self.products[name]) for name in parameters],
                 "weight_norm": [weight_norms(n, p).sum(0) for n, p in parameters.items()],
             }
-            if norms is not None:
-                total["fisher"] = [
-                    (part / (norms[name].to(part) + _EPSILON)).sum(0)
-                    for name, part in squared.items()
-                ]
             for metric, parts in total.items():
                 score_E = torch.stack(parts).sum(0)
                 if not score_E.isfinite().all():
@@ -135,40 +120,6 @@ def weight_norms(name: str, parameter: Tensor) -> Tensor:
     return torch.stack(
         [whole(_per_expert(_squares, part)).sqrt() for part in matrices(name, parameter.detach())]
     )
-
-
-def second_moment_norms(
-    folder: Path, parameters: Mapping[int, Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Norm of AdamW's second moment of each expert's matrices, from the file of a trained model.
-
-    Returns:
-        Name of the parameter -> [matrices, E].
-
-    Raises:
-        UpcyclingError: no moments there, or they are of another model.
-    """
-    path = folder / MOMENTS_FILE
-    if not path.is_file():
-        raise UpcyclingError(
-            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
-            "continued_pretraining saved, or null, which leaves fisher out."
-        )
-    norms = {}
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-        for layer in parameters.values():
-            for name, parameter in layer.items():
-                key = f"{name}/exp_avg_sq"
-                found = file.get_slice(key).get_shape() if key in names else None
-                if found != list(parameter.shape):
-                    raise UpcyclingError(
-                        f"optimizer_state={folder}: {name} is {found} there and "
-                        f"{list(parameter.shape)} in the model. The moments are of another model; "
-                        "set optimizer_state=null, which leaves fisher out."
-                    )
-                norms[name] = weight_norms(name, file.get_tensor(key))
-    return norms
 
 
 def whole(tensor: Tensor) -> Tensor:

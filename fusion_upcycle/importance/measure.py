@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.importance.accumulators import ExpertSums, second_moment_norms
+from fusion_upcycle.importance.accumulators import ExpertSums
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.identity import live_identity
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
@@ -40,7 +40,6 @@ def measure_importance(
     *,
     tokens: int = 65_536,
     context_length: int | None = None,
-    optimizer_state: Path | None = None,
     progress: bool = False,
 ) -> Importance:
     """Score the experts of a causal LM; modes, gradients' flags and hooks are restored after.
@@ -54,7 +53,6 @@ def measure_importance(
         tokenizer_file: the model's `tokenizer.json`.
         tokens: of calibration, divided evenly among the texts; a shorter text gives all it has.
         context_length: tokens of a sequence; None is 1024, or what positions the model has.
-        optimizer_state: folder of the same model with AdamW's moments, for `fisher`.
         progress: show a bar.
 
     Raises:
@@ -74,9 +72,6 @@ def measure_importance(
         )
         _check(model, sequences, length)
         sums = ExpertSums(expert_parameters(model, routers))
-        norms = None
-        if optimizer_state is not None:
-            norms = second_moment_norms(optimizer_state, sums.parameters)
         counts = _backwards(model, routers, sequences, sums, progress)
     finally:
         routers.close()
@@ -94,7 +89,7 @@ def measure_importance(
             "; ".join(f"layer {layer}: {experts}" for layer, experts in unreached.items()),
         )
     return Importance(
-        sums.metrics(load, norms),
+        sums.metrics(load),
         sequences.tokens,
         sequences.to_json(),
         live_identity(model),

@@ -26,7 +26,6 @@ def folder_importance(
     *,
     tokens: int = 65_536,
     context_length: int | None = None,
-    optimizer_state: str | Path | None = None,
     progress: bool = True,
 ) -> Importance:
     """Score the experts of an MoE checkpoint by all metrics; the model is loaded for it.
@@ -38,7 +37,6 @@ def folder_importance(
         output: folder for `importance.json` and the figure (PNG, SVG); None writes nothing.
         tokens: of calibration, divided evenly among the texts.
         context_length: tokens of a sequence; None is 1024, or what positions the model has.
-        optimizer_state: folder of the same model with AdamW's moments, for `fisher`.
         progress: show progress bars.
 
     Raises:
@@ -51,7 +49,6 @@ def folder_importance(
         named_documents(calibration),
         tokens=tokens,
         context_length=context_length,
-        optimizer_state=None if optimizer_state is None else Path(optimizer_state).expanduser(),
         progress=progress,
     )
     if output is not None:
@@ -65,7 +62,6 @@ def score_folder(
     *,
     tokens: int,
     context_length: int | None,
-    optimizer_state: Path | None = None,
     progress: bool,
 ) -> Importance:
     """`folder_importance` of a local folder and documents that were read."""
@@ -88,7 +84,6 @@ def score_folder(
         folder / "tokenizer.json",
         tokens=tokens,
         context_length=context_length,
-        optimizer_state=optimizer_state,
         progress=progress,
     )
 

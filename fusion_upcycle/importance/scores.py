@@ -19,7 +19,6 @@ METRICS = {
     "saliency": "sum over sequences of |weight * gradient|, summed over the expert's weights",
     "weight_norm": "norm of the expert's weights",
     "load": "tokens routed to the expert, per token",
-    "fisher": "squared gradient over AdamW's second moment",
 }
 SCORES_FILE = "importance.json"
 FORMAT = "fusion_upcycle importance 1"
@@ -54,12 +53,7 @@ class Importance:
         if metric not in self.metrics:
             raise UpcyclingError(
                 f"These importance scores have no {metric}, only {', '.join(self.metrics)}. "
-                + (
-                    "It needs AdamW's moments: measure again with optimizer_state, the folder of a "
-                    "model that continued_pretraining saved."
-                    if metric == "fisher"
-                    else "Measure them again."
-                )
+                "Measure them again."
             )
         return {layer: list(values) for layer, values in self.metrics[metric].items()}
 
@@ -119,6 +113,7 @@ def _from_json(content: Any) -> Importance:
     metrics = {
         name: {int(layer): list(values) for layer, values in layers.items()}
         for name, layers in content["metrics"].items()
+        if name != "fisher"  # which older versions measured
     }
     number = content["model"]["num_experts"]
     describe(content["model"])  # has all that an error would say of it

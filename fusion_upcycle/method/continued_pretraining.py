@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.method.pool import (
     FUSION_BENCH_KEYS,
@@ -177,7 +178,8 @@ def _upcycling_options(folder: Path) -> dict[str, Any] | None:
     """How the model of a folder was made of a dense one, where sparse upcycling made it."""
     path = folder.expanduser() / RECORD_FILE
     record = json.loads(path.read_bytes()) if path.is_file() else {}
-    return record["options"] if record.get("method") == "sparse upcycling" else None
+    made = record.get("method") == "sparse upcycling"
+    return recorded_options(record["options"]) if made else None
 
 
 @auto_register_config

@@ -11,11 +11,11 @@ from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
 from fusion_upcycle.expansion.options import make_expansion_options
 from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
-from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.run import write_importance
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
@@ -45,9 +45,9 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         num_experts: M, experts per layer of the result; None goes by `multiplier`.
         save_checkpoint: folder to write; None keeps the result in memory only.
         multiplier: m, M = m * E; None is 2.
-        selection: whom to duplicate: `uniform`, `greedy`, `proportional`, `sampling`, `random`;
-            this and the next are explained in `fusion_upcycle.ExpansionOptions`.
-        max_copies, temperature: of the selection.
+        selection: whom to duplicate: `uniform`, `greedy`, `random`; this and the next are explained
+            in `fusion_upcycle.ExpansionOptions`.
+        max_copies: of the selection.
         importance: `scores`, the `importance.json` that was measured earlier, or None; `metric`,
             the score that the selection goes by.
         calibration: `data`, name -> documents (see `fusion_upcycle.texts.documents`) or `demo`;
@@ -84,7 +84,6 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         multiplier: int | None = None,
         selection: str = "uniform",
         max_copies: int = 3,
-        temperature: float = 1.0,
         importance: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
         expert_init: Any = "copy",
@@ -109,7 +108,6 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
             selection=selection,
             metric=by["metric"],
             max_copies=max_copies,
-            temperature=temperature,
             expert_init=initialiser(expert_init),
             router_extension=initialiser(router_extension),
             experts_per_token=experts_per_token,

@@ -29,7 +29,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         experts_per_token: top-k.
         save_checkpoint: folder to write; None keeps the result in memory only.
         target: MoE family, or `auto` to go by the source.
-        granularity, expert_intermediate_size, scaling: fine-grained experts; these and the next
+        granularity, expert_intermediate_size: fine-grained experts; these and the next
             three are explained in `fusion_upcycle.UpcyclingOptions`.
         moe_layers: `all`, `every_N`, `last_N` or a list, where the family can say it.
         normalize_topk_prob: whether top-k weights are divided by their sum.
@@ -64,7 +64,6 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         target: str = "auto",
         granularity: int = 1,
         expert_intermediate_size: int | None = None,
-        scaling: str = "exact",
         moe_layers: str | Sequence[int] = "all",
         normalize_topk_prob: bool = True,
         shared_expert: str = "auto",
@@ -89,7 +88,6 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             target=target,
             granularity=granularity,
             expert_intermediate_size=expert_intermediate_size,
-            scaling=scaling,
             moe_layers=plain(moe_layers),
             normalize_topk_prob=normalize_topk_prob,
             shared_expert=shared_expert,

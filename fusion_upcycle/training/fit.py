@@ -44,11 +44,6 @@ def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Route
             "selection bias that loss-free balancing could move. Set it to 0; balance_weight works "
             "for every family."
         )
-    if options.routers_first and not routers:
-        raise UpcyclingError(
-            f"routers_first={options.routers_first}: this {model.config.model_type} model is dense "
-            "and has no router. Set it to 0."
-        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UpcyclingError(
             f"freeze={list(options.freeze)} leaves no parameter of this "

@@ -101,7 +101,6 @@ class PretrainingModule(L.LightningModule):
             groups,
             lr=self.options.learning_rate,
             betas=tuple(self.options.betas),  # type: ignore[arg-type]
-            eps=self.options.epsilon,
             fused=True,
         )
         place_moments(optimizer, self._moments)
@@ -154,8 +153,6 @@ class PretrainingModule(L.LightningModule):
                 self.manual_backward(terms[-1] / len(parts))
             losses += terms.detach() / len(parts)
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
-        if step * options.tokens_per_step < options.routers_first:
-            self._keep_router_gradients()
         norm = self._clip(optimizer)
         self._require_finite(losses, norm, step)
         optimizer.step()
@@ -200,12 +197,6 @@ class PretrainingModule(L.LightningModule):
             self.routing.add_entropy(probabilities_LNE)
         load_LE = counts_LE / counts_LE.sum(1, keepdim=True)
         return balance_loss(load_LE, probabilities_LNE.mean(1)), z_loss(logits_LNE)
-
-    def _keep_router_gradients(self) -> None:
-        """Drop all others: AdamW leaves a parameter without gradient as it is."""
-        for name, parameter in self.model.named_parameters():
-            if self._groups[name] != "routers":
-                parameter.grad = None
 
     def _clip(self, optimizer: Any) -> float:
         """Clip the gradients where they are too large, and return the norm they had."""

@@ -50,7 +50,7 @@ class TrainingOptions:
         learning_rate: of AdamW.
         router_learning_rate: of the routers; None is `learning_rate`.
         weight_decay: of matrices; norms and biases have none.
-        betas, epsilon: of AdamW.
+        betas: of AdamW.
         gradient_clip: largest norm of all gradients together; 0 does not clip.
         balance_weight: of the Switch balance loss; without effect on a dense model, like all that
             concerns routers.
@@ -59,7 +59,6 @@ class TrainingOptions:
             bias; 0 is off.
         freeze: groups of parameters that are not trained, of `GROUPS`. Experts only is
             `[routers, ffn, attention, embeddings, norms, others]`.
-        routers_first: tokens during which routers alone are trained; rounded up to whole steps.
         precision: Lightning's: `32-true`; `bf16-mixed`, float32 weights and bfloat16 arithmetic;
             `bf16-true`, where a small learning rate is lost in rounding.
         activation_checkpointing: recompute each layer in the backward pass (non-reentrant).
@@ -87,13 +86,11 @@ class TrainingOptions:
     router_learning_rate: float | None = None
     weight_decay: float = 0.1
     betas: Sequence[float] = (0.9, 0.95)
-    epsilon: float = 1e-8
     gradient_clip: float = 1.0
     balance_weight: float = 0.01
     z_weight: float = 0.001
     bias_update_rate: float = 0.0
     freeze: Sequence[str] = ()
-    routers_first: int = 0
     precision: str = "32-true"
     activation_checkpointing: bool = False
     compile: bool = False
@@ -111,7 +108,7 @@ class TrainingOptions:
             require_whole(name, getattr(self, name), at_least=1)
         if self.micro_batch_size is not None:
             require_whole("micro_batch_size", self.micro_batch_size, at_least=1)
-        for name in ("seed", "routers_first", "log_every", "checkpoint_every", "validate_every"):
+        for name in ("seed", "log_every", "checkpoint_every", "validate_every"):
             require_whole(name, getattr(self, name), at_least=0)
         for name in ("activation_checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
@@ -132,10 +129,6 @@ class TrainingOptions:
                 raise unknown("group in freeze:", str(group), GROUPS)
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.routers_first and "routers" in self.freeze:
-            raise UpcyclingError(
-                "routers_first trains routers alone, but freeze has them. Choose one of the two."
-            )
         if self.tokens < self.tokens_per_step:
             raise UpcyclingError(
                 f"tokens={self.tokens} is less than one step of batch_size={self.batch_size} "
@@ -152,8 +145,7 @@ class TrainingOptions:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("learning_rate", "epsilon"):
-            require_number(name, getattr(self, name), above=0.0)
+        require_number("learning_rate", self.learning_rate, above=0.0)
         if self.router_learning_rate is not None:
             require_number("router_learning_rate", self.router_learning_rate, above=0.0)
         for name in ("weight_decay", "gradient_clip", "balance_weight", "z_weight"):

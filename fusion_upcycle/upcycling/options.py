@@ -30,7 +30,6 @@ from fusion_upcycle.experts import Expert, generator_for
 from fusion_upcycle.router_init import ROUTER_INITS, RouterInit, zeros
 
 SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
-SCALINGS = ("exact", "megatron")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +46,6 @@ class UpcyclingOptions:
             whole groups. N and k must be multiples of G for the function to be kept.
         expert_intermediate_size: width of an expert; None is the dense FFN's, divided by G. Another
             width than a whole fraction needs `expert_init=qwen2`.
-        scaling: of the shards, whose sum is the dense FFN: `exact` scales `down_proj` alone;
-            `megatron` takes the cube root for all three matrices, as Megatron-Core does, which
-            SwiGLU does not forgive (4-24 % off).
         moe_layers: which layers become MoE layers: `all`, `every_N` (layers N-1, 2N-1, ...),
             `last_N`, or a list of indices; where the family's config can say it.
         normalize_topk_prob: whether the top-k weights are divided by their sum. False is exact with
@@ -73,7 +69,6 @@ class UpcyclingOptions:
     experts_per_token: int = 2
     granularity: int = 1
     expert_intermediate_size: int | None = None
-    scaling: str = "exact"
     moe_layers: str | Sequence[int] = "all"
     normalize_topk_prob: bool = True
     shared_expert: str = AUTO
@@ -105,9 +100,8 @@ class UpcyclingOptions:
                 f"granularity={self.granularity} must be at least 1 and divide "
                 f"num_experts={self.num_experts}: every group of experts holds one of each shard."
             )
-        for name, choices in (("shared_expert", SHARED_EXPERTS), ("scaling", SCALINGS)):
-            if getattr(self, name) not in choices:
-                raise unknown(name, str(getattr(self, name)), choices)
+        if self.shared_expert not in SHARED_EXPERTS:
+            raise unknown("shared_expert", str(self.shared_expert), SHARED_EXPERTS)
         if not isinstance(self.normalize_topk_prob, bool):  # the text "false" would count as true
             raise UpcyclingError(
                 f"normalize_topk_prob={self.normalize_topk_prob!r} must be true or false."

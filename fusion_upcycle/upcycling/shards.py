@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
+from fusion_upcycle.experts import Expert, generator_for
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,3 @@ def repeat_neurons(part: str, weight: Tensor, size: int) -> Tensor:
     if part == "down_proj_DF":
         result = result / torch.bincount(order, minlength=dense_size)[order].to(result.dtype)
     return result
-
-
-def shard_scales(scale: float, scaling: str) -> dict[str, float]:
-    """Part of `Expert` -> factor that together scale the shard's output by `scale`.
-
-    `exact`: `down_proj` alone. `megatron`: the cube root for each matrix, as Megatron-Core's
-    upcycling_utils does; the gate's goes through SiLU, so that SwiGLU is off by 4-24 %.
-    """
-    if scaling == "exact":
-        return dict.fromkeys(EXPERT_PARTS, 1.0) | {"down_proj_DF": scale}
-    return dict.fromkeys(EXPERT_PARTS, scale ** (1 / 3))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fusion_upcycle.architectures.routing import routing_rule
 from fusion_upcycle.errors import UpcyclingError
@@ -124,7 +124,7 @@ def check_calibrated(expansion: Expansion) -> None:
         bias = expansion.bias_name(layer)
         bias_E = None if bias is None else expansion.source.tensor(bias).reshape(-1)
         rule = routing_rule(expansion.source_config, bias_E)
-        if not calibrated.uses_split:
+        if calibrated.name != "split":
             continue
         check_split(rule)
         if plan != tuple(range(experts)) * copies:
@@ -132,7 +132,7 @@ def check_calibrated(expansion: Expansion) -> None:
             raise UpcyclingError(
                 "router_extension=split needs as many copies of each expert, but the plan of layer "
                 f"{layer} has {counts} places for experts 0 to {experts - 1}. Choose "
-                "router_extension=fit (without after_split), or selection=uniform with num_experts "
+                "router_extension=fit, or selection=uniform with num_experts "
                 f"a multiple of {experts}."
             )
 
@@ -150,13 +150,13 @@ def check_before_scores(options: ExpansionOptions, stand_in: Expansion) -> None:
     calibrated = options.calibrated
     if (
         calibrated is not None
-        and calibrated.uses_split
+        and calibrated.name == "split"
         and experts < total != experts * options.max_copies
     ):
         raise UpcyclingError(
             "router_extension=split needs as many copies of each expert, and "
             f"selection={options.selection} gives some more than others. Choose "
-            "router_extension=fit (without after_split), or selection=uniform with num_experts "
+            "router_extension=fit, or selection=uniform with num_experts "
             f"a multiple of {experts}."
         )
     check_calibrated(stand_in)
@@ -250,29 +250,18 @@ def _rows(expansion: Expansion, layer: int, seen: RouterInputs) -> tuple[Tensor,
     calibrated = expansion.options.calibrated
     assert calibrated is not None
     generator = generator_for(expansion.options.seed, layer, 0, "router_extension")
-    options = dict(calibrated.options)
-    start: Tensor | None = None
-    said: dict[str, Any] = {}
-    if calibrated.name == "split" or options.pop("after_split"):
-        start, said = _split(expansion, seen, generator, options)
-        if calibrated.name == "split":
-            return start, said
+    if calibrated.name == "split":
+        copies = expansion.total_experts // expansion.num_experts
+        made = split_rows(
+            seen.weight_ED, seen.inputs_ND, copies, seen.rule, generator, **calibrated.options
+        )
+        return made.rows_MD, {"margin": made.margin, "residual": made.residual}
     fitted = fit_rows(
         seen.weight_ED,
         seen.inputs_ND,
         expansion.plan.source_experts[layer],
         seen.rule,
         generator,
-        start_MD=start,
-        **options,
+        **calibrated.options,
     )
-    return fitted.rows_MD, said | {"fit_step": fitted.step}
-
-
-def _split(
-    expansion: Expansion, seen: RouterInputs, generator: Generator, options: Mapping[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    own = {"mixed_share": options["mixed_share"]} if "mixed_share" in options else {}
-    copies = expansion.total_experts // expansion.num_experts
-    made = split_rows(seen.weight_ED, seen.inputs_ND, copies, seen.rule, generator, **own)
-    return made.rows_MD, {"margin": made.margin, "residual": made.residual}
+    return fitted.rows_MD, {"fit_step": fitted.step}
