@@ -3,9 +3,12 @@
 import pytest
 import torch
 from tiny import dense_model
-from tiny_moe import moe_model
+from tiny_moe import FAMILIES, moe_model
 from torch import Tensor
 
+from fusion_upcycle.architectures import moe_family
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.experts import expert_parameters, find_experts
 from fusion_upcycle.live.inputs import logits_of_last
 from fusion_upcycle.live.routers import find_routers, hearing_inputs
 
@@ -39,3 +42,32 @@ def test_logits_of_the_last_tokens_only_where_there_are_logits() -> None:
     model = dense_model()
     assert model(IDS, **logits_of_last(model, 2)).logits.shape[1] == 2
     assert model.model(IDS, **logits_of_last(model.model, 2)).last_hidden_state.shape[1] == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backbone", [False, True])
+def test_experts_are_found_in_every_family_by_name(family: str, backbone: bool) -> None:
+    model = moe_model(family, backbone=backbone)
+    routers = find_routers(model)
+    found = expert_parameters(model, routers)
+    prefix = "" if backbone else "model."
+    assert found.keys() == routers.modules.keys() == find_experts(model, routers).keys()
+    for layer, parameters in found.items():
+        names = moe_family(model.config.model_type).packed_names
+        assert set(parameters) == {f"{prefix}layers.{layer}.{name}" for name in names}
+        for name, parameter in parameters.items():
+            assert parameter is model.get_parameter(name)
+            assert len(parameter) == 4
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    model = dense_model()
+    assert not find_experts(model, find_routers(model))
+
+
+def test_experts_that_are_not_where_they_should_be_are_missed_by_layer() -> None:
+    model = moe_model("mixtral")
+    routers = find_routers(model)
+    del model.model.layers[1].mlp.experts
+    with pytest.raises(UpcyclingError, match=r"routers in layers \[0, 1\] but experts.* in \[0\]"):
+        find_experts(model, routers)

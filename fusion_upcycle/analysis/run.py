@@ -10,9 +10,10 @@ import torch
 from fusion_upcycle.analysis.collect import collect, moe_routers
 from fusion_upcycle.analysis.information import domain_information, information_gain
 from fusion_upcycle.analysis.routing import RoutingCounts
-from fusion_upcycle.analysis.similarity import find_experts, similarity_to_json
+from fusion_upcycle.analysis.similarity import similarity_to_json
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.progress import loading_bars
 from fusion_upcycle.texts.documents import load_documents
 

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.accumulators import ExpertSums
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.live.experts import expert_parameters
 from fusion_upcycle.live.identity import live_identity
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
@@ -95,22 +96,6 @@ def measure_importance(
         live_identity(model),
         unreached,
     )
-
-
-def expert_parameters(
-    model: "PreTrainedModel", routers: Routers
-) -> dict[int, dict[str, nn.Parameter]]:
-    """MoE layer -> name -> parameter of all its routed experts, packed on the first axis."""
-    assert routers.architecture is not None
-    found: dict[int, dict[str, nn.Parameter]] = {layer: {} for layer in routers.modules}
-    places = {f"layers.{layer}.{routers.architecture.experts_module}": layer for layer in found}
-    for path, module in model.named_modules():
-        # The path may have anything before `layers`, and `layers.1` is no end of `layers.11`.
-        place = path[path.rfind("layers.") :]
-        if place in places:
-            for name, parameter in module.named_parameters():
-                found[places[place]][f"{path}.{name}"] = parameter
-    return found
 
 
 def _check(model: "PreTrainedModel", sequences: Sequences, length: int) -> None:

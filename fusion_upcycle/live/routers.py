@@ -98,11 +98,9 @@ class Routers:
         """The biases of the choice of experts, as the model holds them; none if it has none."""
         if self.architecture is None or self.architecture.routing.selection_bias is None:
             return []
-        bias, router = (
-            self.architecture.live_names.get(name, name)
-            for name in (self.architecture.routing.selection_bias, self.architecture.router_name)
-        )
-        inside = bias.removeprefix(router.removesuffix("weight"))
+        bias = self.architecture.routing.selection_bias
+        bias = self.architecture.live_names.get(bias, bias)
+        inside = bias.removeprefix(self.architecture.live_router_name.removesuffix("weight"))
         return [_attribute(module, inside) for module in self.modules.values()]
 
 
@@ -122,23 +120,28 @@ def find_routers(model: "PreTrainedModel") -> Routers:
                 "To add one: a file in fusion_upcycle/architectures."
             )
         return Routers({})
-    name = architecture.router_name
-    path = architecture.live_names.get(name, name).removesuffix(".weight")
-    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
-    modules = {
-        int(match[1]): module
-        for name, module in model.named_modules()
-        if (match := place.search(name))
-    }
+    path = architecture.live_router_name.removesuffix(".weight")
+    modules = modules_of_layers(model, path)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
     first: Any = next(iter(modules.values()))
     return Routers(
-        dict(sorted(modules.items())),
+        modules,
         num_experts=first.num_experts,
         experts_per_token=first.top_k,
         architecture=architecture,
     )
+
+
+def modules_of_layers(model: nn.Module, path: str) -> dict[int, nn.Module]:
+    """Decoder layer -> its module at `path`, of the layers that have one, in order."""
+    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
+    found = {
+        int(match[1]): module
+        for name, module in model.named_modules()
+        if (match := place.search(name))
+    }
+    return dict(sorted(found.items()))
 
 
 @contextmanager
