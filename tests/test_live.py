@@ -9,6 +9,7 @@ from torch import Tensor
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.experts import expert_parameters, find_experts
+from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.live.inputs import logits_of_last
 from fusion_upcycle.live.routers import find_routers, hearing_inputs
 
@@ -71,3 +72,16 @@ def test_experts_that_are_not_where_they_should_be_are_missed_by_layer() -> None
     del model.model.layers[1].mlp.experts
     with pytest.raises(UpcyclingError, match=r"routers in layers \[0, 1\] but experts.* in \[0\]"):
         find_experts(model, routers)
+
+
+def test_the_digest_of_a_state_tells_weights_names_and_settings_apart() -> None:
+    digest = state_sha256(dense_model(), "a")
+    assert state_sha256(dense_model(), "a") == digest
+    assert state_sha256(dense_model(), "b") != digest
+    assert state_sha256(dense_model(seed=1), "a") != digest
+    assert state_sha256(dense_model().model, "a") != digest
+    assert state_sha256(dense_model().bfloat16(), "a") == digest
+    changed = dense_model()
+    with torch.no_grad():
+        changed.lm_head.weight[0, 5] *= 1.1
+    assert state_sha256(changed, "a") != digest

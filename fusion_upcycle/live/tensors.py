@@ -49,3 +49,8 @@ class LiveTensorsOnCPU(LiveTensors):
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         for piece in super().tensor(name).reshape(-1)[start:stop].split(CHUNK_ELEMENTS):
             yield piece.cpu()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is; one that FSDP2 shards, gathered, which every process must ask for."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
