@@ -11,6 +11,9 @@ TENSORS_ONLY = [
     f"fusion_upcycle.{name}"
     for name in ("expert_init", "router_init", "router_extension", "selection")
 ]
+OPTIONS = [
+    f"fusion_upcycle.{name}.options" for name in ("upcycling", "merging", "expansion", "training")
+]
 HEAVY = ["torch", "transformers", "lightning", "fusion_bench"]
 
 
@@ -18,6 +21,7 @@ HEAVY = ["torch", "transformers", "lightning", "fusion_bench"]
     ("modules", "forbidden"),
     [
         pytest.param(["fusion_upcycle"], HEAVY, id="import fusion_upcycle is quick"),
+        pytest.param(OPTIONS, HEAVY, id="options are light, for the command line's help"),
         pytest.param(
             TENSORS_ONLY,
             ["transformers", "lightning", "safetensors", "fusion_upcycle.architectures"],
