@@ -11,6 +11,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.experts import expert_parameters, find_experts
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.live.inputs import logits_of_last
+from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import find_routers, hearing_inputs
 
 IDS = torch.arange(12).view(2, 6)
@@ -85,3 +86,18 @@ def test_the_digest_of_a_state_tells_weights_names_and_settings_apart() -> None:
     with torch.no_grad():
         changed.lm_head.weight[0, 5] *= 1.1
     assert state_sha256(changed, "a") != digest
+
+
+def test_evaluating_gives_back_each_modules_mode_and_the_experts_code() -> None:
+    model = moe_model("mixtral").train()
+    model.model.layers[0].eval()
+    model.config._experts_implementation = "batched_mm"
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError), evaluating(model, experts="eager"):
+        assert not any(module.training for module in model.modules())
+        assert model.config._experts_implementation == "eager"
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._experts_implementation == "batched_mm"
+    with evaluating(model):
+        assert model.config._experts_implementation == "batched_mm"

@@ -1,8 +1,7 @@
 """How far apart two models are on the same tokens."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.texts.tokens import check_vocabulary, read_tokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
 @torch.inference_mode()
 def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) -> Distance:
     """Both models in memory, in their own dtype, on their own devices."""
-    with evaluating(dense), evaluating(moe):
+    with evaluating(dense, experts="eager"), evaluating(moe, experts="eager"):
         reference, is_logits = output_of(dense, ids)
         return distance(reference.cpu(), output_of(moe, ids)[0].cpu(), logits=is_logits)
 
@@ -146,16 +146,3 @@ def output_of(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
     if "logits" in output:
         return output.logits, True
     return output.last_hidden_state, False
-
-
-@contextmanager
-def evaluating(model: "PreTrainedModel") -> Iterator[None]:
-    """Evaluation mode and the experts code that every dtype and device can run; restored after."""
-    training, experts = model.training, model.config._experts_implementation
-    model.eval()
-    model.config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.config._experts_implementation = experts
