@@ -316,8 +316,11 @@ def test_text_that_cannot_be_used(source: Path, data: dict[str, Any], tmp_path: 
     refuses(source, "there is no file", **data | {"calibration": {"a": "none.txt"}}, **split)
     refuses(source, "from 2 to the model's 64", **data | {"context_length": 65}, **split)
     refuses(source, "tokens=0 of the calibration", **data | {"calibration_tokens": 0}, **split)
-    with pytest.raises(UpcyclingError, match=r"tokenizer\.json \(tokenizer\)"):
+    with pytest.raises(UpcyclingError, match=r"there is none: name the folder.*\(tokenizer\)"):
         expand_model(load(source), **data, **split)
+    small = byte_moe(tmp_path / "small" / "moe", vocab_size=250)  # enough for the proof's text
+    Path(data["calibration"]["sums"]).write_text("🙂" * 300)
+    refuses(small, "gives token id 253, but the model has 250 embeddings", **data, **split)
     (source / "tokenizer.json").unlink()
     refuses(source, r"needs the model's tokenizer\.json", **data, **split)
 

@@ -28,6 +28,7 @@ from fusion_upcycle.demo import models as demo_models
 from fusion_upcycle.demo import moe as demo_moe_module
 from fusion_upcycle.demo.recipe import MoERecipe, Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.errors import UpcyclingError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = Recipe(
@@ -100,7 +101,7 @@ def test_the_worked_arithmetic_is_right() -> None:
 
 @pytest.mark.parametrize(("domain", "split"), [("poetry", "train"), ("prose", "dev")])
 def test_unknown_text_is_an_error_that_lists_the_known(domain: str, split: str) -> None:
-    with pytest.raises(ValueError, match=r"prose, source|train, validation"):
+    with pytest.raises(UpcyclingError, match=r"arithmetic, prose, source|test, train, validation"):
         domain_text(domain, split)
 
 
@@ -256,7 +257,7 @@ def test_the_key_of_the_cache_follows_the_recipe() -> None:
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_known(cache: Path) -> None:
-    with pytest.raises(ValueError, match="base, prose, source, arithmetic"):
+    with pytest.raises(UpcyclingError, match="arithmetic, base, prose, source"):
         demo_model("poetry")
 
 

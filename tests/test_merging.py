@@ -460,7 +460,7 @@ def test_moments_do_not_depend_on_the_batches() -> None:
     [
         ({"one": TEXTS["one"]}, r"none for two .*calibration\.two"),
         (TEXTS | {"three": ["x"]}, r"names \['three'\]"),
-        (TEXTS | {"two": ["short"]}, "texts of two have fewer than 64 tokens"),
+        (TEXTS | {"two": ["short"]}, "text two does not fill one sequence of 64 tokens"),
     ],
     ids=["missing", "unknown", "short"],
 )
@@ -475,6 +475,18 @@ def test_calibration_texts_that_do_not_fit_are_refused_by_name(
         merge(speakers, tmp_path / "moe", calibration=files, router_init="prototype")
 
 
+def test_texts_with_ids_that_the_models_have_not_are_refused(tmp_path: Path) -> None:
+    models = folders(tmp_path, "one", "two", vocab_size=250)  # enough for the proof's text
+    for folder in models.values():
+        byte_tokenizer(64).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("🙂" * 300)
+    texts = dict.fromkeys(models, str(tmp_path / "text.txt"))
+    with pytest.raises(
+        UpcyclingError, match=r"tokenizer\.json gives token id 253, but.* 250 embed"
+    ):
+        merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
+
+
 def test_texts_that_nothing_reads_are_refused(speakers: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UpcyclingError, match="router_init is not prototype"):
         merge(speakers, tmp_path / "moe", calibration=calibration(speakers))
@@ -487,13 +499,20 @@ def test_the_same_text_for_all_is_refused(speakers: dict[str, Path], tmp_path: P
         merge(one, tmp_path / "moe", calibration=same, router_init="prototype")
 
 
+def test_a_short_text_gives_all_its_windows(speakers: dict[str, Path], tmp_path: Path) -> None:
+    (speakers["one"] / "text.txt").write_text(TEXTS["one"][0][:300])
+    options = {"calibration": calibration(speakers), "router_init": "prototype"}
+    made = merge(speakers, tmp_path / "moe", **options)
+    assert made.record["calibration"]["one"]["windows"] == [4, 64]
+
+
 def test_a_prototype_router_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x" * 2000)
     models = folders(tmp_path, "one", "two")
-    texts = dict.fromkeys(models, str(text))
-    with pytest.raises(UpcyclingError, match=r"needs the models' tokenizer\.json"):
-        merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
+    options = {"calibration": dict.fromkeys(models, str(text)), "router_init": "prototype"}
+    with pytest.raises(UpcyclingError, match=r"none at .*one/tokenizer\.json: put it there"):
+        merge(models, tmp_path / "moe", **options)
 
 
 # --- the command line and FusionBench -----------------------------------------------------------

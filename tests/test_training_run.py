@@ -159,8 +159,9 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_fields(tmp_path: Pat
     other = {"numbers": DATA["numbers"] | {"count": 9}}
     with pytest.raises(UpcyclingError, match=r"data\.numbers was"):
         run(dense_model(vocab_size=257), tmp_path, 6, data=other)
-    with pytest.raises(UpcyclingError, match=r"model was"):
-        run(dense_model(vocab_size=257, seed=1), tmp_path, 6)
+    for fields in ({"seed": 1}, {"rms_norm_eps": 1e-2}):  # other weights; the same, used otherwise
+        with pytest.raises(UpcyclingError, match=r"model was"):
+            run(dense_model(vocab_size=257, **fields), tmp_path, 6)
     run(dense_model(vocab_size=257), tmp_path, 6, micro_batch_size=2, log_every=3)
 
 

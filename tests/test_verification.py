@@ -474,8 +474,16 @@ def test_a_tokenizer_of_another_model_is_refused_before_writing(
     monkeypatch.setattr(
         "fusion_upcycle.conversion.output.write_shards", lambda *_: pytest.fail("written")
     )
-    with pytest.raises(UpcyclingError, match="tokenizer belongs to another model"):
+    with pytest.raises(UpcyclingError, match=r"tokenizer\.json gives token id \d+, but.* 67 embed"):
         convert(source, source.parent / "out")
+
+
+def test_a_tokenizer_that_gives_no_token_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UpcyclingError, match=r"tokenizer\.json gives no token for a plain text"):
+        sample_tokens(tmp_path / "tokenizer.json", LlamaConfig(vocab_size=67))
 
 
 def test_a_damaged_tokenizer_is_refused(source: Path) -> None:
