@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # One pytest worker per core is the limit; each loads torch (about 0.5 GB) and gets one thread:
 # two workers with two threads each ran four times slower on two cores.
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,11 +14,11 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && 
 UNUSABLE := rebuild
 endif
 
-.PHONY: help venv demo study test lint format clean rebuild
+.PHONY: help venv demo study test test-full lint format clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: venv  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
@@ -31,6 +31,9 @@ test: lint  ## lint, types and tests: what CI runs
 	@$(BIN)/python -m mypy
 	@echo "test: pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: venv  ## all tests, the longer forms of some included
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m ""
 
 lint: venv  ## check style and formatting
 	@echo "lint: ruff"
