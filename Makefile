@@ -1,7 +1,7 @@
 # Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
 PYTHON ?= python3
-# One pytest worker per core is the limit; each loads torch (about 0.5 GB) and gets one thread:
-# two workers with two threads each ran four times slower on two cores.
+# One pytest worker per core is the limit; each loads torch (about 0.5 GB) and gets one thread, as
+# tests/conftest.py says.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv
@@ -30,10 +30,10 @@ test: lint  ## lint, types and tests: what CI runs
 	@echo "test: mypy"
 	@$(BIN)/python -m mypy
 	@echo "test: pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-full: venv  ## all tests, the longer forms of some included
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m ""
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m ""
 
 lint: venv  ## check style and formatting
 	@echo "lint: ruff"

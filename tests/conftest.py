@@ -1,10 +1,15 @@
 """Fixtures that several test files share, and the order of the tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from fusion_upcycle.demo import demo_model
+
+# Before anything imports torch. Tiny models gain nothing by more threads, and two workers with two
+# threads each ran four times slower on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
