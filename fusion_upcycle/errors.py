@@ -12,6 +12,10 @@ class ProofError(UpcyclingError):
     """A conversion that claims to be exact and is not. Nothing is left at the output path."""
 
 
+class VersionError(UpcyclingError, ImportError):
+    """A library that is installed in a version that does not work."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:
     """The error for an unknown name, with the nearest known one suggested."""
     known = sorted(known)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fusion_bench.modelpool import CausalLMPool
+from helpers import merge
 from omegaconf import OmegaConf
 from test_families import MATRIX
 from test_method import run
@@ -30,7 +31,6 @@ from fusion_upcycle import (
     MixtralForCausalLMMergingAlgorithm,
     MixtralMoEMergingAlgorithm,
     MoEMergingAlgorithm,
-    merge_into_moe,
 )
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
@@ -59,10 +59,6 @@ def folders(tmp_path: Path, *names: str, family: str = "llama", **fields: Any) -
         name: dense_folder(tmp_path / name, family, seed=seed, **fields)
         for seed, name in enumerate(names)
     }
-
-
-def merge(models: Any, output: Path, **options: Any) -> Any:
-    return merge_into_moe(models, output, progress=False, **options)
 
 
 def mean_model(models: list[PreTrainedModel], shared: list[PreTrainedModel]) -> PreTrainedModel:
@@ -130,7 +126,7 @@ def test_every_family_merges_and_each_models_experts_are_its_ffns(
     family: str, fields: dict[str, Any], target: str, tmp_path: Path
 ) -> None:
     models = folders(tmp_path, "one", "two", family=family, **fields)
-    made = merge(models, tmp_path / "moe", target=target, expert_init="permute")
+    made = merge(models, tmp_path / "moe", target=target, expert_init="permute", verify="auto")
     found = made.proof.details
     assert found["experts"].keys() == found["sources"].keys() == {"one", "two"}
     assert made.proof.holds is None and made.proof.claim == "approximate"
@@ -160,7 +156,8 @@ def test_layers_that_stay_dense_are_averaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"expert_init": "noise"}, {"normalize_topk_prob": False}])
 def test_what_is_not_exact_is_proven_but_for_that(options: dict[str, Any], tmp_path: Path) -> None:
     models = folders(tmp_path, "one", "two", family="qwen2")
-    experts = merge(models, tmp_path / "moe", **options).proof.details["experts"]
+    made = merge(models, tmp_path / "moe", verify="auto", **options)
+    experts = made.proof.details["experts"]
     assert all(found["max_abs"] <= 1e-4 * found["scale"] for found in experts.values())
 
 
@@ -221,7 +218,7 @@ def test_means_are_computed_in_pieces_and_rounded_once() -> None:
 
 def test_the_record_and_the_card_name_all_models_and_verify_says_why_not(tmp_path: Path) -> None:
     models = folders(tmp_path, BASE, "one", "two")
-    made = merge(models, tmp_path / "moe", shared="base")
+    made = merge(models, tmp_path / "moe", shared="base", verify="auto")
     record = json.loads((tmp_path / "moe" / "upcycling.json").read_text())
     assert record == json.loads(json.dumps(made.record))
     assert record["method"] == "MoE merging"

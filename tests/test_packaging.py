@@ -11,7 +11,11 @@ from os import environ
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from tiny import dense_folder
+
+from fusion_upcycle.checks import REQUIRED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a wheel is built from. Building in the checkout would leave build/ there, and take stale
@@ -34,6 +38,13 @@ def test_package_list_equals_the_folders_on_disk() -> None:
     assert setuptools["package-dir"] == {"fusion_upcycle.config": "config"}
     # An __init__.py there would shadow the Hydra plugins of every other package.
     assert not (REPOSITORY / "hydra_plugins" / "__init__.py").exists()
+
+
+def test_versions_are_checked_as_they_are_declared() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    for name, versions in REQUIRED.items():
+        assert SpecifierSet(versions) == declared[name]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +94,33 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     assert tops == {"fusion_upcycle", "hydra_plugins"}
 
 
+COMPOSED = """
+from fusion_bench.utils.hydra_utils import initialize_hydra_config
+cfg = initialize_hydra_config("fabric_model_fusion", ["method=mixtral_moe_upscaling"])
+print(cfg.method._target_)
+import fusion_upcycle
+print(fusion_upcycle.__file__)
+"""
+
+
+def test_the_wheels_configs_are_found_where_no_checkout_is(
+    clean_python: Path, tmp_path: Path
+) -> None:
+    target, package = run(clean_python, "-c", COMPOSED, cwd=tmp_path).stdout.split()
+    assert target == "fusion_upcycle.method.MixtralForCausalLMUpscalingAlgorithm"
+    assert Path(package).is_relative_to(clean_python.parents[1])
+
+
 @pytest.mark.parametrize(
     ("place", "cli"),
     [
-        ("elsewhere", [Path(sysconfig.get_path("scripts")) / "fusion_bench"]),
         # As torchrun starts it; -P, or the checkout in the working directory would be imported.
         ("repository root", ["-P", "-m", "fusion_bench.scripts.cli"]),
+        pytest.param(
+            "elsewhere",
+            [Path(sysconfig.get_path("scripts")) / "fusion_bench"],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_fusion_bench_cli_upcycles_with_the_wheel(

@@ -1,5 +1,7 @@
 """The Hydra plugin: our configs win, FusionBench's still resolve, other apps see nothing."""
 
+import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +13,14 @@ import pytest
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import fusion_upcycle
+from fusion_upcycle.errors import ProofError, UpcyclingError
+from hydra_plugins.fusion_upcycle import one_sentence
+from hydra_plugins.fusion_upcycle.one_sentence import end_in_one_sentence
 from hydra_plugins.fusion_upcycle.search_path import FusionUpcycleSearchPath
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -172,3 +178,68 @@ def test_other_hydra_apps_are_left_alone_even_where_they_import_fusion_bench(
     (tmp_path / "config" / "main.yaml").write_text("greeting: hello\n")
     (tmp_path / "config" / "method").mkdir()  # a name that we have too
     subprocess.run([sys.executable, "-c", OTHER_APP, tmp_path / "config"], check=True, cwd=tmp_path)
+
+
+def test_the_command_line_of_fusion_bench_ends_in_one_sentence(tmp_path: Path) -> None:
+    """Started as torchrun does; as users do, the logger has another name."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fusion_bench.scripts.cli", "method=sparse_upcycling"),
+            *(
+                "modelpool=CausalLMPool/mistral-7b",
+                f"modelpool.models._pretrained_={tmp_path / 'dense'}",
+            ),
+            *(f"method.save_checkpoint={tmp_path / 'out'}", f"path.log_dir={tmp_path / 'log'}"),
+            "taskpool=dummy",
+        ],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if line]
+    assert said[-2].startswith(f"error: {tmp_path / 'dense'} does not exist")
+    assert "HYDRA_FULL_ERROR=1" in said[-1]
+    compose("method=sparse_upcycling")
+    assert one_sentence._watch in logging.getLogger(fusion_bench.scripts.cli.__name__).filters
+
+
+def logged(error: Exception, cause: Exception | None = None) -> None:
+    """As FusionBench logs what its program raises."""
+    end_in_one_sentence(logger := "tests.one_sentence")
+    try:
+        raise error from cause
+    except Exception as found:
+        logging.getLogger(logger).error(found, exc_info=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (UpcyclingError("seed=x"), None),
+        (ProofError("seed=x"), ValueError("digits")),
+        (InstantiationException("Error in call to target"), UpcyclingError("seed=x")),
+    ],
+    ids=str,
+)
+def test_an_error_of_ours_is_shown_without_a_trace(
+    error: Exception, cause: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(CompactHydraException, match=r"^error: seed=x$") as found:
+        logged(error, cause)
+    assert isinstance(found.value, UpcyclingError)  # for who catches it
+
+
+def test_other_errors_and_full_ones_keep_their_trace(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    logged(ValueError("not ours"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(logging.getLogger("tests.one_sentence"), "filters", [])
+    logged(UpcyclingError("ours"))
+    assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info] == ["not ours", "ours"]

@@ -1,5 +1,9 @@
 """The FusionBench algorithms: thin classes around functions that do not know FusionBench."""
 
+from fusion_upcycle.checks import REQUIRED, require_versions
+
+require_versions(*REQUIRED)  # before FusionBench is imported, which would fail in other words
+
 from fusion_upcycle.method.continued_pretraining import (
     ContinuedPretrainingAlgorithm,
     UpcycleAndTrainAlgorithm,

@@ -1,5 +1,9 @@
 """FusionBench task pools."""
 
+from fusion_upcycle.checks import REQUIRED, require_versions
+
+require_versions(*REQUIRED)  # before FusionBench is imported, which would fail in other words
+
 from fusion_upcycle.taskpool.causal_lm_perplexity import CausalLMPerplexityTaskPool
 
 __all__ = ["CausalLMPerplexityTaskPool"]

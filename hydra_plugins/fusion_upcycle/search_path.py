@@ -10,8 +10,9 @@ from pathlib import Path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from hydra_plugins.fusion_upcycle.one_sentence import CLI_MODULE, end_in_one_sentence
+
 PRIMARY_CONFIG = "fabric_model_fusion.yaml"
-CLI_MODULE = "fusion_bench.scripts.cli"
 
 
 class FusionUpcycleSearchPath(SearchPathPlugin):
@@ -31,6 +32,7 @@ class FusionUpcycleSearchPath(SearchPathPlugin):
         main_tree = Path(main.removeprefix("file://")).resolve()
         if not _is_fusion_bench(main_tree, ours):
             return
+        end_in_one_sentence("__main__" if _started_as_module() else CLI_MODULE)
         if ours is None:  # going on would silently run FusionBench's method of the same name
             raise FileNotFoundError(
                 f"fusion_upcycle is installed at {package} without its config tree; reinstall it"
@@ -51,13 +53,18 @@ class FusionUpcycleSearchPath(SearchPathPlugin):
 
 def _is_fusion_bench(main_tree: Path, ours: Path | None) -> bool:
     """Whether FusionBench is what is being configured, and not an app that merely imports it."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
     return (
         CLI_MODULE in sys.modules
-        or (spec is not None and spec.name == CLI_MODULE)  # python -m, torchrun -m
+        or _started_as_module()
         or (main_tree / PRIMARY_CONFIG).is_file()  # initialize_hydra_config, and copies of its tree
         or main_tree == ours  # the same, called in our repository root
     )
+
+
+def _started_as_module() -> bool:
+    """`python -m`, `torchrun -m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == CLI_MODULE
 
 
 def _first_with(name: str, *folders: Path) -> Path | None:
