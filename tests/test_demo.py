@@ -133,6 +133,7 @@ def test_tokenizer_gives_one_token_per_byte_and_the_text_back(text: str, tmp_pat
 # --- models
 
 
+@pytest.mark.early
 def test_a_fine_tune_trains_the_base_first_and_both_folders_are_complete(
     cache: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ def tell_where_the_base_is() -> None:
     print("at", demo_model("base", TINY))
 
 
+@pytest.mark.early
 def test_two_processes_at_once_train_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
