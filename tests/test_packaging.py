@@ -111,6 +111,7 @@ def test_the_wheels_configs_are_found_where_no_checkout_is(
     assert Path(package).is_relative_to(clean_python.parents[1])
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
     ("place", "cli"),
     [
