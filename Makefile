@@ -4,9 +4,13 @@ PYTHON ?= python3
 # two workers with two threads each ran four times slower on two cores.
 PYTEST_ARGS ?= -n 2
 
+SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := .[dev,plots]
+# MkDocs has 15,000 files of icons: 10 seconds that `make demo` need not take.
+DOCS_STAMP := $(VENV)/.docs
 
 # The stamp holds the folder it was written in: an environment whose checkout was moved or copied
 # still imports the code of the old place, and one whose base interpreter is gone cannot start.
@@ -14,7 +18,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && 
 UNUSABLE := rebuild
 endif
 
-.PHONY: help venv demo study test lint format clean rebuild
+.PHONY: help venv demo study test lint docs format clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,16 +30,24 @@ demo: venv  ## train a tiny model, upcycle it, compare it with merging (no downl
 study: venv  ## train on: dense, upcycled or from nothing, at equal compute (20 minutes)
 	@$(BIN)/python examples/study.py
 
-test: lint  ## lint, types and tests: what CI runs
+test: lint docs  ## lint, documentation, types and tests: what CI runs
 	@echo "test: mypy"
 	@$(BIN)/python -m mypy
 	@echo "test: pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: venv  ## check style and formatting
+lint: venv  ## check style, formatting and the import order
 	@echo "lint: ruff"
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
+	@echo "lint: imports"
+	@$(BIN)/lint-imports --no-cache | sed -n '/^Analyzed/,$$p'; exit $${PIPESTATUS[0]}
+
+# The variable silences a notice about the successor of MkDocs. Not --quiet: it makes strict mode blind.
+docs: $(DOCS_STAMP)  ## the documentation as a site in build/site; a broken link is an error
+	@echo "docs: mkdocs"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "docs: build/site/index.html"
 
 format: venv  ## fix what ruff can fix, and format
 	@$(BIN)/python -m ruff check --fix .
@@ -46,6 +58,18 @@ clean:  ## remove the environment, caches and build products (not ./outputs)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(STAMP)
+
+# pip says nothing for minutes: what is being installed is said before, and every 10 seconds that it
+# goes on. The loop ends with the shell that started it, also where that is interrupted.
+define install
+echo "venv: installing $(1)"; \
+{ seconds=0; while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
+    seconds=$$((seconds + 10)); \
+    echo "venv: ... $$seconds s, $$(ls $(VENV)/lib/python*/site-packages | grep -c dist-info$$) packages"; \
+  done; } & beat=$$!; \
+$(BIN)/python -m pip install -qq -c constraints.txt $(2); status=$$?; \
+kill $$beat; exit $$status
+endef
 
 # The stamp goes first and comes back last, so that an interrupted install leaves none and the next
 # run starts over; a changed pyproject.toml or constraints.txt updates the environment in place.
@@ -58,9 +82,11 @@ $(STAMP): pyproject.toml constraints.txt $(UNUSABLE)
 	@rm -f $@
 	@echo "venv: $$($(PYTHON) -V) in $(VENV)"
 	@$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
-	@torch=$$(grep '^torch==' constraints.txt); echo "venv: installing $$torch"; \
-	  $(BIN)/python -m pip install -qq -c constraints.txt $$torch
-	@echo "venv: installing fusion_upcycle and its other dependencies"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots]'
+	@$(call install,torch (200 MB for a CPU or up to 3 GB for CUDA),$$(grep '^torch==' constraints.txt))
+	@$(call install,fusion_upcycle and its other dependencies (a minute or more),-e '$(EXTRAS)')
 	@echo $(CURDIR) > $@
 	@echo "venv: ready"
+
+$(DOCS_STAMP): $(STAMP)
+	@$(call install,MkDocs,-e '.[docs]')
+	@touch $@

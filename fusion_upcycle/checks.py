@@ -5,9 +5,10 @@ Light: nothing here imports torch before it is needed, so that `--help` is quick
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cached_property, partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.errors import UpcyclingError, VersionError, unknown
 
@@ -16,6 +17,103 @@ if TYPE_CHECKING:
 
 #: name, {"name": ..., option: value}, or a function (functools.partial for options)
 InitSpec = str | Mapping[str, Any] | Callable[..., Any]
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+class Registry(MutableMapping[str, T]):
+    """What is known by a name: ours, and what installed packages add as entry points.
+
+    A package adds one by an entry point of its own in the group `fusion_upcycle.KIND`; it is
+    imported when it is asked for. `docs/extending.md` has an example.
+
+    Args:
+        kind: `expert_init`, `router_init`, `router_extension` or `architectures`.
+        own: ours.
+        check: refuses what an entry point may not be, given its name and what was loaded.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        own: Mapping[str, T] | None = None,
+        check: Callable[[str, Any], None] | None = None,
+    ):
+        self.kind, self._own, self._check = kind, dict(own or {}), check
+        self._loaded: dict[str, T] = {}
+
+    def add(self, value: V) -> V:
+        """Decorator: know a function of ours by its own name."""
+        self._own[value.__name__] = value  # type: ignore[attr-defined, assignment]
+        return value
+
+    def without(self, *names: str) -> "Registry[T]":
+        """The same without these of ours."""
+        own = {name: value for name, value in self._own.items() if name not in names}
+        return Registry(self.kind, own, self._check)
+
+    def plus(self, **own: T) -> "Registry[T]":
+        """The same with more of ours."""
+        return Registry(self.kind, self._own | own, self._check)
+
+    def name_of(self, value: object) -> str | None:
+        """The name by which `value` is known; None if it is not."""
+        for name, known in self._own.items():
+            if known is value:
+                return name
+        place = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
+        return next((name for name, point in self._points.items() if point.value == place), None)
+
+    @cached_property
+    def _points(self) -> dict[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=f"fusion_upcycle.{self.kind}"):
+            if point.name in self._own or point.name in found:
+                raise UpcyclingError(
+                    f"{_package(point)} adds {self.kind}={point.name}, a name that is taken. "
+                    "Uninstall it, or rename its entry point."
+                )
+            found[point.name] = point
+        return found
+
+    def __getitem__(self, name: str) -> T:
+        if name in self._own:
+            return self._own[name]
+        if name not in self._loaded:
+            point = self._points[name]
+            try:
+                value = point.load()
+            except Exception as error:  # of a package that is not ours
+                raise UpcyclingError(
+                    f"{self.kind}={name} of {_package(point)} cannot be loaded: {error!r}. Repair "
+                    "or uninstall the package."
+                ) from error
+            if self._check is not None:
+                self._check(name, value)
+            self._loaded[name] = value
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self._points
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from self._points
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._points)
+
+    def __setitem__(self, name: str, value: T) -> None:
+        self._own[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._own[name]
+
+
+def _package(point: EntryPoint) -> str:
+    return f"package {point.dist.name}" if point.dist is not None else f"entry point {point.value}"
+
 
 #: Keyword parameters that the conversion gives to an expert initialiser that has them.
 POSITION = ("index", "num_experts")
@@ -51,7 +149,7 @@ def require_versions(*names: str) -> None:
 
 
 def make_initialiser(
-    spec: InitSpec, registry: Mapping[str, Callable[..., Any]], kind: str
+    spec: InitSpec, registry: Registry[Callable[..., Any]], kind: str
 ) -> Callable[..., Any]:
     """Resolve a spec to a function with its options bound; unknown names and options are errors."""
     options: dict[str, Any] = {}
@@ -103,11 +201,11 @@ def positioned(initialiser: Callable[..., Any], index: int, num_experts: int) ->
 
 
 def describe(
-    initialiser: Callable[..., Any], registry: Mapping[str, Callable[..., Any]]
+    initialiser: Callable[..., Any], registry: Registry[Callable[..., Any]]
 ) -> dict[str, Any]:
     """Name and all options, defaults included, so that a record does not depend on our defaults."""
     function = bare_function(initialiser)
-    name = next((name for name, known in registry.items() if known is function), None)
+    name = registry.name_of(function)
     defaults = {
         p.name: p.default
         for p in inspect.signature(function).parameters.values()

@@ -2,28 +2,54 @@
 
 An initialiser turns the source expert into one new expert. It sees the expert in the dtype of the
 result, must not write into it (it may be a view of the source's file), and returns that dtype.
-To add one: a function here, its name in `EXPERT_INITS`, a YAML under
-`config/method/expert_init/`, a test.
+To add one: a function here with `@EXPERT_INITS.add`, a YAML under `config/method/expert_init/`, a
+test; a package of its own adds one as an entry point (`fusion_upcycle.expert_init`).
 """
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.checks import is_number
+from fusion_upcycle.checks import Registry, is_number
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
 
 ExpertInit = Callable[[Expert, Generator], Expert]
 
+EXPERT_INITS: Registry[Callable[..., Expert]] = Registry("expert_init")
 
+#: Initialisers whose experts compute the same function as their source expert.
+FUNCTION_PRESERVING: set[Callable[..., Expert]] = set()
+
+#: Initialisers whose experts are cut from shuffled copies of the FFN.
+SHUFFLED_SHARDS: set[Callable[..., Expert]] = set()
+
+Init = TypeVar("Init", bound=Callable[..., Expert])
+
+
+def function_preserving(init: Init) -> Init:
+    """Decorator: experts of this initialiser compute the function of their source expert."""
+    FUNCTION_PRESERVING.add(init)
+    return init
+
+
+def shuffling(init: Init) -> Init:
+    """Decorator: experts of this initialiser are cut from shuffled copies of the FFN."""
+    SHUFFLED_SHARDS.add(init)
+    return init
+
+
+@EXPERT_INITS.add
+@function_preserving
 def copy(expert: Expert, generator: Generator) -> Expert:
     """The source expert itself: N identical experts compute the dense FFN at step 0."""
     return expert
 
 
+@EXPERT_INITS.add
 def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> Expert:
     """`W + randn * noise_std * std(W)` for each matrix W: breaks the symmetry between copies.
 
@@ -41,6 +67,7 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
     return expert.map(add_noise)
 
 
+@EXPERT_INITS.add
 def drop(
     expert: Expert, generator: Generator, *, drop_ratio: float = 0.5, paired: bool = True
 ) -> Expert:
@@ -80,6 +107,8 @@ def drop(
     return Expert(*(redraw(part) for part in EXPERT_PARTS))
 
 
+@EXPERT_INITS.add
+@function_preserving
 def permute(expert: Expert, generator: Generator) -> Expert:
     """One permutation of the neurons, applied to gate, up and down together.
 
@@ -92,6 +121,7 @@ def permute(expert: Expert, generator: Generator) -> Expert:
     )
 
 
+@EXPERT_INITS.add
 def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Expert:
     """Turn the weak singular directions of each matrix, and keep the strong ones.
 
@@ -126,6 +156,7 @@ def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Ex
     return expert.map(turn)
 
 
+@EXPERT_INITS.add
 def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int) -> Expert:
     """Expert e keeps neurons `[e*F/N, (e+1)*F/N)`, and zeros elsewhere: a partition of the FFN.
 
@@ -144,6 +175,8 @@ def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int
     return made
 
 
+@EXPERT_INITS.add
+@shuffling
 def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> Expert:
     """Qwen2's fine-grained experts (arXiv 2407.10671, section 2.2.2): half of each is drawn anew.
 
@@ -154,23 +187,6 @@ def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> E
         drop_ratio: share of neurons that is re-initialised, as in `drop`.
     """
     return drop(expert, generator, drop_ratio=drop_ratio)
-
-
-EXPERT_INITS: dict[str, Callable[..., Expert]] = {
-    "copy": copy,
-    "noise": noise,
-    "drop": drop,
-    "permute": permute,
-    "svd": svd,
-    "subset": subset,
-    "qwen2": qwen2,
-}
-
-#: Initialisers whose experts compute the same function as their source expert.
-FUNCTION_PRESERVING: frozenset[Callable[..., Expert]] = frozenset({copy, permute})
-
-#: Initialisers whose experts are cut from shuffled copies of the FFN.
-SHUFFLED_SHARDS: frozenset[Callable[..., Expert]] = frozenset({qwen2})
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -13,17 +13,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.checks import is_number
+from fusion_upcycle.checks import Registry, is_number
 from fusion_upcycle.errors import UpcyclingError
 
 RouterExtension = Callable[[Tensor, Sequence[int], Generator], Tensor]
 
+ROUTER_EXTENSIONS: Registry[Callable[..., Tensor]] = Registry("router_extension")
 
+
+@ROUTER_EXTENSIONS.add
 def copy(weight_ED: Tensor, source_experts: Sequence[int], generator: Generator) -> Tensor:
     """Every copy has the row of its source expert."""
     return weight_ED[list(source_experts)]
 
 
+@ROUTER_EXTENSIONS.add
 def noise(
     weight_ED: Tensor,
     source_experts: Sequence[int],
@@ -50,6 +54,7 @@ def noise(
     return result
 
 
+@ROUTER_EXTENSIONS.add
 def bias(
     weight_E: Tensor,
     source_experts: Sequence[int],
@@ -68,6 +73,3 @@ def bias(
             "this bias is the same for all experts. Choose router_extension=noise."
         )
     return noise(weight_E, source_experts, generator, noise_std=noise_std)
-
-
-ROUTER_EXTENSIONS: dict[str, Callable[..., Tensor]] = {"copy": copy, "noise": noise, "bias": bias}

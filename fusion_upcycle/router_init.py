@@ -9,12 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.checks import is_number
+from fusion_upcycle.checks import Registry, is_number
 from fusion_upcycle.errors import UpcyclingError
 
 RouterInit = Callable[[int, Generator], Tensor]
 
+ROUTER_INITS: Registry[Callable[..., Tensor]] = Registry("router_init")
 
+
+@ROUTER_INITS.add
 def normal(hidden_size: int, generator: Generator, *, std: float = 0.02) -> Tensor:
     """N(0, std): small, so that no expert starts saturated, and tokens spread over experts.
 
@@ -28,6 +31,7 @@ def normal(hidden_size: int, generator: Generator, *, std: float = 0.02) -> Tens
     return torch.randn(hidden_size, generator=generator) * std
 
 
+@ROUTER_INITS.add
 def zeros(hidden_size: int, generator: Generator) -> Tensor:
     """All-zero rows: every token gets the same k experts with equal weights, until trained.
 
@@ -35,6 +39,3 @@ def zeros(hidden_size: int, generator: Generator) -> Tensor:
     training, since ties send all tokens to the same experts.
     """
     return torch.zeros(hidden_size)
-
-
-ROUTER_INITS: dict[str, Callable[..., Tensor]] = {"normal": normal, "zeros": zeros}

@@ -127,7 +127,7 @@ def test_a_copy_that_is_hardly_in_use_is_warned_of(
 
     expand_model(load(source), tokenizer=source, router_extension=FIT, verify="none", **data)
     assert not caplog.records
-    monkeypatch.setattr("fusion_upcycle.expansion.router.calibrate.fit_rows", dying)
+    monkeypatch.setattr("fusion_upcycle.expansion.calibration.fit_rows", dying)
     expand_model(load(source), tokenizer=source, router_extension=FIT, verify="none", **data)
     assert "gets 0.0" in caplog.text and ": 0, 1." in caplog.text
 
@@ -254,7 +254,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "run.score_folder",
         "live.measure_importance",
-        "router.calibrate.folder_router_inputs",
+        "calibration.folder_router_inputs",
     ):
         monkeypatch.setattr(f"fusion_upcycle.expansion.{name}", lambda *_, **__: pytest.fail("ran"))
 

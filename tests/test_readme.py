@@ -1,21 +1,16 @@
-"""The README's tables are what the committed run records say, to the letter."""
+"""The tables of README and docs are what the committed run records say, to the letter."""
 
 import importlib.util
-import json
-import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
+from fusion_upcycle.report.tables import read_run_record
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "examples" / "results" / "study"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def example(path: str) -> ModuleType:
@@ -26,103 +21,22 @@ def example(path: str) -> ModuleType:
     return module
 
 
-def example_with_siblings(path: str) -> ModuleType:
-    """A script that imports another one of its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend((ROOT / "examples" / path).parent)
-        return example(path)
+tables = example("tables.py")
+FOUND = [
+    (page.relative_to(ROOT).as_posix(), found["name"], found["table"])
+    for page in tables.PAGES
+    for found in tables.MARKED.finditer(page.read_text(encoding="utf-8"))
+]
 
 
-def demo_table() -> str:
-    folder = ROOT / "examples" / "results" / "demo"
-    demo = example_with_siblings("demo.py")
-    names = ("dense", "upcycled", "dense, trained on", "upcycled, trained on")
-    records = {name: read_run_record(folder / demo.folder_name(name)) for name in names}
-    return bits_per_byte_table("", records).to_markdown()
+@pytest.mark.parametrize(("page", "name", "table"), FOUND, ids=[f"{f[0]}-{f[1]}" for f in FOUND])
+def test_table_is_that_of_the_record(page: str, name: str, table: str) -> None:
+    assert table == tables.TABLES[name](), "python examples/tables.py writes it anew"
 
 
-def exactness_table() -> str:
-    record = read_run_record(ROOT / "examples" / "results")
-    return str(example("exactness.py").table(record).to_markdown())
-
-
-def families_table(kind: str) -> str:
-    families = example("families.py")
-    record = read_run_record(ROOT / "examples" / "results" / "families")
-    return str(getattr(families, f"{kind}_table")(record).to_markdown())
-
-
-def readers_table() -> str:
-    record = read_run_record(ROOT / "examples" / "results" / "readers")
-    return str(example("readers.py").table(record))
-
-
-def recipes_table() -> str:
-    record = read_run_record(ROOT / "examples" / "results" / "recipes")
-    return str(example("recipes.py").table(record).to_markdown())
-
-
-def merging_table() -> str:
-    record = read_run_record(ROOT / "examples" / "results" / "merging")
-    return str(example("merging.py").table(record).to_markdown())
-
-
-def merge_table() -> str:
-    record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "merge.json").read_text())
-    return str(example_with_siblings("benchmarks/merge.py").table(record["merge"]).to_markdown())
-
-
-def convert_tables() -> str:
-    record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "convert.json").read_text())
-    return str(example("benchmarks/convert.py").markdown(record))
-
-
-def train_table() -> str:
-    record = json.loads((ROOT / "examples" / "benchmarks" / "results" / "train.json").read_text())
-    return str(
-        example_with_siblings("benchmarks/train.py").table(record["train"], "main").to_markdown()
-    )
-
-
-def study_table() -> str:
-    return str(example("study.py").table(read_run_record(STUDY)).to_markdown())
-
-
-def importance_table() -> str:
-    record = read_run_record(ROOT / "examples" / "results" / "importance")
-    return str(example("importance.py").table(record).to_markdown())
-
-
-def growing_tables(script: str, section: str) -> str:
-    folder = ROOT / "examples" / "expert_upcycling" / "results" / script.removesuffix(".py")
-    made = example_with_siblings(f"expert_upcycling/{script}")
-    tables = made.tables(read_run_record(folder)[section])
-    return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
-
-
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("demo", demo_table),
-        ("exactness", exactness_table),
-        ("convert", convert_tables),
-        ("recipes", recipes_table),
-        ("readers", readers_table),
-        ("merging", merging_table),
-        ("merge", merge_table),
-        ("train", train_table),
-        ("study", study_table),
-        ("importance", importance_table),
-        ("router", partial(growing_tables, "router.py", "router")),
-        ("growing", partial(growing_tables, "study.py", "expert_upcycling")),
-        ("pairs", partial(families_table, "pairs")),
-        ("shards", partial(families_table, "shards")),
-    ],
-)
-def test_table_is_that_of_the_record(name: str, make: Callable[[], str]) -> None:
-    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    assert found is not None, f"README.md has no table {name}"
-    assert found[1] == make()
+def test_every_record_has_its_table_on_a_page_and_at_most_once_there() -> None:
+    assert {name for _, name, _ in FOUND} == tables.TABLES.keys()
+    assert len({(page, name) for page, name, _ in FOUND}) == len(FOUND)
 
 
 def test_the_families_of_the_record_are_all_families() -> None:
@@ -160,8 +74,3 @@ def test_the_study_s_settings_are_the_best_of_recorded_trials_at_equal_flops() -
             if trial["arm"] == vars(arm):
                 best = study.mean({"bits_per_byte": arms[name]["bits_per_byte"]}, "validation")
                 assert best <= study.mean(trial, "validation")
-
-
-def test_every_file_and_folder_that_the_readme_names_exists() -> None:
-    for path in re.findall(r"`((?:examples|tests|config|fusion_upcycle)/[\w./-]*)`", README):
-        assert (ROOT / path).exists(), path

@@ -11,30 +11,41 @@ from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
-from fusion_upcycle.checks import AUTO, require_versions
+from fusion_upcycle.checks import AUTO, Registry, require_versions
 from fusion_upcycle.errors import UpcyclingError, unknown
 
 # Whatever runs a model comes through here, and older routers say something else.
 require_versions("transformers")
 
+
+def _check(name: str, family: object) -> None:
+    """An entry point is an `Architecture` of its own name."""
+    if not isinstance(family, Architecture) or family.name != name:
+        raise UpcyclingError(
+            f"The entry point {name} in fusion_upcycle.architectures gives {family!r}, which is no "
+            f"Architecture named {name!r}. Repair or uninstall its package."
+        )
+
+
 #: Families that dense models become, in the order in which `auto` looks for one.
-ARCHITECTURES: dict[str, Architecture] = {
-    family.name: family
-    for family in (
-        MIXTRAL,
-        QWEN2_MOE,
-        QWEN3_MOE,
-        QWEN3_5_MOE,
-        FLEX_OLMO,
-        GRANITEMOE,
-        ERNIE4_5_MOE,
-        DEEPSEEK_V3,
-        GLM4_MOE,
-    )
-}
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architectures",
+    {
+        "mixtral": MIXTRAL,
+        "qwen2_moe": QWEN2_MOE,
+        "qwen3_moe": QWEN3_MOE,
+        "qwen3_5_moe_text": QWEN3_5_MOE,
+        "flex_olmo": FLEX_OLMO,
+        "granitemoe": GRANITEMOE,
+        "ernie4_5_moe": ERNIE4_5_MOE,
+        "deepseek_v3": DEEPSEEK_V3,
+        "glm4_moe": GLM4_MOE,
+    },
+    _check,
+)
 
 #: All families: those that can be trained and expanded.
-MOE_FAMILIES: dict[str, Architecture] = ARCHITECTURES | {OLMOE.name: OLMOE}
+MOE_FAMILIES: Registry[Architecture] = ARCHITECTURES.plus(olmoe=OLMOE)
 
 #: MoE families of transformers that cannot be expanded -> why.
 _NOT_EXPANDED = {
@@ -73,10 +84,10 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     Raises:
         UpcyclingError: lists what the target, or any target, takes.
     """
-    if target in MOE_FAMILIES.keys() - ARCHITECTURES.keys():
+    if target in MOE_FAMILIES and not MOE_FAMILIES[target].dense:
         raise UpcyclingError(
             f"target={target}: no dense model becomes a {target}; it can be expanded only. Choose "
-            f"one of: {', '.join(ARCHITECTURES)}."
+            f"one of: {', '.join(name for name, a in ARCHITECTURES.items() if a.dense)}."
         )
     if target not in (AUTO, *ARCHITECTURES):
         raise unknown("target", str(target), [AUTO, *ARCHITECTURES])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE
@@ -65,24 +66,19 @@ class Shard:
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> list[Shard]:
-    """Fill shards in order up to `max_shard_size` (bytes, or "5GB"), named as on the Hub.
+    """Fill shards in order up to `max_shard_size` (bytes, or "5GB"), as the Hub's own library does.
 
     A tensor larger than that gets a shard of its own.
     """
-    limit = parse_size(max_shard_size)
-    groups: list[dict[str, TensorSpec]] = [{}]
-    size = 0
-    for name, spec in specs.items():
-        if groups[-1] and size + spec.nbytes > limit:
-            groups.append({})
-            size = 0
-        groups[-1][name] = spec
-        size += spec.nbytes
-    if len(groups) == 1:
-        return [Shard(SINGLE_FILE, groups[0])]
+    split = split_state_dict_into_shards_factory(
+        specs,  # type: ignore[arg-type]  # of tensors, of which it asks nothing but their size
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern=SINGLE_FILE.replace(".", "{suffix}."),
+        max_shard_size=parse_size(max_shard_size),
+    )
     return [
-        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
-        for number, group in enumerate(groups, start=1)
+        Shard(file, {name: specs[name] for name in names})
+        for file, names in split.filename_to_tensors.items()
     ]
 
 

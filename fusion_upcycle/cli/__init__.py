@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fusion_upcycle.cli.analysis_flags import add_analyze
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
+from fusion_upcycle.cli.option_flags import Command
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.errors import ProofError, UpcyclingError
 
@@ -78,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Command
+    )
 
     upcycle = commands.add_parser("upcycle", help="dense folder -> Mixture-of-Experts folder")
     upcycle.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fusion_upcycle.cli.option_flags import Command
+
 DESCRIPTION = """\
 What the experts of a Mixture-of-Experts model do with your texts, as a folder with a page
 (index.md), figures (PNG and SVG) and all numbers (run_record.json):
@@ -26,7 +28,7 @@ examples:
 """
 
 
-def add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_analyze(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command and its flags."""
     analyze = commands.add_parser(
         "analyze",

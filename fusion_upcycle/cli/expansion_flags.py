@@ -1,11 +1,10 @@
 """The commands `importance` and `expand`; light, so that `--help` is quick."""
 
 import argparse
-from functools import partial
 from typing import Any
 
 from fusion_upcycle.cli.merge_flags import pairs
-from fusion_upcycle.cli.planning_flags import given_options
+from fusion_upcycle.cli.option_flags import Command, given_options
 
 IMPORTANCE = """\
 How much each expert of a trained Mixture-of-Experts model matters, by gradients on your texts. One
@@ -39,7 +38,7 @@ examples:
 """
 
 
-def add_importance(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_importance(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command and its flags."""
     importance = commands.add_parser(
         "importance",
@@ -60,7 +59,7 @@ def add_importance(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     importance.set_defaults(run=_importance)
 
 
-def add_expand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_expand(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command, its inputs, and one flag for each field of `ExpansionOptions`."""
     expand = commands.add_parser(
         "expand",
@@ -71,34 +70,7 @@ def add_expand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     expand.add_argument("source", help="local folder or Hugging Face Hub id of a MoE model")
     expand.add_argument("output", help="folder to make; appears only when complete and proven")
-    add = partial(expand.add_argument, default=argparse.SUPPRESS)
-    add("--num-experts", type=int, metavar="M", help="per layer, after (default: by --multiplier)")
-    add("--multiplier", type=int, metavar="m", help="M = m * E instead (default: 2)")
-    add(
-        "--selection",
-        metavar="NAME",
-        help="whom to duplicate: uniform | greedy | random (default: uniform)",
-    )
-    add(
-        "--metric",
-        metavar="NAME",
-        help="grad_squared | saliency | weight_norm | load (default: grad_squared)",
-    )
-    add("--max-copies", type=int, metavar="C", help="places of one expert, at most (default: 3)")
-    add(
-        "--expert-init",
-        metavar="NAME[,OPTION=VALUE...]",
-        help="of the copies: copy | noise,noise_std=0.01 | drop,drop_ratio=0.5,paired=true | "
-        "permute | svd,kept_energy=0.9 (default: copy)",
-    )
-    add(
-        "--router-extension",
-        metavar="NAME[,OPTION=VALUE...]",
-        help="copy | noise,noise_std=0.01 | bias,noise_std=0.01 | split,mixed_share=0.03 | "
-        "fit,min_copy_share=0.6,steps=600 (default: noise)",
-    )
-    add("--experts-per-token", type=int, metavar="K", help="top-k (default: the source's)")
-    add("--seed", type=int, metavar="S", help="of every random draw (default: 0)")
+    expand.add_options("fusion_upcycle.expansion.options:ExpansionOptions")
     expand.add_argument(
         "--scores", metavar="FOLDER", help="what `importance` wrote, for selections by a metric"
     )
@@ -176,7 +148,6 @@ def _importance(parsed: argparse.Namespace) -> None:
 
 
 def _expand(parsed: argparse.Namespace) -> None:
-    from fusion_upcycle.expansion.options import ExpansionOptions
     from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
     from fusion_upcycle.expansion.run import expand
 
@@ -193,7 +164,7 @@ def _expand(parsed: argparse.Namespace) -> None:
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
         progress=not parsed.quiet,
-        **given_options(parsed, ExpansionOptions),
+        **given_options(parsed),
     )
     counts = made.record["parameters"]
     print(made.proof)

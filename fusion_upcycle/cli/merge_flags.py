@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from fusion_upcycle.cli.planning_flags import given_options
+from fusion_upcycle.cli.option_flags import Command, given_options
 from fusion_upcycle.errors import UpcyclingError
 
 DESCRIPTION = """\
@@ -23,7 +23,7 @@ examples:
 """
 
 
-def add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command, its inputs, and one flag for each field of `MergingOptions`."""
     merge = commands.add_parser(
         "merge",
@@ -41,24 +41,7 @@ def add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="NAME=PATH",
         help="a model's own text for --router-init prototype: .txt, .jsonl or .parquet",
     )
-    add = partial(merge.add_argument, default=argparse.SUPPRESS)
-    add("--shared", metavar="NAME", help="what is no expert: average | base (default: average)")
-    add("--base-expert", action="store_true", help="--base gives an expert too")
-    add("--experts-per-model", type=int, metavar="C", help="copies of each FFN (default: 1)")
-    add("--experts-per-token", type=int, metavar="K", help="top-k (default: 2)")
-    add(
-        "--router-init",
-        metavar="NAME[,OPTION=VALUE]",
-        help="normal,std=0.02 | zeros | prototype,logit_std=1.0,whiten=true (default: normal)",
-    )
-    add("--calibration-tokens", type=int, metavar="T", help="of each model's texts (default: 4096)")
-    add("--target", metavar="FAMILY", help="MoE family (default: auto, by the models)")
-    add("--moe-layers", metavar="LAYERS", help="all | every_N | last_N | indices as in 0,2,5")
-    add("--normalize-topk-prob", action=argparse.BooleanOptionalAction, help="(default: true)")
-    add("--expert-init", metavar="NAME[,OPTION=VALUE...]", help="as in upcycle (default: copy)")
-    add("--dtype", metavar="NAME", help="of the result (default: the models')")
-    add("--seed", type=int, metavar="S", help="of every random draw (default: 0)")
-    add("--ignore-config-fields", metavar="FIELD[,FIELD...]", help="as in upcycle")
+    merge.add_options("fusion_upcycle.merging.options:MergingOptions")
     merge.add_argument("--verify", default="auto", help="layers | logits | none | auto")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     merge.add_argument("--max-shard-size", default="5GB", help="of the files (default: 5GB)")
@@ -68,7 +51,6 @@ def add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _merge(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.merging.merging import BASE
-    from fusion_upcycle.merging.options import MergingOptions
     from fusion_upcycle.merging.run import merge_into_moe
 
     base = {} if parsed.base is None else {BASE: parsed.base}
@@ -80,7 +62,7 @@ def _merge(parsed: argparse.Namespace) -> None:
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
         progress=not parsed.quiet,
-        **given_options(parsed, MergingOptions),
+        **given_options(parsed),
     )
     print(f"{made.proof}\nOutput: {made.output}")
 

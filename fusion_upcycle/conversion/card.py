@@ -5,27 +5,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.report.card import card_text
+
 if TYPE_CHECKING:
     from fusion_upcycle.conversion.conversion import Conversion
-
-_TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ origin }}
-
-| | |
-|---|---|
-{% for label, value in rows -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-{{ caveat }}
-
-`upcycling.json` holds the duplication plan, all options and the proof.
-"""
 
 #: Options that the card says elsewhere, or not.
 _SAID = (
@@ -60,19 +43,11 @@ class CardWords:
 
 def model_card(conversion: "Conversion", record: Mapping[str, Any]) -> str:
     """A Hugging Face model card from the contents of `upcycling.json`."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     words = conversion.in_words(record)
     counts, options = record["parameters"], record["options"]
     # Only a Hub id is a valid base_model; a local path means nothing to others.
     sources = record.get("sources", {"": record["source"]}).values()
     on_hub = [source["name"] for source in sources if source["from_hub"]]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation" if record["class"].endswith("ForCausalLM") else None,
-        tags=["moe", record["method"].lower().replace(" ", "-"), "fusion_upcycle"],
-        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
-    )
     rows = [
         ("class", record["class"]),
         ("parameters, total", f"{counts['total']:,}"),
@@ -84,16 +59,26 @@ def model_card(conversion: "Conversion", record: Mapping[str, Any]) -> str:
         ("seed", options["seed"]),
         (words.proof, record["proof_in_words"]),
     ]
-    unproven = "The conversion was **not verified** (`verify=none`)."
-    card = ModelCard.from_template(
-        data,
-        template_str=_TEMPLATE,
-        name=record["name"],
-        origin=words.origin,
-        rows=rows,
-        caveat=unproven if record["proof"]["mode"] == "none" else words.caveat,
+    caveat = words.caveat
+    if record["proof"]["mode"] == "none":
+        caveat = "The conversion was **not verified** (`verify=none`)."
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    return card_text(
+        f"""# {record["name"]}
+
+{words.origin}
+
+| | |
+|---|---|
+{table}
+
+{caveat}
+
+`upcycling.json` holds the duplication plan, all options and the proof.""",
+        pipeline_tag="text-generation" if record["class"].endswith("ForCausalLM") else None,
+        tags=["moe", record["method"].lower().replace(" ", "-"), "fusion_upcycle"],
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
     )
-    return str(card.content) + "\n"
 
 
 def public_name(source: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.demo.recipe import BASE, MODELS, Recipe
 from fusion_upcycle.demo.texts import DOMAINS, domain_text, text_identity
+from fusion_upcycle.report.card import card_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,11 +146,7 @@ def _model_card(name: str, bits_per_byte: dict[str, float]) -> str:
         + " |"
         for domain, bits in bits_per_byte.items()
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# fusion_upcycle demo model: {name}
+    body = f"""# fusion_upcycle demo model: {name}
 
 A byte-level Llama for demonstrations and tests, trained on this machine by `fusion_upcycle.demo`
 on {training}, from text that every Python installation carries. `demo.json` has the recipe.
@@ -158,5 +155,5 @@ Bits per byte on held-out text:
 
 | domain | this model | unigram | gzip | lzma |
 |---|---|---|---|---|
-{rows}
-"""
+{rows}"""
+    return card_text(body, pipeline_tag="text-generation")

@@ -14,12 +14,12 @@ from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.moments import check_state
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
 from fusion_upcycle.expansion.preparation import Inputs, Source, prepare
-from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.scoring import scores_for
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fusion_upcycle.expansion.expansion import Expansion
-from fusion_upcycle.expansion.options import ExpansionOptions
-from fusion_upcycle.expansion.router.calibrate import (
+from fusion_upcycle.expansion.calibration import (
     CalibrationText,
     calibrate_router,
     check_before_scores,
     check_calibrated,
     read_calibration,
 )
+from fusion_upcycle.expansion.expansion import Expansion
+from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expansion.scoring import load_scores
 from fusion_upcycle.importance.run import write_importance
 from fusion_upcycle.importance.scores import Importance

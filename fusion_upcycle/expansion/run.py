@@ -15,6 +15,7 @@ from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
 from fusion_upcycle.errors import ProofError
+from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.moments import (
     check_new_moments,
@@ -24,7 +25,6 @@ from fusion_upcycle.expansion.moments import (
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
 from fusion_upcycle.expansion.preparation import Inputs, Source, prepare
-from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.scoring import scores_for
 from fusion_upcycle.experts import DuplicationPlan
 from fusion_upcycle.importance.run import score_folder

@@ -5,11 +5,11 @@
 result can be planned and counted without weights. To add one: the two files and an entry here.
 """
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.errors import unknown
+from fusion_upcycle.options import config_tree, names
 
 if TYPE_CHECKING:
     from fusion_upcycle.upcycling.options import UpcyclingOptions
@@ -65,11 +65,10 @@ def recipe_options(name: str) -> dict[str, Any]:
     from fusion_upcycle.upcycling.options import UpcyclingOptions
 
     find_recipe(name)
-    with initialize_config_dir(str(_config_tree()), version_base=None):
+    with initialize_config_dir(str(config_tree()), version_base=None):
         method = compose(overrides=[f"+method=recipes/{name}"]).method
-    planning = [field.name for field in fields(UpcyclingOptions)]
     # Initialisers are nodes with `_target_`: functions, once instantiated.
-    return instantiate(OmegaConf.masked_copy(method, planning), _convert_="all")
+    return instantiate(OmegaConf.masked_copy(method, names(UpcyclingOptions)), _convert_="all")
 
 
 def plan_recipe(name: str, options: "UpcyclingOptions") -> "Upcycling":
@@ -78,12 +77,5 @@ def plan_recipe(name: str, options: "UpcyclingOptions") -> "Upcycling":
     from fusion_upcycle.checkpoint.source import read_config
     from fusion_upcycle.upcycling.plan import plan_upcycling
 
-    config = read_config(_config_tree() / "method" / "recipes" / "dense" / find_recipe(name).dense)
+    config = read_config(config_tree() / "method" / "recipes" / "dense" / find_recipe(name).dense)
     return plan_upcycling(WeightlessSource(config), config, options)
-
-
-def _config_tree() -> Path:
-    """Our config tree: in a wheel inside the package, in a checkout beside it."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "config"
-    return inside if inside.is_dir() else package.parent / "config"

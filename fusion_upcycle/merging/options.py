@@ -1,53 +1,55 @@
-"""The options of MoE merging: one home for names, defaults and checks."""
+"""The options of MoE merging: one home for names, defaults, meanings and checks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fusion_upcycle.checks import InitSpec, bare_function, describe, make_initialiser
+from fusion_upcycle.checks import InitSpec, Registry, bare_function, describe, make_initialiser
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.merging.prototypes import Moments, prototype
-from fusion_upcycle.router_init import ROUTER_INITS
+from fusion_upcycle.options import choice, config_group, make, same_as
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 
+if TYPE_CHECKING:
+    import torch
+
 SHARED = ("average", "base")
-_ROUTERS = ROUTER_INITS | {"prototype": prototype}
+#: Options that a conversion does not know.
+_OWN = ("shared", "base_expert", "experts_per_model", "calibration_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergingOptions:
     """What decides the result of a merge, beside the models and their calibration texts.
 
+    Initialisers are given as in `UpcyclingOptions`.
+
     Attributes:
         shared: where all that is not an FFN of an MoE layer comes from: `average` over the models
             that give experts, or `base`.
-        base_expert: whether the base model gives experts too, and so counts in the average.
+        base_expert: the base model gives experts too, and so counts in the average.
         experts_per_model: copies of each model's FFN, 1 or more. More than one is for training;
             with `router_init=prototype` the copies share a row.
-        experts_per_token: top-k.
-        router_init: `normal`, `zeros`, or `prototype`, with options as in
-            `{"name": "prototype", "logit_std": 2.0}`.
+        router_init: initialiser of the router's rows. `prototype` looks at each model's own texts,
+            and works at once; the others are there to be trained.
         calibration_tokens: of each model's own texts that `prototype` looks at, 256 or more.
-        target, moe_layers, normalize_topk_prob, expert_init, dtype, seed, ignore_config_fields: as
-            in `UpcyclingOptions`.
+        experts_per_token, target, moe_layers, normalize_topk_prob, expert_init, dtype, seed,
+        ignore_config_fields: as in `UpcyclingOptions`.
     """
 
-    shared: str = "average"
+    shared: str = choice("average", SHARED)
     base_expert: bool = False
     experts_per_model: int = 1
-    experts_per_token: int = 2
-    router_init: InitSpec = "normal"
+    experts_per_token: int = same_as(UpcyclingOptions, "experts_per_token")
+    router_init: InitSpec = choice("normal", config_group("router_init"))
     calibration_tokens: int = 4096
-    target: str = "auto"
-    moe_layers: str | Sequence[int] = "all"
-    normalize_topk_prob: bool = True
-    expert_init: InitSpec = "copy"
-    dtype: str | torch.dtype | None = None
-    seed: int = 0
-    ignore_config_fields: Sequence[str] = ()
+    target: str = same_as(UpcyclingOptions, "target")
+    moe_layers: str | Sequence[int] = same_as(UpcyclingOptions, "moe_layers")
+    normalize_topk_prob: bool = same_as(UpcyclingOptions, "normalize_topk_prob")
+    expert_init: InitSpec = same_as(UpcyclingOptions, "expert_init")
+    dtype: "str | torch.dtype | None" = same_as(UpcyclingOptions, "dtype")
+    seed: int = same_as(UpcyclingOptions, "seed")
+    ignore_config_fields: Sequence[str] = same_as(UpcyclingOptions, "ignore_config_fields")
 
     def __post_init__(self) -> None:
         if self.shared not in SHARED:
@@ -59,20 +61,25 @@ class MergingOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UpcyclingError(f"{name}={value!r} must be a whole number, {least} or more.")
         set_field = partial(object.__setattr__, self)
-        set_field("router_init", make_initialiser(self.router_init, _ROUTERS, "router_init"))
+        set_field("router_init", make_initialiser(self.router_init, _routers(), "router_init"))
         if self.prototype_router:  # bad options fail here, not after calibration
+            import torch
+
+            from fusion_upcycle.merging.prototypes import Moments
+
             toy = Moments(torch.eye(2, dtype=torch.float64), torch.eye(2))
             self.router_init(toy)  # type: ignore[operator]
 
     @property
     def prototype_router(self) -> bool:
         """Whether the router comes from calibration texts."""
+        from fusion_upcycle.merging.prototypes import prototype
+
         return bare_function(self.router_init) is prototype  # type: ignore[arg-type]
 
     def for_models(self, count: int) -> UpcyclingOptions:
         """The options of the conversion that merges `count` models that give experts."""
-        own = ("shared", "base_expert", "experts_per_model", "calibration_tokens")
-        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
         if self.prototype_router:  # its rows are not drawn one by one
             del same["router_init"]
         # A shared expert beside experts of different models would be no model's own.
@@ -83,18 +90,20 @@ class MergingOptions:
     def to_json(self, count: int) -> dict[str, Any]:
         """Everything needed to repeat the merge of `count` models, as plain data."""
         assert callable(self.router_init)
-        own = ("shared", "base_expert", "experts_per_model", "calibration_tokens")
         return (
             self.for_models(count).to_json()
-            | {name: getattr(self, name) for name in own}
-            | {"router_init": describe(self.router_init, _ROUTERS)}
+            | {name: getattr(self, name) for name in _OWN}
+            | {"router_init": describe(self.router_init, _routers())}
         )
 
 
 def make_merging_options(**options: Any) -> MergingOptions:
     """`MergingOptions`, with an unknown name answered by the nearest known one."""
-    names = [field.name for field in fields(MergingOptions)]
-    for name in options:
-        if name not in names:
-            raise unknown("option", name, names)
-    return MergingOptions(**options)
+    return make(MergingOptions, options)
+
+
+def _routers() -> Registry[Callable[..., Any]]:
+    from fusion_upcycle.merging.prototypes import prototype
+    from fusion_upcycle.router_init import ROUTER_INITS
+
+    return ROUTER_INITS.plus(prototype=prototype)

@@ -14,16 +14,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
 from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
     FUSION_BENCH_KEYS,
     named_texts,
-    plain,
     pooled_folder,
     require_pretrained,
 )
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
-from fusion_upcycle.training.options import OPTION_NAMES, make_training_options
+from fusion_upcycle.training.options import TrainingOptions, make_training_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @auto_register_config
+@takes_options(TrainingOptions)
 class ContinuedPretrainingAlgorithm(BaseAlgorithm):
     """Next-token training of the pool's causal LM, dense or MoE; returns it, and saves its folder.
 
@@ -49,7 +50,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         resume: False starts over where `work_folder` has checkpoints.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         progress: show a progress bar.
-        kwargs: the attributes of `fusion_upcycle.training.options.TrainingOptions`.
+        options: those of `fusion_upcycle.training.options.TrainingOptions`.
 
     Raises:
         UpcyclingError: an option that cannot be used; `run` raises it for model and data.
@@ -75,17 +76,13 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         resume: bool = True,
         overwrite: bool = False,
         progress: bool = True,
-        **kwargs: Any,
+        **options: Any,
     ):
-        own = {key: kwargs.pop(key) for key in FUSION_BENCH_KEYS if key in kwargs}
-        for name in kwargs:
-            if name not in OPTION_NAMES:
-                known = [*self._config_mapping.values(), *OPTION_NAMES]
-                raise unknown("option of the method:", name, known)
-        super().__init__(**own)
+        keys, given = sort_arguments(self, options)
+        super().__init__(**keys)
         if not data:
             raise UpcyclingError("method.data is not set: give {name: file}, or demo.")
-        self._options = make_training_options(**{name: plain(v) for name, v in kwargs.items()})
+        self._options = make_training_options(**given)
         self._data = named_texts(data, "train", "method.data") or {}
         self._validation = named_texts(validation, "validation", "method.validation")
         self._output, self._state, self._work = (

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from fusion_bench import BaseAlgorithm, BaseModelPool
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.checkpoint.source import locate, read_config
@@ -19,9 +17,7 @@ from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.method.pool import (
-    FUSION_BENCH_KEYS,
     PooledFolder,
-    plain,
     pooled_folder,
     require_own_tokenizer,
     require_pretrained,
@@ -53,11 +49,9 @@ class ConversionAlgorithm(BaseAlgorithm):
     return_model: bool
     _writing: OutputOptions
 
-    def __init__(self, **kwargs: Any):
-        for name in kwargs:
-            if name not in FUSION_BENCH_KEYS:
-                raise unknown("option of the method:", name, self._config_mapping.values())
-        super().__init__(**kwargs)
+    def _check_target(self, target: str) -> None:
+        if target not in self._targets:
+            raise unknown(f"target of {type(self).__name__}:", str(target), self._targets)
 
     def _output_options(self, overwrite: bool, max_shard_size: int | str) -> OutputOptions:
         if not self.return_model and self.save_checkpoint is None:
@@ -208,10 +202,3 @@ def _save_companions(made: InMemory, pool: BaseModelPool | None, folder: Path) -
     if pool is not None and getattr(pool, "tokenizer", None) is not None:
         pool.load_tokenizer().save_pretrained(folder)
     return sorted(str(path.relative_to(folder)) for path in set(folder.iterdir()) - before)
-
-
-def initialiser(spec: Any) -> Any:
-    """A Hydra node with `_target_` becomes a function; names and functions stay."""
-    if isinstance(spec, DictConfig | dict) and "_target_" in spec:
-        return instantiate(spec, _partial_=True)
-    return plain(spec)

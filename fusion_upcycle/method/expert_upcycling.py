@@ -11,14 +11,15 @@ from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
-from fusion_upcycle.expansion.options import make_expansion_options
+from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
-from fusion_upcycle.expansion.router.calibrate import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.importance.run import write_importance
-from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
+from fusion_upcycle.method.arguments import sort_arguments, takes_options
+from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import (
     PooledFolder,
     named_texts,
@@ -33,39 +34,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_IMPORTANCE = {"scores": None, "metric": "grad_squared"}
+_IMPORTANCE = {"scores": None, "metric": ExpansionOptions.metric}
 _CALIBRATION = {"data": None, "tokens": CALIBRATION_TOKENS, "context_length": None}
 
 
 @auto_register_config
+@takes_options(ExpansionOptions, without=["metric"])
 class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
     """Growing of a trained MoE from E to M experts by duplicating experts, top-k fixed.
 
     Args:
-        num_experts: M, experts per layer of the result; None goes by `multiplier`.
+        num_experts: as the others, see `options`.
         save_checkpoint: folder to write; None keeps the result in memory only.
-        multiplier: m, M = m * E; None is 2.
-        selection: whom to duplicate: `uniform`, `greedy`, `random`; this and the next are explained
-            in `fusion_upcycle.ExpansionOptions`.
-        max_copies: of the selection.
         importance: `scores`, the `importance.json` that was measured earlier, or None; `metric`,
-            the score that the selection goes by.
+            see `options`.
         calibration: `data`, name -> documents (see `fusion_upcycle.texts.documents`) or `demo`;
             `tokens` of it; `context_length`. Router rows are made of it, and experts are scored
             on it where scores are needed and not given.
-        expert_init: of the copies: `copy`, `noise`, `drop`, `permute`, `svd`, or a config node
-            with `_target_`.
-        router_extension: `copy`, `noise`, `bias`, `split`, `fit`, likewise.
-        experts_per_token: top-k; None keeps the source's.
         optimizer_state: folder of the same model with AdamW's moments, which are expanded into
             `save_checkpoint`.
         new_moments: what new experts begin with there: `copy`, `reset`, `scale`.
         tokenizer: folder or Hub id, where the pool has none.
-        seed: of every random draw.
         verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.expand`.
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        options: those of `fusion_upcycle.ExpansionOptions`; initialisers may also be config nodes
+            with `_target_`.
 
     Raises:
         UpcyclingError: an option that cannot be used; `run` raises it for the model.
@@ -81,37 +76,23 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         num_experts: int | None = None,
         save_checkpoint: str | None = None,
         *,
-        multiplier: int | None = None,
-        selection: str = "uniform",
-        max_copies: int = 3,
         importance: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
-        expert_init: Any = "copy",
-        router_extension: Any = "noise",
-        experts_per_token: int | None = None,
         optimizer_state: str | None = None,
         new_moments: str = "copy",
         tokenizer: str | None = None,
-        seed: int = 0,
         verify: str = "auto",
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
-        **kwargs: Any,
+        **options: Any,
     ):
-        super().__init__(**kwargs)
+        keys, given = sort_arguments(self, options)
+        super().__init__(**keys)
         by = _node("importance", importance, _IMPORTANCE)
         text = _node("calibration", calibration, _CALIBRATION)
         self._options = make_expansion_options(
-            num_experts=num_experts,
-            multiplier=multiplier,
-            selection=selection,
-            metric=by["metric"],
-            max_copies=max_copies,
-            expert_init=initialiser(expert_init),
-            router_extension=initialiser(router_extension),
-            experts_per_token=experts_per_token,
-            seed=seed,
+            num_experts=num_experts, metric=by["metric"], **given
         )
         self._inputs = {
             "scores": by["scores"],

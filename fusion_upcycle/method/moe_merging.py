@@ -10,11 +10,12 @@ from fusion_bench.mixins import auto_register_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.merging import BASE
-from fusion_upcycle.merging.options import make_merging_options
+from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.run import check_same_tokenizer, merge_into_moe, plan_models
-from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory, initialiser
+from fusion_upcycle.method.arguments import sort_arguments, takes_options
+from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder, plain
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification.proof import resolve_mode
@@ -24,31 +25,24 @@ if TYPE_CHECKING:
 
 
 @auto_register_config
+@takes_options(MergingOptions)
 class MoEMergingAlgorithm(ConversionAlgorithm):
     """Merging of a pool's models, causal LMs or backbones, into one Mixture-of-Experts model.
 
     Each model gives its FFNs as experts; all else is the models' mean, or that of `_pretrained_`.
 
     Args:
-        experts_per_token: top-k.
+        experts_per_token: as the others, see `options`.
         save_checkpoint: folder to write; None keeps the result in memory only.
-        shared: `average` or `base`.
-        base_expert: whether `_pretrained_` gives experts too.
-        experts_per_model: copies of each model's FFN.
         calibration: for `router_init=prototype`, model -> its texts, see
             `fusion_upcycle.texts.documents`.
-        calibration_tokens: of each model's texts that are looked at.
-        router_init: `normal`, `zeros`, `prototype`, or a config node with `_target_`.
-        target: MoE family, or `auto` to go by the source.
-        moe_layers: `all`, `every_N`, `last_N` or a list, where the family can say it.
-        expert_init: `copy`, `noise`, `drop`, `permute`, or a config node with `_target_`.
-        dtype: of the result; None is the pool's, else the models'.
-        seed: of every random draw.
         verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.merge_into_moe`.
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
-        ignore_config_fields: unknown source config fields known to be without effect.
+        options: those of `fusion_upcycle.merging.options.MergingOptions`; the base model is
+            `_pretrained_`. Initialisers may also be config nodes with `_target_`, and `dtype` is
+            that of the pool before it is the models'.
 
     Raises:
         UpcyclingError: an option that cannot be used; `run` raises it for the models.
@@ -64,41 +58,17 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         experts_per_token: int,
         save_checkpoint: str | None = None,
         *,
-        shared: str = "average",
-        base_expert: bool = False,
-        experts_per_model: int = 1,
         calibration: Mapping[str, Any] | None = None,
-        calibration_tokens: int = 4096,
-        router_init: Any = "normal",
-        target: str = AUTO,
-        moe_layers: str | Sequence[int] = "all",
-        expert_init: Any = "copy",
-        dtype: str | None = None,
-        seed: int = 0,
         verify: str = "auto",
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
-        ignore_config_fields: Sequence[str] = (),
-        **kwargs: Any,
+        **options: Any,
     ):
-        super().__init__(**kwargs)
-        if target not in self._targets:
-            raise unknown(f"target of {type(self).__name__}:", str(target), self._targets)
-        self._options = make_merging_options(
-            experts_per_token=experts_per_token,
-            shared=shared,
-            base_expert=base_expert,
-            experts_per_model=experts_per_model,
-            calibration_tokens=calibration_tokens,
-            router_init=initialiser(router_init),
-            target=target,
-            moe_layers=plain(moe_layers),
-            expert_init=initialiser(expert_init),
-            dtype=dtype,
-            seed=seed,
-            ignore_config_fields=plain(ignore_config_fields),
-        )
+        keys, given = sort_arguments(self, options)
+        super().__init__(**keys)
+        self._options = make_merging_options(experts_per_token=experts_per_token, **given)
+        self._check_target(self._options.target)
         self._calibration: dict[str, Any] = plain(calibration) or {}
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusion_upcycle.checkpoint.moments import save_moments
 from fusion_upcycle.checkpoint.writer import TRAINING_RECORD_FILE, staging_folder
+from fusion_upcycle.report.card import card_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,14 +54,7 @@ def _model_card(name: str, record: dict[str, Any]) -> str:
         f"| {source} | {facts['documents']:,} | {facts['tokens']:,} |"
         for source, facts in data.items()
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- fusion_upcycle
----
-
-# {name}
+    body = f"""# {name}
 
 A {record["class"]} ({record["dtype"]}) after {record["tokens_trained"]:,} tokens of
 continued pre-training with fusion_upcycle {record["versions"]["fusion_upcycle"]}: schedule
@@ -72,5 +66,5 @@ continued pre-training with fusion_upcycle {record["versions"]["fusion_upcycle"]
 |---|---:|---:|
 {rows}
 
-`{TRAINING_RECORD_FILE}` holds all options and what the model was before.
-"""
+`{TRAINING_RECORD_FILE}` holds all options and what the model was before."""
+    return card_text(body, pipeline_tag="text-generation", tags=["fusion_upcycle"])

@@ -1,4 +1,4 @@
-"""The options of continued pre-training: one home for names, defaults and checks."""
+"""The options of continued pre-training: one home for names, defaults, meanings and checks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -6,6 +6,7 @@ from typing import Any
 
 from fusion_upcycle.checks import require_number, require_whole
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.options import choice, make
 from fusion_upcycle.training.schedule import SCHEDULES, Schedule
 
 #: Kinds of parameters that can be frozen; see `fusion_upcycle.training.parameters`.
@@ -36,49 +37,64 @@ class TrainingOptions:
 
     Attributes:
         tokens: budget; rounded down to whole steps of `batch_size * context_length` tokens.
-        context_length: T, tokens of a window.
+        context_length: tokens of a window.
         batch_size: windows per optimizer step, on all devices together.
-        micro_batch_size: windows per forward pass of a device, the rest is accumulated; None is all
-            of the device's share. It decides memory, not the result, but for the balance loss: see
+        micro_batch_size: windows per forward pass of a device; by default all of its share. The
+            rest is accumulated. It decides memory, not the result, but for the balance loss: see
             `fusion_upcycle.training.module`.
-        attention: `causal` over the whole window, or `document`: each token sees its own document
-            only, and positions start again at each separator.
-        mixture: source of data -> weight, its share of the windows to 1/1000; None takes every
-            window of all sources once before any comes again.
+        attention: what a token sees: `causal`, the window up to it; `document`, its own document
+            only, with positions that start again at each separator.
+        mixture: source of data -> weight, its share of the windows to 1/1000; by default every
+            window of all sources is taken once before any comes again.
         seed: of the order of windows, and of dropout where the model has it.
-        schedule, warmup_share, decay_share, final_share: see `Schedule`.
+        schedule: of the learning rate and the router losses: `three_phase`, `cosine`, `wsd` or
+            `constant`. `three_phase`: 5 % of the tokens at 0.1 x rate, 5 x balance, 2 x z; 70 % at
+            1; 25 % at 0.1, 0.5, 0.5. `cosine`: linear warm-up, then half a cosine to `final_share`.
+            `wsd`: linear warm-up, constant, linear decay to `final_share`. `constant`: 1
+            throughout. The last three leave balance and z at 1.
+        warmup_share: of the budget, for `cosine` and `wsd`.
+        decay_share: of the budget, for `wsd`.
+        final_share: of the learning rate, at the end of `cosine` and `wsd`.
         learning_rate: of AdamW.
-        router_learning_rate: of the routers; None is `learning_rate`.
+        router_learning_rate: of the routers; by default `learning_rate`.
         weight_decay: of matrices; norms and biases have none.
         betas: of AdamW.
         gradient_clip: largest norm of all gradients together; 0 does not clip.
-        balance_weight: of the Switch balance loss; without effect on a dense model, like all that
-            concerns routers.
+        balance_weight: of the Switch balance loss, per layer then averaged. Without effect on a
+            dense model, like all that concerns routers.
         z_weight: of the router z-loss.
         bias_update_rate: of loss-free balancing (0.001 in its paper), for families with a selection
             bias; 0 is off.
-        freeze: groups of parameters that are not trained, of `GROUPS`. Experts only is
-            `[routers, ffn, attention, embeddings, norms, others]`.
-        precision: Lightning's: `32-true`; `bf16-mixed`, float32 weights and bfloat16 arithmetic;
-            `bf16-true`, where a small learning rate is lost in rounding.
-        activation_checkpointing: recompute each layer in the backward pass (non-reentrant).
+        freeze: groups of parameters that are not trained: `routers`, `experts`, `ffn`, `attention`,
+            `embeddings`, `norms`, `others`. Experts only is `[routers, ffn, attention, embeddings,
+            norms, others]`.
+        precision: Lightning's: `32-true`, `bf16-mixed` or `bf16-true`. `bf16-mixed` is float32
+            weights and bfloat16 arithmetic; in `bf16-true` a small learning rate is lost in
+            rounding.
+        activation_checkpointing: recompute each layer in the backward pass: less memory, more time.
         compile: torch.compile the model.
-        experts_implementation: transformers' `grouped_mm`, `batched_mm`, `eager`; None leaves it.
-        accelerator, devices, num_nodes: Lightning's.
-        strategy: `auto` (one device, or ddp), `ddp`, or `fsdp`: FSDP2, by Lightning's
+        experts_implementation: `grouped_mm`, `batched_mm` or `eager`; by default transformers'
+            choice.
+        accelerator: Lightning's: `cpu`, `cuda`, ...
+        devices: per node; start as many processes with torchrun, or let Lightning.
+        num_nodes: Lightning's.
+        strategy: `auto` (one device, else ddp), `ddp` or `fsdp`. `fsdp` is FSDP2, by Lightning's
             `ModelParallelStrategy`, which shards weights, gradients and moments.
-        log_every, checkpoint_every, validate_every: steps; the end of the run always counts.
-            0 leaves it at the end.
+        log_every: steps between entries of the log; 0 leaves it at the end of the run, which always
+            counts.
+        checkpoint_every: steps between checkpoints, of which the last two are kept; 0 leaves it at
+            the end.
+        validate_every: steps between validations; 0 leaves it at the end.
     """
 
     tokens: int
     context_length: int = 1024
     batch_size: int = 8
     micro_batch_size: int | None = None
-    attention: str = "causal"
+    attention: str = choice("causal", ATTENTIONS)
     mixture: Mapping[str, float] | None = None
     seed: int = 0
-    schedule: str = "three_phase"
+    schedule: str = choice("three_phase", SCHEDULES)
     warmup_share: float = 0.05
     decay_share: float = 0.2
     final_share: float = 0.1
@@ -90,15 +106,15 @@ class TrainingOptions:
     balance_weight: float = 0.01
     z_weight: float = 0.001
     bias_update_rate: float = 0.0
-    freeze: Sequence[str] = ()
-    precision: str = "32-true"
+    freeze: Sequence[str] = choice((), GROUPS)
+    precision: str = choice("32-true", PRECISIONS)
     activation_checkpointing: bool = False
     compile: bool = False
     experts_implementation: str | None = None
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = choice("auto", STRATEGIES)
     log_every: int = 10
     checkpoint_every: int = 500
     validate_every: int = 0
@@ -187,14 +203,6 @@ class TrainingOptions:
         }
 
 
-OPTION_NAMES = tuple(field.name for field in fields(TrainingOptions))
-
-
 def make_training_options(**options: Any) -> TrainingOptions:
     """`TrainingOptions`, with an unknown name answered by the nearest known one."""
-    for name in options:
-        if name not in OPTION_NAMES:
-            raise unknown("option", name, OPTION_NAMES)
-    if options.get("tokens") is None:
-        raise UpcyclingError("tokens, the budget of the training, is not set: give a number.")
-    return TrainingOptions(**options)
+    return make(TrainingOptions, options)

@@ -31,13 +31,8 @@ class Schedule:
     """A named curve.
 
     Attributes:
-        name: `three_phase`: 5 % of the tokens at 0.1 x rate, 5 x balance, 2 x z; 70 % at 1; 25 % at
-            0.1, 0.5, 0.5. `cosine`: linear warm-up, then half a cosine to `final_share`. `wsd`:
-            linear warm-up, constant, linear decay to `final_share`. `constant`: 1 throughout. The
-            last three leave balance and z at 1.
-        warmup_share: of the budget, for `cosine` and `wsd`.
-        decay_share: of the budget, for `wsd`.
-        final_share: of the learning rate, at the end of `cosine` and `wsd`.
+        name: `schedule` of `TrainingOptions`, which explains them all.
+        warmup_share, decay_share, final_share: likewise.
     """
 
     name: str

@@ -1,14 +1,13 @@
-"""The options of sparse upcycling: one home for names, defaults and checks."""
+"""The options of sparse upcycling: one home for names, defaults, meanings and checks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checks import (
     AUTO,
+    DTYPES,
     InitSpec,
     bare_function,
     describe,
@@ -20,66 +19,73 @@ from fusion_upcycle.checks import (
     require_whole,
 )
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.expert_init import (
-    EXPERT_INITS,
-    FUNCTION_PRESERVING,
-    SHUFFLED_SHARDS,
-    ExpertInit,
-)
-from fusion_upcycle.experts import Expert, generator_for
-from fusion_upcycle.router_init import ROUTER_INITS, RouterInit, zeros
+from fusion_upcycle.options import choice, config_group, make, registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusion_upcycle.expert_init import ExpertInit
+    from fusion_upcycle.router_init import RouterInit
 
 SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
+#: Router initialisers that do not draw row by row: of merging only.
+CALIBRATED_ROUTERS = ("prototype",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcyclingOptions:
     """What decides the result of a sparse upcycling, bit for bit.
 
+    An initialiser is a name, a mapping as in `{"name": "noise", "noise_std": 0.05}`, or a function
+    of your own (see `fusion_upcycle.expert_init`).
+
     Attributes:
-        target: MoE family, a key of `fusion_upcycle.architectures.ARCHITECTURES`; `auto` goes by
-            the source.
+        target: MoE family of the result; `auto` goes by the source.
         num_experts: experts per MoE layer, N >= 2.
-        experts_per_token: top-k, 1 <= k <= N.
-        granularity: G, the number of shards that each FFN is cut into (arXiv 2410.07524): expert e
+        experts_per_token: experts that each token uses (top-k), 1 <= k <= N.
+        granularity: G, the number of shards that each FFN is cut into (arXiv 2410.07524). Expert e
             is shard `e mod G`, and the G experts of a group share a router row, so that top-k takes
             whole groups. N and k must be multiples of G for the function to be kept.
-        expert_intermediate_size: width of an expert; None is the dense FFN's, divided by G. Another
-            width than a whole fraction needs `expert_init=qwen2`.
-        moe_layers: which layers become MoE layers: `all`, `every_N` (layers N-1, 2N-1, ...),
-            `last_N`, or a list of indices; where the family's config can say it.
-        normalize_topk_prob: whether the top-k weights are divided by their sum. False is exact with
-            a zero router only, and refused where a family always does it.
-        shared_expert: for families that have one: `copy` of the FFN, which takes half of the
-            function; `zero`, with a zero `down_proj`; `none`, of width 0. `auto` is the family's
-            choice, `none` where it has none.
-        shared_expert_intermediate_size: width; None is the dense FFN's. A wider one repeats
-            neurons, their columns of `down_proj` divided by how often they are there.
-        expert_init: `copy`, `noise`, `drop`, `permute`, `subset`, `qwen2`, with options as in
-            `{"name": "noise", "noise_std": 0.05}`, or a function of your own.
-        router_init: `normal` or `zeros`, likewise.
-        dtype: of the result; None keeps the source's (its config's `dtype`).
-        seed: of every random draw.
-        ignore_config_fields: unknown fields of the source's config.json that you know to be
-            without effect; others are refused.
+        expert_intermediate_size: width of an expert; by default the dense FFN's, divided by G.
+            Another width than a whole fraction needs `expert_init=qwen2`.
+        moe_layers: layers that become MoE layers: `all`, `every_N`, `last_N` or a list of indices.
+            `every_N` are layers N-1, 2N-1, ... The family's config must be able to say it.
+        normalize_topk_prob: divide the top-k weights by their sum. Without it only a zero router is
+            exact, and it is refused where a family always does it.
+        shared_expert: an expert that every token uses, for families that have one. `copy` of the
+            FFN, which takes half of the function; `zero`, with a zero `down_proj`; `none`, of width
+            0. `auto` is the family's choice, `none` where it has none.
+        shared_expert_intermediate_size: width of the shared expert; by default the dense FFN's. A
+            wider one repeats neurons, their columns of `down_proj` divided by how often they are
+            there.
+        expert_init: initialiser of the experts. `copy` and `permute` keep the function.
+        router_init: initialiser of the router's rows. `zeros` is a good check of a conversion, but
+            a poor start for training.
+        dtype: of the result; by default the source's.
+        seed: of every random draw; the same seed gives the same bits on every machine.
+        ignore_config_fields: unknown fields of the source's config.json that you know to be without
+            effect; others are refused.
     """
 
-    target: str = AUTO
+    target: str = choice(AUTO, registry("architectures/__init__.py", "ARCHITECTURES", AUTO))
     num_experts: int = 4
     experts_per_token: int = 2
     granularity: int = 1
     expert_intermediate_size: int | None = None
     moe_layers: str | Sequence[int] = "all"
     normalize_topk_prob: bool = True
-    shared_expert: str = AUTO
+    shared_expert: str = choice(AUTO, SHARED_EXPERTS)
     shared_expert_intermediate_size: int | None = None
-    expert_init: InitSpec = "copy"
-    router_init: InitSpec = "normal"
-    dtype: str | torch.dtype | None = None
+    expert_init: InitSpec = choice("copy", config_group("expert_init"))
+    router_init: InitSpec = choice("normal", config_group("router_init", CALIBRATED_ROUTERS))
+    dtype: "str | torch.dtype | None" = choice(None, DTYPES)
     seed: int = 0
     ignore_config_fields: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        from fusion_upcycle.expert_init import EXPERT_INITS
+        from fusion_upcycle.router_init import ROUTER_INITS
+
         for name in ("num_experts", "experts_per_token", "seed", "granularity"):
             require_whole(name, getattr(self, name))
         for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
@@ -118,32 +124,41 @@ class UpcyclingOptions:
         set_field("router_init", make_initialiser(self.router_init, ROUTER_INITS, "router_init"))
         self._rehearse()
 
-    def expert_initialiser(self, index: int) -> ExpertInit:
+    def expert_initialiser(self, index: int) -> "ExpertInit":
         """The initialiser of expert `index` of a layer."""
         assert callable(self.expert_init)
         return positioned(self.expert_init, index, self.num_experts)
 
     @property
-    def initialise_router_row(self) -> RouterInit:
+    def initialise_router_row(self) -> "RouterInit":
         assert callable(self.router_init)
         return self.router_init
 
     @property
     def preserves_function(self) -> bool:
         """Whether each new expert computes the function of what it is made from."""
+        from fusion_upcycle.expert_init import FUNCTION_PRESERVING
+
         return bare_function(self.expert_init) in FUNCTION_PRESERVING  # type: ignore[arg-type]
 
     @property
     def shuffles_shards(self) -> bool:
         """Whether experts are cut from shuffled copies of the FFN."""
+        from fusion_upcycle.expert_init import SHUFFLED_SHARDS
+
         return bare_function(self.expert_init) in SHUFFLED_SHARDS  # type: ignore[arg-type]
 
     @property
     def zero_router(self) -> bool:
+        from fusion_upcycle.router_init import zeros
+
         return bare_function(self.initialise_router_row) is zeros
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to repeat the run, as plain data."""
+        from fusion_upcycle.expert_init import EXPERT_INITS
+        from fusion_upcycle.router_init import ROUTER_INITS
+
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         assert callable(self.expert_init)
         return plain | {
@@ -158,6 +173,10 @@ class UpcyclingOptions:
 
     def _rehearse(self) -> None:
         """Run both initialisers once on toy tensors: bad options fail here, not hours later."""
+        import torch
+
+        from fusion_upcycle.experts import generator_for
+
         check_expert_init(self.expert_initialiser(0))
         row = self.initialise_router_row(3, generator_for(0, 0, 0, "rehearsal"))
         if not isinstance(row, torch.Tensor) or row.shape != (3,):
@@ -166,12 +185,16 @@ class UpcyclingOptions:
             )
 
 
-def check_expert_init(initialiser: ExpertInit) -> None:
+def check_expert_init(initialiser: "ExpertInit") -> None:
     """Run an expert initialiser once on a toy expert.
 
     Raises:
         UpcyclingError: bad options, or a function that is no initialiser.
     """
+    import torch
+
+    from fusion_upcycle.experts import Expert, generator_for
+
     toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
     expert = initialiser(toy, generator_for(0, 0, 0, "rehearsal"))
     if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
@@ -189,8 +212,4 @@ def check_expert_init(initialiser: ExpertInit) -> None:
 
 def make_options(**options: Any) -> UpcyclingOptions:
     """`UpcyclingOptions`, with an unknown name answered by the nearest known one."""
-    names = [field.name for field in fields(UpcyclingOptions)]
-    for name in options:
-        if name not in names:
-            raise unknown("option", name, names)
-    return UpcyclingOptions(**options)
+    return make(UpcyclingOptions, options)

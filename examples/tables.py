@@ -1,0 +1,126 @@
+"""Write the tables of README and docs from the committed run records and the options themselves.
+
+Command:  python examples/tables.py     (after a record was made again, or an option changed)
+Expected: a page changes only where a record, the script that made it, or an option did;
+          tests/test_readme.py holds that every table is what this writes.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is one of TABLES.
+"""
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from fusion_upcycle.options import markdown_table
+from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
+
+EXAMPLES = Path(__file__).resolve().parent
+ROOT = EXAMPLES.parent
+RESULTS = EXAMPLES / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        if (new := with_tables(old)) != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"changed: {page.relative_to(ROOT)}")
+
+
+def with_tables(text: str) -> str:
+    """The text of a page with each of its tables made anew."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}\n<!-- end -->", text)
+
+
+def script(path: str) -> ModuleType:
+    """A script below examples/, which may import its neighbours."""
+    file = EXAMPLES / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
+
+
+def demo() -> str:
+    folder_name = script("demo.py").folder_name
+    names = ("dense", "upcycled", "dense, trained on", "upcycled, trained on")
+    records = {name: read_run_record(RESULTS / "demo" / folder_name(name)) for name in names}
+    return bits_per_byte_table("", records).to_markdown()
+
+
+def of_record(path: str, folder: Path, maker: str = "table") -> str:
+    """What a script's own function makes of the record in a folder."""
+    made = getattr(script(path), maker)(read_run_record(folder))
+    return made if isinstance(made, str) else made.to_markdown()
+
+
+def benchmark(name: str) -> dict:
+    return json.loads((EXAMPLES / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def convert() -> str:
+    return script("benchmarks/convert.py").markdown(benchmark("convert"))
+
+
+def merge() -> str:
+    return script("benchmarks/merge.py").table(benchmark("merge")["merge"]).to_markdown()
+
+
+def train() -> str:
+    return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
+
+
+def growing(name: str, section: str) -> str:
+    record = read_run_record(EXAMPLES / "expert_upcycling" / "results" / name)[section]
+    tables = script(f"expert_upcycling/{name}.py").tables(record)
+    return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
+
+
+def overview(name: str) -> str:
+    return getattr(script("overview.py"), name)()
+
+
+def options(module: str, name: str) -> str:
+    """What a dataclass of options says of itself."""
+    return markdown_table(getattr(importlib.import_module(f"fusion_upcycle.{module}"), name))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "options of upcycling": partial(options, "upcycling.options", "UpcyclingOptions"),
+    "options of merging": partial(options, "merging.options", "MergingOptions"),
+    "options of expansion": partial(options, "expansion.options", "ExpansionOptions"),
+    "options of training": partial(options, "training.options", "TrainingOptions"),
+    "results": partial(overview, "results"),
+    "families": partial(overview, "families"),
+    "demo": demo,
+    "exactness": partial(of_record, "exactness.py", RESULTS),
+    "convert": convert,
+    "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
+    "readers": partial(of_record, "readers.py", RESULTS / "readers"),
+    "merging": partial(of_record, "merging.py", RESULTS / "merging"),
+    "merge": merge,
+    "train": train,
+    "study": partial(of_record, "study.py", RESULTS / "study"),
+    "importance": partial(of_record, "importance.py", RESULTS / "importance"),
+    "router": partial(growing, "router", "router"),
+    "growing": partial(growing, "study", "expert_upcycling"),
+    "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
+    "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
+}
+
+
+if __name__ == "__main__":
+    main()

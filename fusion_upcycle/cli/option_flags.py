@@ -1,0 +1,106 @@
+"""Command-line flags of a dataclass of options, each explained by the option's own text."""
+
+import argparse
+import json
+import re
+from pkgutil import resolve_name
+from typing import Any
+
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.options import default_text, explained, names
+
+_INITIALISER = "NAME[,OPTION=VALUE...]"
+#: What stands for the value in help texts; others are NAME, or N for a number.
+_METAVARS = {
+    "experts_per_token": "K",
+    "granularity": "G",
+    "expert_intermediate_size": "F",
+    "shared_expert_intermediate_size": "F",
+    "moe_layers": "LAYERS",
+    "expert_init": _INITIALISER,
+    "router_init": _INITIALISER,
+    "router_extension": _INITIALISER,
+    "ignore_config_fields": "FIELD[,FIELD...]",
+}
+
+
+class Command(argparse.ArgumentParser):
+    """A command that gets the flags of its options when it is called, so that others are quick."""
+
+    _late: str | None = None
+
+    def add_options(self, dataclass: str) -> None:
+        """Add a flag for each option of a dataclass, named as in `package.module:Class`.
+
+        A flag that is not given is absent from the result: the defaults are the dataclass's own.
+        """
+        self._late = dataclass
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        late, self._late = self._late, None
+        if late is not None:
+            options = resolve_name(late)
+            _add_flags(self.add_argument_group("what decides the result"), options)
+            self.set_defaults(options=names(options))
+        return super().parse_known_args(*args, **kwargs)
+
+
+def _add_flags(group: "argparse._ArgumentGroup", options: type) -> None:
+    for option, text in explained(options):
+        default = default_text(option)
+        if default not in (None, "null", "[]"):
+            text = f"{text.rstrip('.')} (default: {default})"
+        kinds: dict[str, Any] = {"metavar": "NAME"}
+        if option.type in (int, int | None):
+            kinds = {"type": int, "metavar": "N"}
+        elif option.type is bool:
+            kinds = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
+        if option.name in _METAVARS:
+            kinds["metavar"] = _METAVARS[option.name]
+        group.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=text.replace("`", "").replace("%", "%%"),
+            **kinds,
+        )
+
+
+def given_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command's dataclass for which a flag was given."""
+    given = vars(parsed)
+    return {
+        name: _PARSERS.get(name, _as_it_is)(given[name]) for name in parsed.options if name in given
+    }
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _initialiser(text: str) -> dict[str, Any]:
+    """`noise,noise_std=0.02` as `{"name": "noise", "noise_std": 0.02}`."""
+    name, *words = text.split(",")
+    spec: dict[str, Any] = {"name": name}
+    for word in words:
+        option, equals, value = word.partition("=")
+        try:
+            spec[option] = json.loads(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UpcyclingError(f"{word!r} is not OPTION=VALUE with a number, true or false.")
+    return spec
+
+
+def _layers(text: str) -> str | list[int]:
+    """`0,2,5` as a list; names as they are."""
+    return [int(index) for index in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
+
+
+_PARSERS = {
+    "expert_init": _initialiser,
+    "router_init": _initialiser,
+    "router_extension": _initialiser,
+    "moe_layers": _layers,
+    "ignore_config_fields": lambda text: text.split(","),
+}
