@@ -1,8 +1,8 @@
 # Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
 PYTHON ?= python3
-# One pytest worker per core is the limit; each loads torch (about 0.5 GB) and gets one thread:
-# two workers with two threads each ran four times slower on two cores.
-PYTEST_ARGS ?= -n 2
+# One pytest worker per core is the limit; each loads torch (about 0.5 GB) and gets one thread, as
+# tests/conftest.py says.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 SHELL := /bin/bash
 VENV := .venv
@@ -18,11 +18,11 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && 
 UNUSABLE := rebuild
 endif
 
-.PHONY: help venv demo study test lint docs format clean rebuild
+.PHONY: help venv demo study test test-full lint docs format clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: venv  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
@@ -34,7 +34,10 @@ test: lint docs  ## lint, documentation, types and tests: what CI runs
 	@echo "test: mypy"
 	@$(BIN)/python -m mypy
 	@echo "test: pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: venv  ## all tests, the longer forms of some included
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m ""
 
 lint: venv  ## check style, formatting and the import order
 	@echo "lint: ruff"

@@ -57,24 +57,37 @@ def registry(file: str, name: str, *more: str) -> Callable[[], list[str]]:
                 case ast.Assign([ast.Name(found)], value) | ast.AnnAssign(
                     ast.Name(found), _, value
                 ) if found == name:
+                    theirs = []
                     if isinstance(value, ast.Call):  # Registry("kind", {...}, ...)
+                        theirs = _added_by_packages(ast.literal_eval(value.args[0]))
                         value = value.args[1]
                     assert isinstance(value, ast.Dict), (file, name)
-                    return [*more, *(ast.literal_eval(key) for key in value.keys if key)]
+                    ours = [ast.literal_eval(key) for key in value.keys if key]
+                    return [*more, *ours, *theirs]
         raise AssertionError(f"{file} has no dict {name}")
 
     return read
 
 
 def config_group(group: str, without: Sequence[str] = ()) -> Callable[[], list[str]]:
-    """The files of `config/method/GROUP/`, in the syntax of flags: `drop,drop_ratio=0.5`."""
+    """The files of `config/method/GROUP/`, in the syntax of flags: `drop,drop_ratio=0.5`.
+
+    What packages add to the registry of that name comes without options.
+    """
 
     @cache
     def names() -> list[str]:
         files = sorted((config_tree() / "method" / group).glob("*.yaml"))
-        return [_as_a_flag(file) for file in files if file.stem not in without]
+        ours = [_as_a_flag(file) for file in files if file.stem not in without]
+        return ours + _added_by_packages(group)
 
     return names
+
+
+def _added_by_packages(kind: str) -> list[str]:
+    from importlib.metadata import entry_points
+
+    return [point.name for point in entry_points(group=f"fusion_upcycle.{kind}")]
 
 
 def _as_a_flag(file: Path) -> str:
@@ -142,11 +155,17 @@ def choices(option: "Field[Any]") -> list[str]:
     return list(found() if callable(found) else found)
 
 
-def explained(options: type) -> Iterator[tuple["Field[Any]", str]]:
-    """Each option with its text, and the names that it takes where the text does not say them."""
+def explained(options: type, *, everything: bool = True) -> Iterator[tuple["Field[Any]", str]]:
+    """Each option with its text, and the names that it takes where the text does not say them.
+
+    Args:
+        everything: names of registries too, to which one may be added without a look at the text.
+    """
     texts = meanings(options)
     for option in fields(options):
         text, taken = texts[option.name], choices(option)
+        if not everything and callable(option.metadata.get("choices")):
+            taken = []
         if not all(f"`{name}`" in text for name in taken):
             text = f"{text} Choices: {' | '.join(f'`{name}`' for name in taken)}."
         yield option, text
@@ -160,9 +179,9 @@ def default_text(option: "Field[Any]") -> str | None:
 
 
 def markdown_table(options: type) -> str:
-    """The table of the documentation."""
+    """The table of the documentation, without the names of registries, which have their own."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
-    for option, text in explained(options):
+    for option, text in explained(options, everything=False):
         default = default_text(option)
         cells = f"`{option.name}`", "required" if default is None else f"`{default}`", text
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

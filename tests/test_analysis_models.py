@@ -10,7 +10,6 @@ from torch import Tensor
 from fusion_upcycle.analysis import Analysis, analyze, compare
 from fusion_upcycle.analysis.collect import collect, moe_routers
 from fusion_upcycle.analysis.similarity import (
-    find_experts,
     output_cka,
     similarity_to_json,
     weight_cosines,
@@ -22,6 +21,7 @@ from fusion_upcycle.demo import domain_text
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS
+from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.upcycling.options import make_options
 from fusion_upcycle.upcycling.run import plan_model
 

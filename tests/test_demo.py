@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ended, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle.demo import (
@@ -28,6 +29,7 @@ from fusion_upcycle.demo import models as demo_models
 from fusion_upcycle.demo import moe as demo_moe_module
 from fusion_upcycle.demo.recipe import MoERecipe, Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.errors import UpcyclingError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = Recipe(
@@ -100,7 +102,7 @@ def test_the_worked_arithmetic_is_right() -> None:
 
 @pytest.mark.parametrize(("domain", "split"), [("poetry", "train"), ("prose", "dev")])
 def test_unknown_text_is_an_error_that_lists_the_known(domain: str, split: str) -> None:
-    with pytest.raises(ValueError, match=r"prose, source|train, validation"):
+    with pytest.raises(UpcyclingError, match=r"arithmetic, prose, source|test, train, validation"):
         domain_text(domain, split)
 
 
@@ -215,24 +217,23 @@ def test_the_key_of_the_moe_follows_its_recipe() -> None:
     assert demo_moe_module._digest(MoERecipe()) != demo_moe_module._digest(MoERecipe(seed=1))
 
 
-def test_two_processes_at_once_train_once(tmp_path: Path) -> None:
-    code = (
-        "from fusion_upcycle.demo import demo_model; from fusion_upcycle.demo.recipe import Recipe;"
-        f"from pathlib import Path; print('at', demo_model('base', {TINY!r}))"
-    )
-    environment = {
-        **os.environ,
-        "FUSION_UPCYCLE_CACHE": str(tmp_path),
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-    }
+def tell_where_the_base_is() -> None:
+    """In a process of its own."""
+    print("at", demo_model("base", TINY))
+
+
+def test_two_processes_at_once_train_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [tmp_path / f"log{number}" for number in range(2)]
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, text=True)
-        for _ in range(2)
+        start(tell_where_the_base_is, log=log, FUSION_UPCYCLE_CACHE=str(tmp_path / "cache"))
+        for log in logs
     ]
-    lines = [line for p in processes for line in p.communicate()[0].splitlines()]
-    assert [p.returncode for p in processes] == [0, 0]
+    assert [ended(*pair) for pair in zip(processes, logs, strict=True)] == [0, 0]
+    lines = capsys.readouterr().out.splitlines()
     assert len({line for line in lines if line.startswith("at ")}) == 1
+    assert len([line for line in lines if line.startswith("at ")]) == 2
     assert len([line for line in lines if line.startswith("demo: training")]) == 1
 
 
@@ -256,7 +257,7 @@ def test_the_key_of_the_cache_follows_the_recipe() -> None:
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_known(cache: Path) -> None:
-    with pytest.raises(ValueError, match="base, prose, source, arithmetic"):
+    with pytest.raises(UpcyclingError, match="arithmetic, base, prose, source"):
         demo_model("poetry")
 
 

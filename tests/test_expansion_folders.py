@@ -4,20 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
+from helpers import convert, grow
 from safetensors.torch import load_file, save_file
-from tiny import dense_folder, edit_config, edit_tensors, files_of, load, tensors_of
+from tiny import dense_folder, edit_config, edit_tensors, load, tensors_of
 from tiny_moe import moe_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusion_upcycle import upcycle
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
-from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.expert_init import noise
 from fusion_upcycle.experts import Expert
 from fusion_upcycle.verify import verify
@@ -29,11 +29,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def refuses(source: Path, match: str, **options: Any) -> None:
-    """`expand` says so and leaves nothing behind."""
-    before = files_of(source.parent)
-    with pytest.raises(UpcyclingError, match=match):
-        expand(source, source.parent / "out", progress=False, **options)
-    assert files_of(source.parent) == before
+    helpers.refused(grow, source, match, **options)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +93,7 @@ def test_an_moe_of_an_unknown_family_is_refused_with_the_reason(tmp_path: Path) 
 def test_a_family_that_can_only_be_expanded_is_no_target(tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", "olmo2")
     with pytest.raises(UpcyclingError, match=r"no dense model becomes a olmoe.*flex_olmo"):
-        upcycle(dense, tmp_path / "out", target="olmoe", progress=False)
+        convert(dense, tmp_path / "out", target="olmoe")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_a_tensor_that_is_left_over_is_named_with_the_remedy(source: Path) -> No
 def test_grouped_routing_is_refused_but_not_its_identity(tmp_path: Path) -> None:
     source = moe_folder(tmp_path / "moe", "deepseek_v3", n_group=2, topk_group=1)
     refuses(source, "n_group=2", num_experts=6)
-    assert expand(source, tmp_path / "out", num_experts=4, progress=False).proof.holds
+    assert grow(source, tmp_path / "out", num_experts=4, verify="auto").proof.holds
 
 
 def test_a_model_without_moe_layers_is_refused(tmp_path: Path) -> None:
@@ -167,9 +163,9 @@ def test_scores_of_other_layers_are_refused(source: Path) -> None:
 
 
 def test_an_output_is_not_written_over_its_source(source: Path, tmp_path: Path) -> None:
-    first = expand(source, tmp_path / "first", progress=False).output
+    first = grow(source, tmp_path / "first").output
     with pytest.raises(UpcyclingError, match="is the source itself"):
-        expand(first, first, overwrite=True, progress=False)
+        grow(first, first, overwrite=True)
 
 
 def test_an_initialiser_that_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -198,7 +194,7 @@ def test_options_come_back_from_their_record() -> None:
 
 def test_the_record_and_the_card_say_what_was_made(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text("{}")
-    done = expand(source, tmp_path / "out", num_experts=6, max_copies=4, progress=False)
+    done = grow(source, tmp_path / "out", num_experts=6, max_copies=4, verify="auto")
     record = json.loads((tmp_path / "out" / "upcycling.json").read_text())
     assert record == json.loads(json.dumps(done.record))
     assert record["method"] == "expert upcycling"
@@ -228,21 +224,21 @@ def test_the_record_and_the_card_say_what_was_made(source: Path, tmp_path: Path)
 
 
 def test_shard_size_and_order_change_no_bit(source: Path, tmp_path: Path) -> None:
-    options = {"num_experts": 7, "expert_init": "noise", "verify": "none", "progress": False}
-    expand(source, tmp_path / "one", **options)
-    expand(source, tmp_path / "many", max_shard_size="9KB", **options)
+    options = {"num_experts": 7, "expert_init": "noise"}
+    grow(source, tmp_path / "one", **options)
+    grow(source, tmp_path / "many", max_shard_size="9KB", **options)
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     assert one.keys() == many.keys() and all(torch.equal(one[n], many[n]) for n in one)
     options["seed"] = 1
-    expand(source, tmp_path / "other", **options)
+    grow(source, tmp_path / "other", **options)
     name = "model.layers.1.block_sparse_moe.experts.4.w1.weight"
     assert not torch.equal(tensors_of(tmp_path / "other")[name], one[name])
 
 
 def test_a_damaged_output_fails_the_second_proof(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    expand(source, output, num_experts=5, expert_init="noise", progress=False)
+    grow(source, output, num_experts=5, expert_init="noise")
     assert verify(output, progress=False).details["restricted"] is not None
     path = output / "model.safetensors"
     tensors = load_file(path)
@@ -270,7 +266,7 @@ def test_a_damaged_record_is_an_error_that_says_so(
     fields: dict[str, Any], match: str, source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    expand(source, output, num_experts=5, progress=False)
+    grow(source, output, num_experts=5)
     record = json.loads((output / "upcycling.json").read_text())
     (output / "upcycling.json").write_text(json.dumps(record | fields))
     with pytest.raises(UpcyclingError, match=match):
@@ -278,7 +274,7 @@ def test_a_damaged_record_is_an_error_that_says_so(
 
 
 def test_the_record_of_an_older_version_is_read(source: Path, tmp_path: Path) -> None:
-    made = expand(source, tmp_path / "out", num_experts=5, verify="none", progress=False)
+    made = grow(source, tmp_path / "out", num_experts=5)
     path = made.output / "upcycling.json"
     options = json.loads(path.read_text())["options"] | {"temperature": 1.0}
     path.write_text(json.dumps(made.record | {"options": options}))
@@ -293,6 +289,6 @@ def test_an_initialiser_of_ones_own_cannot_be_proven_again(source: Path, tmp_pat
     def mine(expert: Expert, generator: torch.Generator) -> Expert:
         return noise(expert, generator)
 
-    expand(source, tmp_path / "out", num_experts=5, expert_init=mine, progress=False)
+    grow(source, tmp_path / "out", num_experts=5, expert_init=mine)
     with pytest.raises(UpcyclingError, match="function of your own"):
         verify(tmp_path / "out", progress=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import grow
 from tiny import assert_same_bits, load, tensors_of, token_ids
 from tiny_moe import FAMILIES, moe_folder
 from transformers import PreTrainedModel
@@ -13,7 +14,6 @@ from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, read_moments, write_moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.live import expand_model
-from fusion_upcycle.expansion.run import expand
 from fusion_upcycle.training.moments import load_moments, place_moments
 
 
@@ -53,8 +53,8 @@ def flat(moments: Moments) -> dict[str, torch.Tensor]:
 def test_parameters_and_moments_expand_alike(family: str, tmp_path: Path) -> None:
     """What holds the weight of an expert twice holds its moments twice, in every family."""
     source = trained(tmp_path, family)
-    options: dict[str, Any] = {"num_experts": 6, "router_extension": "copy", "verify": "none"}
-    expand(source, tmp_path / "out", optimizer_state=source, progress=False, **options)
+    options: dict[str, Any] = {"num_experts": 6, "router_extension": "copy"}
+    grow(source, tmp_path / "out", optimizer_state=source, **options)
     before, after = load(source), load(tmp_path / "out")
     grown = load_moments(tmp_path / "out", after, None)  # of this model, as training checks
     assert grown.keys() == read_moments(source).keys()
@@ -75,7 +75,7 @@ def test_as_many_experts_as_there_are_is_the_identity(tmp_path: Path) -> None:
     for new in ("copy", "reset", "scale"):
         output = tmp_path / new
         options = {"num_experts": 4, "optimizer_state": source, "new_moments": new}
-        done = expand(source, output, progress=False, **options)
+        done = grow(source, output, **options)
         assert_same_bits(flat(read_moments(output)), flat(read_moments(source)))
         assert_same_bits(tensors_of(output), tensors_of(source))
         assert done.record["optimizer_state"]["new_moments"] == new
@@ -85,7 +85,7 @@ def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:
     """Train, expand parameters and state together, train on: bit for bit the same."""
     source = trained(tmp_path, "mixtral")
     options: dict[str, Any] = {"num_experts": 7, "expert_init": "noise"}
-    expand(source, tmp_path / "out", optimizer_state=source, progress=False, **options)
+    grow(source, tmp_path / "out", optimizer_state=source, **options)
     by_folder = load(tmp_path / "out")
     state = load_moments(tmp_path / "out", by_folder, None)
     place_moments(optimizer := optimizer_of(by_folder), state)
@@ -111,8 +111,7 @@ def test_new_moments_of_copies(tmp_path: Path) -> None:
 
     def expanded(new: str) -> Moments:
         output = tmp_path / new
-        options = {"num_experts": 10, "new_moments": new, "verify": "none", "progress": False}
-        made = expand(source, output, optimizer_state=source, **options)
+        made = grow(source, output, num_experts=10, optimizer_state=source, new_moments=new)
         assert made.record["plan"]["0"] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
         return read_moments(output)
 
@@ -141,7 +140,7 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     source = trained(tmp_path, "mixtral")
     with pytest.raises(UpcyclingError, match=match):
-        expand(source, tmp_path / "out", progress=False, **{"optimizer_state": source} | options)
+        grow(source, tmp_path / "out", **{"optimizer_state": source} | options)
     assert not (tmp_path / "out").exists()
 
 
@@ -149,5 +148,5 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
     source = trained(tmp_path, "mixtral")
     other = trained(tmp_path / "other", "qwen3_moe")
     with pytest.raises(UpcyclingError, match=r"The moments are of another model"):
-        expand(source, tmp_path / "out", optimizer_state=other, progress=False)
+        grow(source, tmp_path / "out", optimizer_state=other)
     assert (other / MOMENTS_FILE).is_file() and not (tmp_path / "out").exists()

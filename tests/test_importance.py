@@ -1,15 +1,12 @@
 """Importance scores against plain autograd with the whole gradient kept, and their file."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import two_ranks
 from tiny_moe import moe_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -227,41 +224,26 @@ def test_what_cannot_be_measured(tokenizer_file: Path) -> None:
         measured(model, tokenizer_file)
 
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-import torch
-from test_importance import measured, model_of
-from torch.distributed.fsdp import fully_shard
+def measure_sharded(tokenizer_file: Path, folder: Path) -> None:
+    """As one of two processes."""
+    from torch.distributed.fsdp import fully_shard
 
-torch.distributed.init_process_group("gloo")
-torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-model = model_of()
-for layer in model.model.layers:
-    fully_shard(layer)
-fully_shard(model)
-found = measured(model, Path(sys.argv[1]))
-if torch.distributed.get_rank() == 0:
-    found.save(Path(sys.argv[2]))
-torch.distributed.destroy_process_group()
-"""
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    model = model_of()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    found = measured(model, tokenizer_file)
+    if torch.distributed.get_rank() == 0:
+        found.save(folder)
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_of_a_sharded_model_give_the_scores_of_one(
     tokenizer_file: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-            "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent),
-        }  # fmt: skip
-        command = [sys.executable, "-c", PROGRAM, str(tokenizer_file), str(tmp_path)]
-        processes.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    two_ranks(measure_sharded, tokenizer_file, tmp_path, folder=tmp_path)
     sharded, whole = Importance.load(tmp_path), measured(model_of(), tokenizer_file)
     assert sharded.model == whole.model
     for metric, layers in whole.metrics.items():

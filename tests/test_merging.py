@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fusion_bench.modelpool import CausalLMPool
+from helpers import merge
 from omegaconf import OmegaConf
 from test_families import MATRIX
 from test_method import run
@@ -30,7 +31,6 @@ from fusion_upcycle import (
     MixtralForCausalLMMergingAlgorithm,
     MixtralMoEMergingAlgorithm,
     MoEMergingAlgorithm,
-    merge_into_moe,
 )
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
@@ -59,10 +59,6 @@ def folders(tmp_path: Path, *names: str, family: str = "llama", **fields: Any) -
         name: dense_folder(tmp_path / name, family, seed=seed, **fields)
         for seed, name in enumerate(names)
     }
-
-
-def merge(models: Any, output: Path, **options: Any) -> Any:
-    return merge_into_moe(models, output, progress=False, **options)
 
 
 def mean_model(models: list[PreTrainedModel], shared: list[PreTrainedModel]) -> PreTrainedModel:
@@ -130,7 +126,7 @@ def test_every_family_merges_and_each_models_experts_are_its_ffns(
     family: str, fields: dict[str, Any], target: str, tmp_path: Path
 ) -> None:
     models = folders(tmp_path, "one", "two", family=family, **fields)
-    made = merge(models, tmp_path / "moe", target=target, expert_init="permute")
+    made = merge(models, tmp_path / "moe", target=target, expert_init="permute", verify="auto")
     found = made.proof.details
     assert found["experts"].keys() == found["sources"].keys() == {"one", "two"}
     assert made.proof.holds is None and made.proof.claim == "approximate"
@@ -160,7 +156,8 @@ def test_layers_that_stay_dense_are_averaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"expert_init": "noise"}, {"normalize_topk_prob": False}])
 def test_what_is_not_exact_is_proven_but_for_that(options: dict[str, Any], tmp_path: Path) -> None:
     models = folders(tmp_path, "one", "two", family="qwen2")
-    experts = merge(models, tmp_path / "moe", **options).proof.details["experts"]
+    made = merge(models, tmp_path / "moe", verify="auto", **options)
+    experts = made.proof.details["experts"]
     assert all(found["max_abs"] <= 1e-4 * found["scale"] for found in experts.values())
 
 
@@ -221,7 +218,7 @@ def test_means_are_computed_in_pieces_and_rounded_once() -> None:
 
 def test_the_record_and_the_card_name_all_models_and_verify_says_why_not(tmp_path: Path) -> None:
     models = folders(tmp_path, BASE, "one", "two")
-    made = merge(models, tmp_path / "moe", shared="base")
+    made = merge(models, tmp_path / "moe", shared="base", verify="auto")
     record = json.loads((tmp_path / "moe" / "upcycling.json").read_text())
     assert record == json.loads(json.dumps(made.record))
     assert record["method"] == "MoE merging"
@@ -460,7 +457,7 @@ def test_moments_do_not_depend_on_the_batches() -> None:
     [
         ({"one": TEXTS["one"]}, r"none for two .*calibration\.two"),
         (TEXTS | {"three": ["x"]}, r"names \['three'\]"),
-        (TEXTS | {"two": ["short"]}, "texts of two have fewer than 64 tokens"),
+        (TEXTS | {"two": ["short"]}, "text two does not fill one sequence of 64 tokens"),
     ],
     ids=["missing", "unknown", "short"],
 )
@@ -475,6 +472,18 @@ def test_calibration_texts_that_do_not_fit_are_refused_by_name(
         merge(speakers, tmp_path / "moe", calibration=files, router_init="prototype")
 
 
+def test_texts_with_ids_that_the_models_have_not_are_refused(tmp_path: Path) -> None:
+    models = folders(tmp_path, "one", "two", vocab_size=250)  # enough for the proof's text
+    for folder in models.values():
+        byte_tokenizer(64).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("🙂" * 300)
+    texts = dict.fromkeys(models, str(tmp_path / "text.txt"))
+    with pytest.raises(
+        UpcyclingError, match=r"tokenizer\.json gives token id 253, but.* 250 embed"
+    ):
+        merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
+
+
 def test_texts_that_nothing_reads_are_refused(speakers: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UpcyclingError, match="router_init is not prototype"):
         merge(speakers, tmp_path / "moe", calibration=calibration(speakers))
@@ -487,13 +496,20 @@ def test_the_same_text_for_all_is_refused(speakers: dict[str, Path], tmp_path: P
         merge(one, tmp_path / "moe", calibration=same, router_init="prototype")
 
 
+def test_a_short_text_gives_all_its_windows(speakers: dict[str, Path], tmp_path: Path) -> None:
+    (speakers["one"] / "text.txt").write_text(TEXTS["one"][0][:300])
+    options = {"calibration": calibration(speakers), "router_init": "prototype"}
+    made = merge(speakers, tmp_path / "moe", **options)
+    assert made.record["calibration"]["one"]["windows"] == [4, 64]
+
+
 def test_a_prototype_router_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x" * 2000)
     models = folders(tmp_path, "one", "two")
-    texts = dict.fromkeys(models, str(text))
-    with pytest.raises(UpcyclingError, match=r"needs the models' tokenizer\.json"):
-        merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
+    options = {"calibration": dict.fromkeys(models, str(text)), "router_init": "prototype"}
+    with pytest.raises(UpcyclingError, match=r"none at .*one/tokenizer\.json: put it there"):
+        merge(models, tmp_path / "moe", **options)
 
 
 # --- the command line and FusionBench -----------------------------------------------------------

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "upcycle.ipynb"
@@ -22,8 +23,25 @@ def table_of(cells: list[Any]) -> dict[str, str]:
     return dict(rows)
 
 
-def test_the_notebook_runs_and_upcycled_equals_dense(tmp_path: Path) -> None:
+#: Runs before the notebook, as its first cell: demo models that take a second.
+TINY = """
+from fusion_upcycle.demo import demo_model
+from fusion_upcycle.demo.recipe import Recipe
+demo_model.__defaults__ = (Recipe(16, 32, 1, 2, 1, batch_size=2, base_steps=12, finetune_steps=6),)
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(TINY, id="tiny"), pytest.param("", id="as shipped", marks=pytest.mark.full)],
+)
+def test_the_notebook_runs_and_upcycled_equals_dense(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    if first:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+        monkeypatch.setenv("FUSION_UPCYCLE_CACHE", str(tmp_path / "cache"))
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}})
     client.execute()
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]

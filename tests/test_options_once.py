@@ -62,6 +62,7 @@ class Cake:
     Attributes:
         eggs: how many, 1 or more. Of hens,
             not of ducks.
+        flour: of `rye`, say.
         icing: of the cake; by default none.
 
     Raises:
@@ -69,6 +70,7 @@ class Cake:
     """
 
     eggs: int
+    flour: str = choice("rye", lambda: ["rye", "oat"])
     icing: str | None = choice(None, ("lemon", "mint"))
 
 
@@ -88,10 +90,12 @@ class Tart:
 def test_the_text_of_an_option_is_its_entry_in_the_docstring() -> None:
     assert meanings(Cake) == {
         "eggs": "how many, 1 or more. Of hens, not of ducks.",
+        "flour": "of `rye`, say.",
         "icing": "of the cake; by default none.",
     }
     assert summaries(Cake) == {
         "eggs": "how many, 1 or more",
+        "flour": "of `rye`, say",
         "icing": "of the cake; by default none",
     }
 
@@ -101,13 +105,16 @@ def test_an_option_of_another_dataclass_has_its_default_choices_and_text() -> No
     assert choices(fields(Tart)[1]) == ["lemon", "mint"]
 
 
-def test_the_table_says_all_choices_once() -> None:
+def test_choices_are_said_once_and_those_of_a_registry_not_in_tables() -> None:
     assert markdown_table(Cake) == (
         "| option | default | meaning |\n"
         "| --- | --- | --- |\n"
         "| `eggs` | required | how many, 1 or more. Of hens, not of ducks. |\n"
+        "| `flour` | `rye` | of `rye`, say. |\n"
         r"| `icing` | `null` | of the cake; by default none. Choices: `lemon` \| `mint`. |"
     )
+    said = {field.name: text for field, text in explained(Cake)}
+    assert said["flour"] == "of `rye`, say. Choices: `rye` | `oat`."
     assert next(text for _, text in explained(Tart)) == "`thin` or `thick`."
 
 

@@ -94,12 +94,33 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     assert tops == {"fusion_upcycle", "hydra_plugins"}
 
 
+COMPOSED = """
+from fusion_bench.utils.hydra_utils import initialize_hydra_config
+cfg = initialize_hydra_config("fabric_model_fusion", ["method=mixtral_moe_upscaling"])
+print(cfg.method._target_)
+import fusion_upcycle
+print(fusion_upcycle.__file__)
+"""
+
+
+def test_the_wheels_configs_are_found_where_no_checkout_is(
+    clean_python: Path, tmp_path: Path
+) -> None:
+    target, package = run(clean_python, "-c", COMPOSED, cwd=tmp_path).stdout.split()
+    assert target == "fusion_upcycle.method.MixtralForCausalLMUpscalingAlgorithm"
+    assert Path(package).is_relative_to(clean_python.parents[1])
+
+
 @pytest.mark.parametrize(
     ("place", "cli"),
     [
-        ("elsewhere", [Path(sysconfig.get_path("scripts")) / "fusion_bench"]),
         # As torchrun starts it; -P, or the checkout in the working directory would be imported.
         ("repository root", ["-P", "-m", "fusion_bench.scripts.cli"]),
+        pytest.param(
+            "elsewhere",
+            [Path(sysconfig.get_path("scripts")) / "fusion_bench"],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_fusion_bench_cli_upcycles_with_the_wheel(

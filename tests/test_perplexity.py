@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.perplexity import perplexity
 
 POSITIONS = 64
@@ -189,11 +190,11 @@ def test_a_mixture_of_experts_is_scored_too(tokenizer: PreTrainedTokenizerFast) 
     [
         ([], {}, "no text to score"),
         (["", ""], {}, "no text to score"),
-        ("text", {}, "list of strings"),
+        ("text", {}, "list of documents"),
         (["text"], {"context_length": 65}, "longer than the model's 64 positions"),
-        (["text"], {"stride": 17}, "longer than context_length 16"),
-        (["text"], {"stride": 0}, "stride is 0"),
-        (["text"], {"batch_size": 0}, "batch_size is 0"),
+        (["text"], {"stride": 17}, "longer than context_length=16"),
+        (["text"], {"stride": 0}, "stride=0 must be 1 or more"),
+        (["text"], {"batch_size": 0}, "batch_size=0 must be 1 or more"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -203,13 +204,13 @@ def test_what_cannot_be_scored_is_refused(
     arguments: dict[str, int],
     message: str,
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UpcyclingError, match=message):
         perplexity(model, tokenizer, documents, **{"context_length": 16, "stride": 8, **arguments})
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 256}))
-    with pytest.raises(ValueError, match=r"token id 256, but the model has 256 embeddings"):
+    with pytest.raises(UpcyclingError, match="gives token id 256, but the model has 256 embed"):
         perplexity(model, tokenizer, ["text"], context_length=16, stride=8)
 
 
@@ -220,6 +221,6 @@ def test_a_broken_model_is_an_error_and_not_a_number(
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     model.lm_head.weight.data[5:] *= value
-    with pytest.raises(ValueError, match="not usable numbers"):
+    with pytest.raises(UpcyclingError, match="not usable numbers"):
         perplexity(model, tokenizer, ["text"], context_length=16, stride=8)
     assert model.training

@@ -82,6 +82,18 @@ def test_a_package_adds_initialisers_and_a_family(installed: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
 
 
+def test_help_names_what_a_package_adds(installed: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusion_upcycle", "upcycle", "--help"],
+        env={"PATH": "", "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in ("flip", "orthogonal", "dots1"):
+        assert f" | {name}" in " ".join(done.stdout.split())
+
+
 @pytest.fixture
 def points(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """Entry points of the group `fusion_upcycle.toys`."""

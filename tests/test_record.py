@@ -8,6 +8,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.report import Measured, write_run_record
 
 
@@ -62,20 +63,20 @@ def test_what_json_cannot_hold_is_refused_and_the_old_file_stays(
     tmp_path: Path, value: object
 ) -> None:
     write_run_record("method", {"seed": 1}, tmp_path)
-    with pytest.raises(ValueError, match="'method' is not JSON"):
+    with pytest.raises(UpcyclingError, match="'method' of the run record is not JSON"):
         write_run_record("method", {"value": value}, tmp_path)
     assert read(tmp_path)["method"] == {"seed": 1}
 
 
 def test_a_section_cannot_take_a_name_of_the_header(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'versions' is taken"):
+    with pytest.raises(UpcyclingError, match="'versions' of the run record is taken"):
         write_run_record("versions", {}, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 2}'])
 def test_a_file_that_is_no_run_record_is_not_overwritten(tmp_path: Path, content: str) -> None:
     (tmp_path / "run_record.json").write_text(content)
-    with pytest.raises(ValueError, match="move it away"):
+    with pytest.raises(UpcyclingError, match="move it away"):
         write_run_record("method", {}, tmp_path)
     assert (tmp_path / "run_record.json").read_text() == content
 

@@ -21,9 +21,9 @@ import fusion_upcycle.taskpool.causal_lm_perplexity as pool_module
 from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
 from fusion_upcycle.demo.recipe import Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.modelpool import DemoCausalLMPool
 from fusion_upcycle.taskpool import CausalLMPerplexityTaskPool
-from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.texts.perplexity import perplexity
 
 TEXT = "Some text to predict, größer. " * 20
@@ -151,9 +151,9 @@ def test_the_demo_pool_gives_folders(
 
 
 def test_the_demo_pool_refuses_unknown_models() -> None:
-    with pytest.raises(ValueError, match="unknown demo model 'poetry'"):
+    with pytest.raises(UpcyclingError, match="Unknown demo model 'poetry'"):
         DemoCausalLMPool({"_pretrained_": "poetry"})
-    with pytest.raises(ValueError, match="models is empty"):
+    with pytest.raises(UpcyclingError, match="models is empty"):
         DemoCausalLMPool({})
 
 
@@ -208,7 +208,7 @@ def test_a_model_on_the_cpu_moves_to_the_device_of_fabric(
 
 def test_without_a_tokenizer_the_error_says_where_to_set_it(folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["a"])
-    with pytest.raises(ValueError, match=r"set taskpool\.tokenizer"):
+    with pytest.raises(UpcyclingError, match=r"set taskpool\.tokenizer"):
         CausalLMPerplexityTaskPool({"t": "t.txt"}).evaluate(model)
 
 
@@ -221,51 +221,5 @@ def test_without_a_tokenizer_the_error_says_where_to_set_it(folders: dict[str, P
     ],
 )
 def test_wrong_options_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UpcyclingError, match=message):
         CausalLMPerplexityTaskPool(**arguments)
-
-
-# --- documents
-
-
-def test_documents_of_every_kind_come_back_exactly(tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    texts = ["line\n\n  indented 🙂\n", "second"]
-    (tmp_path / "a.txt").write_text(texts[0])
-    table = Dataset.from_dict({"text": texts, "other": ["x", "y"]})
-    table.to_parquet(tmp_path / "a.parquet")
-    table.to_json(tmp_path / "a.jsonl")
-    assert load_documents(str(tmp_path / "a.txt"), "t") == texts[:1]
-    assert load_documents(str(tmp_path / "a.parquet"), "t") == texts
-    both = load_documents([str(tmp_path / "a.jsonl"), str(tmp_path / "a.txt")], "t")
-    assert both == [*texts, texts[0]]
-    data_set = {"path": "parquet", "data_files": str(tmp_path / "a.parquet"), "split": "train[1:]"}
-    assert load_documents(data_set, "t") == texts[1:]
-    assert load_documents({**data_set, "column": "other"}, "t") == ["y"]
-    function = {"_target_": "fusion_upcycle.demo.domain_text", "domain": "prose", "split": "test"}
-    assert load_documents(function, "t") == list(domain_text("prose", "test"))
-    assert load_documents({"_target_": "textwrap.dedent", "text": " a"}, "t") == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("specification", "message"),
-    [
-        ("missing.txt", "there is no file '.*missing.txt'"),
-        ("org/data_set", r"\.txt, \.jsonl, \.parquet file"),
-        (3, "t is 3: give a file"),
-        ([3], r"t is \[3\]: give a file"),
-        ({"path": "text", "splitt": "train"}, "Did you mean 'split'"),
-        ({"path": "text"}, "t needs `split`"),
-        ({"_target_": "builtins.range", "_args_": [3]}, "document 0 is a int"),
-    ],
-)
-def test_what_is_not_text_is_refused(specification: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_documents(specification, "t")
-
-
-def test_a_missing_column_is_named_beside_those_there(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
-    with pytest.raises(ValueError, match="no column 'text' but content"):
-        load_documents(str(tmp_path / "a.jsonl"), "t")

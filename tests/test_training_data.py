@@ -10,7 +10,7 @@ import pytest
 from tiny_training import DATA, TOKENIZER, documents
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.training.data import PackedText, check_vocabulary, pack_sources
+from fusion_upcycle.training.data import PackedText, pack_sources
 from fusion_upcycle.training.order import StepSampler, WindowOrder
 
 EOS = 256
@@ -102,13 +102,6 @@ def test_special_tokens_spelled_out_are_text(tmp_path: Path) -> None:
 def test_no_text_is_refused(data: Any, tmp_path: Path) -> None:
     with pytest.raises(UpcyclingError, match=r"data is empty|no text to train on"):
         pack(data, tmp_path)
-
-
-def test_ids_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
-    texts = pack(DATA, tmp_path)
-    check_vocabulary(texts, 257)
-    with pytest.raises(UpcyclingError, match=r"data\.numbers.*256.*256 embeddings"):
-        check_vocabulary(texts, 256)
 
 
 # --- order ------------------------------------------------------------------------------------

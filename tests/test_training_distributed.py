@@ -2,18 +2,16 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import two_ranks
 from tiny import load
 from tiny_training import moe_model, run
 from torch import Tensor
 
-from fusion_upcycle.training.checkpoints import checkpoints_in
+from fusion_upcycle.training.checkpoints import CheckpointEvery, checkpoints_in
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.run import Trained
@@ -28,54 +26,32 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 OPTIONS = {"learning_rate": 3e-3, "checkpoint_every": CUT}
 
-PROGRAM = """
-import json, os, sys
-from pathlib import Path
-from tiny_training import moe_model, run
 
-from fusion_upcycle.training.checkpoints import CheckpointEvery
-original = CheckpointEvery.on_train_batch_end
-def keep_the_first(self, trainer, *arguments):
-    original(self, trainer, *arguments)
-    if trainer.global_step == 10 and trainer.is_global_zero:
-        kept = self._folder.parents[1] / "kept"
-        kept.mkdir()
-        os.link(self._folder / "step-000000010.ckpt", kept / "step-000000010.ckpt")
-CheckpointEvery.on_train_batch_end = keep_the_first
-
-for family, fields, folder, steps, options in json.loads(sys.argv[1]):
-    model = moe_model(family, **fields)
-    trained = run(model, Path(folder), steps, devices=2, output=Path(folder) / "out", **options)
-    assert trained.model.num_parameters() == trained.record["parameters"]["total"]
-"""
+Run = tuple[str, dict[str, Any], Path, dict[str, Any]]  # family, fields, folder, options
 
 
-def two_processes(runs: list[tuple[str, Path]]) -> None:
-    """Train by a strategy in a folder, one after the other, as torchrun would start it."""
-    arguments = []
-    for strategy, folder in runs:
-        family, fields, options = CASES[strategy]
-        options = OPTIONS | options | {"strategy": strategy}
-        arguments.append([family, fields, str(folder), STEPS, options])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    shared |= {"TORCHELASTIC_RUN_ID": "test"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(arguments)],
-            cwd=Path(__file__).parent,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+def one_of_two(runs: list[Run]) -> None:
+    """Train, one after the other, as one of two processes."""
+    original = CheckpointEvery.on_train_batch_end
+
+    def keep_the_first(self: Any, trainer: Any, *arguments: Any) -> None:
+        original(self, trainer, *arguments)
+        if trainer.global_step == CUT and trainer.is_global_zero:
+            kept = self._folder.parents[1] / "kept"
+            kept.mkdir()
+            name = f"step-{CUT:09d}.ckpt"
+            os.link(self._folder / name, kept / name)
+
+    CheckpointEvery.on_train_batch_end = keep_the_first  # type: ignore[method-assign]
+    for family, fields, folder, options in runs:
+        places = {"output": folder / "out"}
+        trained = run(moe_model(family, **fields), folder, STEPS, devices=2, **places, **options)
+        assert trained.model.num_parameters() == trained.record["parameters"]["total"]
+
+
+def run_of(strategy: str, folder: Path) -> Run:
+    family, fields, options = CASES[strategy]
+    return family, fields, folder, OPTIONS | options | {"strategy": strategy}
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -100,7 +76,7 @@ def one_process(strategy: str, folder: Path) -> Trained:
 
 
 def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test, as two processes take their time to start."""
+    """One test, as what two processes make is looked at from all sides."""
     family, fields, options = CASES["fsdp"]
     run(moe_model(family, **fields), tmp_path / "before", 2, output=tmp_path / "moments")
     monkeypatch.setitem(options, "optimizer_state", str(tmp_path / "moments"))
@@ -109,7 +85,8 @@ def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             die_at_the_cut(patch)
             one_process(strategy, tmp_path / strategy / "one, then two")
     names = ("two", "one, then two")
-    two_processes([(s, tmp_path / s / name) for s in CASES for name in names])
+    runs = [run_of(s, tmp_path / s / name) for s in CASES for name in names]
+    two_ranks(one_of_two, runs, folder=tmp_path)
     for strategy in CASES:
         folder = tmp_path / strategy
         whole = one_process(strategy, folder / "one")

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ended, start
 from tiny import assert_same_bits, dense_model, load, logits_of
 from tiny_training import DATA, OPTIONS, TOKENIZER, documents, moe_model, run
 from torch import Tensor
@@ -55,32 +54,26 @@ def dying_at(monkeypatch: pytest.MonkeyPatch, step: int) -> pytest.MonkeyPatch:
 
 # --- resuming ---------------------------------------------------------------------------------
 
-KILLED_RUN = """
-import os, signal, sys
-from pathlib import Path
-from tiny_training import moe_model, run
-from fusion_upcycle.training.module import PretrainingModule
-original = PretrainingModule.training_step
-def training_step(self, ids, batch_idx):
-    if self.global_step == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(self, ids, batch_idx)
-PretrainingModule.training_step = training_step
-run(moe_model(attention_dropout=0.2), Path(sys.argv[1]), 20)
-"""
+
+def killed_at_step_13(folder: Path) -> None:
+    """In a process of its own."""
+    original = PretrainingModule.training_step
+
+    def training_step(self: Any, ids: Tensor, batch_idx: int) -> None:
+        if self.global_step == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, ids, batch_idx)
+
+    PretrainingModule.training_step = training_step  # type: ignore[method-assign]
+    run(moe_model(attention_dropout=0.2), folder, 20)
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     # Dropout too: its draws must be those of the step, not of the process.
     whole = run(moe_model(attention_dropout=0.2), tmp_path / "whole", 20)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(tmp_path / "killed")],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    log = tmp_path / "log"
+    killed = start(killed_at_step_13, tmp_path / "killed", log=log)
+    assert ended(killed, log) == -signal.SIGKILL
     names = [path.name for path in checkpoints_in(tmp_path / "killed" / "work" / "checkpoints")]
     assert names == ["step-000000005.ckpt", "step-000000010.ckpt"]
     resumed = run(moe_model(attention_dropout=0.2), tmp_path / "killed", 20)
@@ -159,8 +152,9 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_fields(tmp_path: Pat
     other = {"numbers": DATA["numbers"] | {"count": 9}}
     with pytest.raises(UpcyclingError, match=r"data\.numbers was"):
         run(dense_model(vocab_size=257), tmp_path, 6, data=other)
-    with pytest.raises(UpcyclingError, match=r"model was"):
-        run(dense_model(vocab_size=257, seed=1), tmp_path, 6)
+    for fields in ({"seed": 1}, {"rms_norm_eps": 1e-2}):  # other weights; the same, used otherwise
+        with pytest.raises(UpcyclingError, match=r"model was"):
+            run(dense_model(vocab_size=257, **fields), tmp_path, 6)
     run(dense_model(vocab_size=257), tmp_path, 6, micro_batch_size=2, log_every=3)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
+from helpers import convert
 from safetensors.torch import load_file, save_file
 from tiny import (
     LENGTH,
@@ -28,8 +30,7 @@ from tiny import (
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
-from fusion_upcycle import UpcyclingOptions, upcycle
-from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle import UpcyclingOptions
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import generator_for
@@ -39,12 +40,8 @@ from fusion_upcycle.upcycling.run import plan_model
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def convert(source: Path, output: Path, **options: Any) -> Converted:
-    return upcycle(source, output, **{"progress": False} | options)
-
-
 def live(dense: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    return to_model(plan_model(dense, UpcyclingOptions(**options)), dense, verify="logits")[0]
+    return to_model(plan_model(dense, UpcyclingOptions(**options)), dense, verify="none")[0]
 
 
 def relative_difference(source: Path, output: Path, ids: Tensor | None = None) -> float:
@@ -55,13 +52,7 @@ def relative_difference(source: Path, output: Path, ids: Tensor | None = None) -
 
 
 def refused(source: Path, match: str | None = None, **options: Any) -> None:
-    """The conversion is refused before writing, and leaves the disk as it was."""
-    before = files_of(source.parent)
-    with pytest.raises(UpcyclingError, match=match):
-        # verify=none: it is the plan that has to notice, not the proof
-        convert(source, source.parent / "out", **{"verify": "none"} | options)
-    assert files_of(source.parent) == before
-    assert not list(source.parent.glob("*out*"))
+    helpers.refused(convert, source, match, **options)
 
 
 @pytest.fixture
@@ -101,7 +92,7 @@ def test_the_result_computes_the_dense_function(
     family: str, dtype: torch.dtype, rope: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     source = dense_folder(tmp_path / "dense", family, dtype=dtype, rope=rope, **fields)
-    converted = convert(source, tmp_path / "out")
+    converted = convert(source, tmp_path / "out", verify="auto")
     assert converted.proof.holds
     assert relative_difference(source, tmp_path / "out") < 1e-4
 
@@ -147,7 +138,7 @@ def test_any_top_k_is_exact(experts_per_token: int, source: Path, tmp_path: Path
 
 
 def test_permuted_experts_are_exact(source: Path, tmp_path: Path) -> None:
-    assert convert(source, tmp_path / "out", expert_init="permute").proof.holds
+    assert convert(source, tmp_path / "out", expert_init="permute", verify="auto").proof.holds
     assert relative_difference(source, tmp_path / "out") < 1e-4
 
 
@@ -155,7 +146,7 @@ def test_permuted_experts_are_exact(source: Path, tmp_path: Path) -> None:
 def test_changed_experts_are_reported_as_approximate_with_their_distance(
     expert_init: str, source: Path, tmp_path: Path
 ) -> None:
-    proof = convert(source, tmp_path / "out", expert_init=expert_init).proof
+    proof = convert(source, tmp_path / "out", expert_init=expert_init, verify="auto").proof
     assert (proof.claim, proof.holds) == ("approximate", None)
     assert proof.function is not None
     assert proof.function["max_abs"] > 1e-3
@@ -282,13 +273,13 @@ CONFIG_FIELDS = {
 
 @pytest.mark.parametrize(("field", "value"), CONFIG_FIELDS.items())
 def test_config_fields_are_carried(field: str, value: object, tmp_path: Path) -> None:
-    convert(dense_folder(tmp_path / "dense", "mistral"), tmp_path / "out", verify="none")
+    convert(dense_folder(tmp_path / "dense", "mistral"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())[field] == value
 
 
 def test_config_json_has_old_and_new_spellings(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", rope="yarn", dtype=BF16)
-    convert(source, tmp_path / "out", verify="none")
+    convert(source, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 3456.0
@@ -317,7 +308,7 @@ def test_tokenizer_and_licence_files_are_copied_as_they_are(source: Path, tmp_pa
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(contents)
     (source / "modeling_evil.py").write_text("raise SystemExit")
-    convert(source, tmp_path / "out", verify="none")
+    convert(source, tmp_path / "out")
     copied = files_of(tmp_path / "out")
     assert companions.items() <= copied.items()
     assert "modeling_evil.py" not in copied
@@ -339,7 +330,8 @@ def test_the_record_on_disk_repeats_the_conversion(source: Path, tmp_path: Path)
 
 
 def test_the_model_card_says_what_was_made_and_proven(source: Path, tmp_path: Path) -> None:
-    converted = convert(source, tmp_path / "out", expert_init="noise", seed=77)
+    options = {"expert_init": "noise", "seed": 77, "verify": "auto"}
+    converted = convert(source, tmp_path / "out", **options)
     card = (tmp_path / "out" / "README.md").read_text()
     for said in ("noise (noise_std=0.01)", "| seed | 77 |", "MixtralForCausalLM", "approximate"):
         assert said in card
@@ -410,7 +402,7 @@ def test_shards_of_any_name_that_the_index_gives_are_read(source: Path, tmp_path
     (source / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
-    assert convert(source, tmp_path / "out").proof.holds
+    assert convert(source, tmp_path / "out", verify="auto").proof.holds
 
 
 def test_tensors_larger_than_a_piece_are_whole(
@@ -427,8 +419,8 @@ def test_a_cast_comes_before_initialising_as_in_a_model_loaded_in_that_dtype(
     source: Path, tmp_path: Path
 ) -> None:
     load(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
-    convert(tmp_path / "rounded", tmp_path / "expected", expert_init="noise", verify="none")
-    convert(source, tmp_path / "cast", expert_init="noise", verify="none", dtype="bfloat16")
+    convert(tmp_path / "rounded", tmp_path / "expected", expert_init="noise")
+    convert(source, tmp_path / "cast", expert_init="noise", dtype="bfloat16")
     assert_same_bits(tensors_of(tmp_path / "cast"), tensors_of(tmp_path / "expected"))
 
 
@@ -439,14 +431,14 @@ def test_a_source_of_mixed_dtypes_becomes_what_its_config_says(
         tensors |= {n: t.bfloat16() for n, t in tensors.items() if "norm" in n}
 
     edit_tensors(source, norms_in_bfloat16)
-    assert convert(source, tmp_path / "out").proof.holds
+    assert convert(source, tmp_path / "out", verify="auto").proof.holds
     assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {FP32}
     assert_same_bits(load(tmp_path / "out").state_dict(), live(load(source)).state_dict())
 
 
 def test_float64_is_kept(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", dtype=torch.float64)
-    proof = convert(source, tmp_path / "out").proof
+    proof = convert(source, tmp_path / "out", verify="auto").proof
     assert proof.holds
     assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.float64}
 
@@ -457,7 +449,7 @@ def test_rotary_buffers_of_old_checkpoints_are_left_out(source: Path, tmp_path: 
             tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     edit_tensors(source, with_buffers)
-    assert convert(source, tmp_path / "out").proof.holds
+    assert convert(source, tmp_path / "out", verify="auto").proof.holds
     assert not any("inv_freq" in name for name in tensors_of(tmp_path / "out"))
 
 
@@ -466,7 +458,7 @@ def test_an_equal_second_copy_of_tied_embeddings_is_left_out(tmp_path: Path) -> 
     edit_tensors(
         source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     )
-    assert convert(source, tmp_path / "out").proof.holds
+    assert convert(source, tmp_path / "out", verify="auto").proof.holds
     assert "lm_head.weight" not in tensors_of(tmp_path / "out")
 
 
@@ -572,7 +564,9 @@ def test_an_unknown_field_is_accepted_when_declared_without_effect(
     source: Path, tmp_path: Path
 ) -> None:
     edit_config(source, my_note="hello")
-    assert convert(source, tmp_path / "out", ignore_config_fields=["my_note"]).proof.holds
+    assert convert(
+        source, tmp_path / "out", ignore_config_fields=["my_note"], verify="auto"
+    ).proof.holds
 
 
 @pytest.mark.parametrize("field", ["attention_bias", "sliding_window"])
@@ -583,7 +577,7 @@ def test_a_field_with_a_meaning_cannot_be_ignored(field: str, source: Path) -> N
 
 def test_a_field_without_effect_is_dropped_silently(source: Path, tmp_path: Path) -> None:
     edit_config(source, pretraining_tp=2, _name_or_path="somewhere")
-    assert convert(source, tmp_path / "out").proof.holds
+    assert convert(source, tmp_path / "out", verify="auto").proof.holds
 
 
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
@@ -668,12 +662,12 @@ def test_the_source_is_never_overwritten_even_if_it_looks_like_an_output(source:
 
 def test_an_earlier_output_that_holds_the_source_is_not_replaced(tmp_path: Path) -> None:
     outer = dense_folder(tmp_path / "base")
-    convert(outer, tmp_path / "out", verify="none")
+    convert(outer, tmp_path / "out")
     inner = tmp_path / "out" / "dense"
     shutil.copytree(outer, inner)
     before = files_of(inner)
     with pytest.raises(UpcyclingError, match="source"):
-        convert(inner, tmp_path / "out", overwrite=True, verify="none")
+        convert(inner, tmp_path / "out", overwrite=True)
     assert files_of(inner) == before
 
 

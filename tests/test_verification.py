@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import convert
 from tiny import (
     dense_folder,
     dense_model,
@@ -21,13 +22,12 @@ from tiny import (
 )
 from transformers import LlamaConfig
 
-from fusion_upcycle import UpcyclingOptions, upcycle
+from fusion_upcycle import UpcyclingOptions
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.config import readable_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.writer import write_shards
 from fusion_upcycle.cli import main
-from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.upcycling.run import plan_folder, plan_model
@@ -41,10 +41,6 @@ MIXTRAL = ARCHITECTURES["mixtral"]
 
 both_modes = pytest.mark.parametrize("mode", ["layers", "logits"])
 both_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-
-
-def convert(source: Path, output: Path, **options: Any) -> Converted:
-    return upcycle(source, output, **{"progress": False} | options)
 
 
 def not_proven(source: Path, mode: str, match: str | None = None, **options: Any) -> None:
@@ -202,7 +198,7 @@ def test_a_router_that_is_not_a_number_is_found(mode: str, source: Path) -> None
 
 def test_a_zero_that_became_minus_zero_is_found(source: Path) -> None:
     edit_tensors(source, lambda t: t["model.norm.weight"].zero_())
-    output = convert(source, source.parent / "out", verify="none").output
+    output = convert(source, source.parent / "out").output
     edit_tensors(output, lambda t: t["model.norm.weight"].neg_())
     with pytest.raises(ProofError, match=r"model\.norm\.weight differs"):
         verify(output, progress=False)
@@ -223,7 +219,7 @@ def test_an_exact_conversion_is_proven(dtype: torch.dtype, mode: str, tmp_path: 
 
 
 def test_the_proof_compares_every_tensor(source: Path, tmp_path: Path) -> None:
-    proof = convert(source, tmp_path / "out", expert_init="noise").proof
+    proof = convert(source, tmp_path / "out", expert_init="noise", verify="auto").proof
     assert proof.tensors == {
         "bit_equal_to_source": 3 + 2 * 6,
         "bit_equal_to_second_draw": 2 * (4 * 3 + 1),
@@ -246,7 +242,7 @@ def test_a_conversion_without_proof_is_recorded_as_unproven(source: Path, tmp_pa
 
 
 def test_the_proof_is_in_the_record(source: Path, tmp_path: Path) -> None:
-    converted = convert(source, tmp_path / "out")
+    converted = convert(source, tmp_path / "out", verify="auto")
     record = json.loads((tmp_path / "out" / "upcycling.json").read_text())
     assert record["proof"] == json.loads(json.dumps(converted.proof.to_json()))
     assert record["proof"]["holds"] is True
@@ -270,7 +266,7 @@ def test_a_streamed_model_has_the_logits_of_the_loaded_one(
     source = dense_folder(tmp_path / "dense", family, **fields)
     # Different experts and a strong router, so that a mix-up of experts or tokens shows.
     router = {"name": "normal", "std": 1.0}
-    convert(source, tmp_path / "moe", expert_init="drop", router_init=router, verify="none")
+    convert(source, tmp_path / "moe", expert_init="drop", router_init=router)
     planned = plan_folder(source, UpcyclingOptions(router_init=router))
     config, architecture = planned.config, planned.architecture
     if kind == "dense":
@@ -342,7 +338,7 @@ def test_verify_changes_nothing(output: Path) -> None:
 
 
 def test_verify_repeats_random_draws(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "out", expert_init="drop", seed=9, dtype="bfloat16", verify="none")
+    convert(source, tmp_path / "out", expert_init="drop", seed=9, dtype="bfloat16")
     proof = verify(tmp_path / "out", progress=False)
     assert proof.tensors is not None
     assert proof.tensors["bit_equal_to_second_draw"] == 2 * (4 * 3 + 1)
@@ -453,7 +449,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 
 def test_the_proof_runs_on_text_where_there_is_a_tokenizer(source: Path, tmp_path: Path) -> None:
     write_tokenizer(source, 67)
-    proof = convert(source, tmp_path / "out").proof
+    proof = convert(source, tmp_path / "out", verify="auto").proof
     assert proof.tokens == "64 tokens of a sample text"  # the model has 64 positions
     assert proof.holds
 
@@ -474,12 +470,20 @@ def test_a_tokenizer_of_another_model_is_refused_before_writing(
     monkeypatch.setattr(
         "fusion_upcycle.conversion.output.write_shards", lambda *_: pytest.fail("written")
     )
-    with pytest.raises(UpcyclingError, match="tokenizer belongs to another model"):
-        convert(source, source.parent / "out")
+    with pytest.raises(UpcyclingError, match=r"tokenizer\.json gives token id \d+, but.* 67 embed"):
+        convert(source, source.parent / "out", verify="auto")
+
+
+def test_a_tokenizer_that_gives_no_token_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UpcyclingError, match=r"tokenizer\.json gives no token for a plain text"):
+        sample_tokens(tmp_path / "tokenizer.json", LlamaConfig(vocab_size=67))
 
 
 def test_a_damaged_tokenizer_is_refused(source: Path) -> None:
     (source / "tokenizer.json").write_text("{not json")
     with pytest.raises(UpcyclingError, match=r"tokenizer\.json"):
-        convert(source, source.parent / "out")
+        convert(source, source.parent / "out", verify="auto")
     assert [path.name for path in source.parent.iterdir()] == ["dense"]

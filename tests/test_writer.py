@@ -4,8 +4,7 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import ended, start
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import assert_same_bits, dense_folder, dense_model, files_of, tensors_of
@@ -30,6 +30,7 @@ from fusion_upcycle.checkpoint.writer import (
     staging_folder,
     write_shards,
 )
+from fusion_upcycle.conversion import output as conversion_output
 from fusion_upcycle.errors import UpcyclingError
 
 TENSORS = {
@@ -410,32 +411,36 @@ def finished(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-CONVERSION = """
-import os, sys, time
-from pathlib import Path
-from fusion_upcycle import upcycle
-from fusion_upcycle.conversion import output
-
 class DyingBar:
-    written = 0
-    def __enter__(self): return self
-    def __exit__(self, *_): pass
-    def update(self, count):
+    """A progress bar that ends the process when some shards are written."""
+
+    def __init__(self, staging: Path):
+        self.staging, self.written = staging, 0
+
+    def __enter__(self) -> "DyingBar":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, count: int) -> None:
         self.written += count
         if self.written > 150_000:
-            while len(list(Path(sys.argv[3]).glob("*.safetensors"))) < 2: time.sleep(0.01)
+            while len(finished(self.staging)) < 2:
+                time.sleep(0.01)
             os._exit(9)
 
-output.progress_bar = lambda *_, **__: DyingBar()
-upcycle(sys.argv[1], sys.argv[2], max_shard_size="30KB", expert_init="noise", progress=False)
-"""
+
+def convert_and_die(source: Path, output: Path, staging: Path) -> None:
+    conversion_output.progress_bar = lambda *_, **__: DyingBar(staging)
+    upcycle(source, output, **OPTIONS)
 
 
 def test_a_conversion_killed_for_real_is_resumed_bit_identically(tmp_path: Path) -> None:
     source, output = dense_folder(tmp_path / "dense"), tmp_path / "out"
     staging = tmp_path / ".out.incomplete"
-    arguments = [sys.executable, "-c", CONVERSION, source, output, staging]
-    assert subprocess.run(arguments).returncode == 9
+    log = tmp_path / "log"
+    assert ended(start(convert_and_die, source, output, staging, log=log), log) == 9
+    log.unlink()
     assert not output.exists()
     inodes = {path.name: path.stat().st_ino for path in finished(staging)}
     assert inodes

@@ -118,8 +118,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_job(name: str, arguments: dict[str, Any], source: Path) -> dict[str, Any]:
-    command = [sys.executable, str(JOBS), name, json.dumps(arguments)]
-    return run_process(name, command, Path(arguments["output"]), source)
+    return run_process(name, job(name, arguments), Path(arguments["output"]), source)
+
+
+def job(name: str, arguments: dict[str, Any]) -> list[str]:
+    """The command of a job."""
+    return [sys.executable, str(JOBS), name, json.dumps(arguments)]
+
+
+def prepare(name: str, arguments: dict[str, Any]) -> None:
+    """Run a job that is not measured."""
+    subprocess.run(job(name, arguments), check=True)
 
 
 def run_process(name: str, command: list[str], output: Path, source: Path) -> dict[str, Any]:
@@ -238,9 +247,7 @@ def make_model(work: Path, shape: dict[str, int], layers: int, seed: int = 0) ->
             "config": shape | {"num_hidden_layers": layers},
             "seed": seed,
         }
-        subprocess.run(
-            [sys.executable, str(JOBS), "make_source", json.dumps(arguments)], check=True
-        )
+        prepare("make_source", arguments)
     return folder
 
 

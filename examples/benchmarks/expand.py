@@ -13,13 +13,11 @@ RECORD.json` prints a record as Markdown.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from convert import JOBS, run_job, write_record
+from convert import prepare, run_job, write_record
 from rich.console import Console
 
 from fusion_upcycle.report.tables import Table
@@ -69,16 +67,12 @@ def measure(work: Path, shape: dict[str, int], tokens: int) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     source = work / f"mixtral-{shape['hidden_size']}"
     if not source.is_dir():
-        _job("make_source", {"folder": str(source), "config": shape, "family": "mixtral"})
+        prepare("make_source", {"folder": str(source), "config": shape, "family": "mixtral"})
     if not (source / "training").is_dir():
-        _job("make_moments", {"folder": str(source)})
+        prepare("make_moments", {"folder": str(source)})
     task = {"source": str(source), "output": str(work / "output"), "tokens": tokens}
     runs = {name: run_job("expand", task | arguments, source) for name, arguments in RUNS.items()}
     return {"shape": shape, "tokens": tokens, "runs": runs}
-
-
-def _job(name: str, arguments: dict[str, Any]) -> None:
-    subprocess.run([sys.executable, str(JOBS), name, json.dumps(arguments)], check=True)
 
 
 def table(record: dict[str, Any]) -> Table:

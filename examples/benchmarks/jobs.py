@@ -191,7 +191,11 @@ def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
     return {}
 
 
-if __name__ == "__main__":
+def main(name: str, arguments: str) -> None:
     jobs = (make_source, make_moments, plain_write, fusion_upcycle, merge, expand, in_memory)
     job = {function.__name__: function for function in jobs}
-    print(json.dumps(job[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print(json.dumps(job[name](**json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -156,11 +156,16 @@ class Worker:
         return {"failed": f"exit code {self._process.wait()}: {''.join(last)}"}
 
 
+def main(arguments: str, report: Any) -> None:
+    """Work until the end of stdin, or tell what stands in the way."""
+    try:
+        work(**json.loads(arguments), report=report)
+    except Exception as error:
+        tell(report, {"failed": " ".join(str(error).split()) or type(error).__name__})
+        raise
+
+
 if __name__ == "__main__":
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to the log
-    try:
-        work(**json.loads(sys.argv[1]), report=channel)
-    except Exception as error:
-        tell(channel, {"failed": " ".join(str(error).split()) or type(error).__name__})
-        raise
+    main(sys.argv[1], channel)

@@ -3,22 +3,22 @@
 Shapes: B windows, T tokens of a window, N tokens counted, E experts, D hidden size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.token_classes import TokenClasses
 from fusion_upcycle.analysis.windows import UNITS, Batch, DomainWindows, domain_windows
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
-from fusion_upcycle.live.routers import Routers, find_routers
+from fusion_upcycle.live.routers import Routers, find_routers, hearing_inputs
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.texts.perplexity import max_positions
+from fusion_upcycle.texts.tokens import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +71,7 @@ def collect(
     """
     length = min(max_positions(model) or WINDOW_TOKENS, WINDOW_TOKENS)
     windows = domain_windows(tokenizer, texts, tokens=tokens, length=length)
+    check_vocabulary(windows.largest, num_embeddings(model))
     total = sum(windows.tokens(domain) for domain in windows.windows)
     wanted = torch.linspace(0, total - 1, min(sample, total)).round().long().unique()
     counts = RoutingCounts.empty(
@@ -85,7 +86,6 @@ def collect(
     seen = 0
     with evaluating(model), progress_bar("Analysing", total, progress, unit="token") as bar:
         for batch in windows.batches(BATCH_WINDOWS):
-            _check_vocabulary(model, batch)
             counted = batch.counted_BT.flatten()
             number = int(counted.sum())
             inside = wanted[(wanted >= seen) & (wanted < seen + number)] - seen
@@ -123,11 +123,11 @@ def _run(
 ) -> None:
     """One batch; `inside` are the places, among its counted tokens, whose inputs are kept."""
     rows = counted.nonzero().flatten()
-    with ExitStack() as hooks:
-        for layer, router in routers.modules.items():
-            hook = router.register_forward_pre_hook(_keeping(kept[layer], rows[inside]))
-            hooks.callback(hook.remove)
-        routed = hooks.enter_context(routers.listening())
+
+    def keep(layer: int, hidden_ND: Tensor) -> None:
+        kept[layer].append(hidden_ND[rows[inside].to(hidden_ND.device)].cpu())
+
+    with hearing_inputs(routers.modules, keep), routers.listening() as routed:
         # Without the head: nothing here needs logits over the vocabulary.
         model.base_model(input_ids=batch.ids_BT.to(model.device), use_cache=False)
     counts.add(
@@ -139,24 +139,6 @@ def _run(
         classes(batch.ids_BT.flatten()[rows]),
         batch.units_BT.flatten()[rows],
     )
-
-
-def _keeping(rows: list[Tensor], places: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        hidden_ND = inputs[0].flatten(0, -2)
-        rows.append(hidden_ND[places.to(hidden_ND.device)].cpu())
-
-    return keep
-
-
-def _check_vocabulary(model: "PreTrainedModel", batch: Batch) -> None:
-    largest = int(batch.ids_BT.max())
-    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    if largest >= embeddings:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {largest}, but the model has {embeddings} embeddings: "
-            "use the tokenizer that belongs to the model."
-        )
 
 
 def _check_finite(counts: RoutingCounts) -> None:

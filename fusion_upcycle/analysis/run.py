@@ -10,9 +10,10 @@ import torch
 from fusion_upcycle.analysis.collect import collect, moe_routers
 from fusion_upcycle.analysis.information import domain_information, information_gain
 from fusion_upcycle.analysis.routing import RoutingCounts
-from fusion_upcycle.analysis.similarity import find_experts, similarity_to_json
+from fusion_upcycle.analysis.similarity import similarity_to_json
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.progress import loading_bars
 from fusion_upcycle.texts.documents import load_documents
 
@@ -143,10 +144,7 @@ def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
             raise UpcyclingError(f"--data {source} must be NAME=FILE_OR_FOLDER.")
         if name in texts:
             raise UpcyclingError(f"--data {name} is given twice. Use another name for the second.")
-        try:
-            texts[name] = load_documents(text_files(path), f"--data {name}")
-        except ValueError as error:
-            raise UpcyclingError(str(error)) from error
+        texts[name] = load_documents(text_files(path), f"--data {name}")
     return texts
 
 

@@ -3,42 +3,21 @@
 Shapes: E experts, F intermediate size, D hidden size, n tokens.
 """
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS
-from fusion_upcycle.live.routers import Routers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 #: Matrices of more experts than this are summarised in a record, not kept.
 LARGEST_MATRIX = 64
 _ROWS = 256  # of a matrix, that are looked at together
 _TINY = 1e-30  # of a norm: what has none is similar to nothing
-
-
-def find_experts(model: "PreTrainedModel", routers: Routers) -> dict[int, nn.Module]:
-    """MoE layer -> the module that holds its experts packed, as `gate_up_proj` and `down_proj`."""
-    assert routers.architecture is not None
-    path = re.escape(routers.architecture.experts_module)
-    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{path}$")
-    found = {
-        int(match[1]): module
-        for name, module in model.named_modules()
-        if (match := place.search(name))
-    }
-    if found.keys() != routers.modules.keys():
-        raise UpcyclingError(
-            f"This {routers.architecture.name} model has routers in layers {list(routers.modules)} "
-            f"but experts, as {routers.architecture.experts_module}, in {list(found)}."
-        )
-    return found
 
 
 @torch.inference_mode()

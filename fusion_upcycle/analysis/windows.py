@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.texts.tokens import CHARACTERS_PER_TOKEN, encode, start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 UNITS = 256
 #: With fewer documents in a domain, their labels have too few permutations to test anything.
 FEWEST_DOCUMENTS = 5
-#: Characters that surely hold the tokens asked for; what is more is not tokenised.
-_CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ class DomainWindows:
         """How many tokens of the domain are counted."""
         return sum(window.counted for window in self.windows[domain])
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(max(window.ids) for found in self.windows.values() for window in found)
+
     def batches(self, size: int) -> Iterator[Batch]:
         """All windows, domain by domain, `size` at a time."""
         for domain, windows in enumerate(self.windows.values()):
@@ -140,8 +144,7 @@ def domain_windows(
 def _spread(
     tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str], tokens: int, length: int
 ) -> Iterator[Window]:
-    separator = tokenizer.eos_token_id
-    start = separator if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = start_token(tokenizer)
     before = [] if start is None else [start]
     # Each document in turn; those that have more come round again.
     waiting: list[tuple[int, list[int] | None, int]] = [
@@ -151,7 +154,8 @@ def _spread(
         again: list[tuple[int, list[int] | None, int]] = []
         for index, ids, offset in waiting:
             if ids is None:
-                ids = before + _tokenise(tokenizer, documents[index], tokens)
+                beginning = documents[index][: tokens * CHARACTERS_PER_TOKEN]
+                ids = before + encode(tokenizer, [beginning])[0]
             context = len(before) if offset == 0 else 0
             part = ids[offset : offset + min(length, context + tokens)]
             if len(part) > context:
@@ -163,13 +167,3 @@ def _spread(
             if offset + length < len(ids):
                 again.append((index, ids, offset + length))
         waiting = again
-
-
-def _tokenise(tokenizer: "PreTrainedTokenizerBase", document: str, tokens: int) -> list[int]:
-    # Text that spells a special token out is taken as text.
-    return tokenizer(
-        document[: tokens * _CHARACTERS_PER_TOKEN],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        verbose=False,
-    )["input_ids"]

@@ -141,6 +141,16 @@ class Architecture:
     moe_layer_fields: Callable[[Sequence[int], int], dict[str, Any] | None] | None = None
     remapped_fields: frozenset[str] = frozenset()
 
+    @property
+    def packed_names(self) -> tuple[str, str]:
+        """Live names of a layer's experts: gate before up [E, 2F, D], and down [E, D, F]."""
+        return f"{self.experts_module}.gate_up_proj", f"{self.experts_module}.down_proj"
+
+    @property
+    def live_router_name(self) -> str:
+        """Live name of the router weight."""
+        return self.live_names.get(self.router_name, self.router_name)
+
     def place(self, expert: int, part: str, elements: int) -> Place:
         """Where the files have one matrix of `elements` = F * D elements."""
         name = self.expert_names[part]
@@ -153,8 +163,8 @@ class Architecture:
     def live_slot(self, file_name: str, intermediate_size: int) -> LiveSlot:
         """Where a tensor of the file lives in transformers' in-memory layout.
 
-        Experts are packed there: `gate_up_proj` [E, 2F, D] with the gate rows first, and
-        `down_proj` [E, D, F]. Every other tensor keeps its name, or is in `live_names`.
+        Experts are packed there, as `packed_names` has them. Every other tensor keeps its name, or
+        is in `live_names`.
         """
         head, dot, tail = file_name.partition("layers.")
         layer, _, relative = tail.partition(".")
@@ -167,11 +177,11 @@ class Architecture:
             before, placeholder, after = pattern.partition("{expert}")
             if placeholder and relative.startswith(before) and relative.endswith(after):
                 expert = int(relative[len(before) : len(relative) - len(after)])
-                experts, size = f"{prefix}{self.experts_module}.", intermediate_size
+                gate_up, down = self.packed_names
                 if part == "down_proj_DF":
-                    return f"{experts}down_proj", (expert,)
-                rows = slice(0, size) if part == "gate_proj_FD" else slice(size, 2 * size)
-                return f"{experts}gate_up_proj", (expert, rows)
+                    return prefix + down, (expert,)
+                start = 0 if part == "gate_proj_FD" else intermediate_size
+                return prefix + gate_up, (expert, slice(start, start + intermediate_size))
         return file_name, ()
 
     def file_name(self, live_name: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.demo.recipe import BASE, MODELS, Recipe
 from fusion_upcycle.demo.texts import DOMAINS, domain_text, text_identity
+from fusion_upcycle.errors import unknown
 from fusion_upcycle.report.card import card_text
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def demo_model(name: str, recipe: Recipe = DEFAULT_RECIPE) -> Path:
     Python version, text and recipe. Processes that ask at the same time wait for the one that
     trains. ``demo.json`` in the folder has the cost and the held-out bits per byte.
 
-    ValueError for an unknown name.
+    Raises:
+        UpcyclingError: an unknown name.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown demo model {name!r}: choose one of {', '.join(MODELS)}")
+        raise unknown("demo model", name, MODELS)
     root = _cache_folder() / _key(recipe)
     if not (root / name).is_dir():
         from filelock import FileLock

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from fusion_upcycle.errors import unknown
+
 DOMAINS = ("prose", "source", "arithmetic")
 SPLITS = ("train", "validation", "test")
 
@@ -37,12 +39,15 @@ _DOCUMENT_BYTES = (1_000, 100_000)  # stubs and huge tables are outside
 def domain_text(domain: str, split: str) -> tuple[str, ...]:
     """Documents of one split of one domain, always the same for the same Python version.
 
-    Held-out splits have about 32 kB each. ValueError for an unknown domain or split.
+    Held-out splits have about 32 kB each.
+
+    Raises:
+        UpcyclingError: an unknown domain or split.
     """
     if domain not in DOMAINS:
-        raise ValueError(f"unknown demo domain {domain!r}: choose one of {', '.join(DOMAINS)}")
+        raise unknown("demo domain", domain, DOMAINS)
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise unknown("split of the demo text", split, SPLITS)
     if domain == "arithmetic":
         return _arithmetic_documents(split)
     return _document_splits(domain)[split]

@@ -98,13 +98,9 @@ def read_calibration(
             f"context_length={length} of the calibration must be from 2 to the model's "
             f"{positions} positions."
         )
-    if tokenizer_file is None:
-        raise UpcyclingError(
-            "Calibration text needs the model's tokenizer, and there is none: name the folder of "
-            "its tokenizer.json (tokenizer)."
-        )
     texts = named_documents(calibration)
     sequences = calibration_sequences(texts, tokenizer_file, tokens=tokens, context_length=length)
+    assert tokenizer_file is not None  # or it would have been refused
     return CalibrationText(texts, tokenizer_file, tokens, length, sequences)
 
 

@@ -123,12 +123,10 @@ def check_new_moments(options: ExpansionOptions, new: str, *, used: bool) -> Non
 def _expert_parameters(expansion: Expansion) -> dict[str, tuple[int, ...]]:
     """Live names of the parameters that have one entry for each expert -> plan of their layer."""
     family = expansion.architecture
-    router = family.live_names.get(family.router_name, family.router_name)
-    names = [f"{family.experts_module}.{part}" for part in ("gate_up_proj", "down_proj")]
     return {
         layer_prefix(expansion.config, layer) + name: plan
         for layer, plan in expansion.plan.source_experts.items()
-        for name in (*names, router)
+        for name in (*family.packed_names, family.live_router_name)
     }
 
 

@@ -36,9 +36,9 @@ class ExpansionOptions:
             `load`.
         max_copies: most places of one expert, its original among them; not of `uniform`.
         expert_init: initialiser of the new copies; the originals stay bit for bit.
-        router_extension: how the router gets its new rows. `split` and `fit` (nearly) keep the
-            function, and need calibration text; `bias` is noise on the selection bias, for families
-            that have one.
+        router_extension: how the router gets its new rows. `copy`: those of the source expert;
+            `noise`: with noise; `bias`: noise on the selection bias, for families that have one;
+            `split` and `fit`: such that the function is nearly kept, from calibration text.
         experts_per_token: top-k of the result; by default the source's, and so the cost of a token.
         seed: as in `UpcyclingOptions`.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.tensors import whole
 
 #: Elements that are looked at together: what is computed of a large layer must not be as large.
 _ELEMENTS = 2**24
@@ -120,13 +121,6 @@ def weight_norms(name: str, parameter: Tensor) -> Tensor:
     return torch.stack(
         [whole(_per_expert(_squares, part)).sqrt() for part in matrices(name, parameter.detach())]
     )
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor, gathered."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _per_expert(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

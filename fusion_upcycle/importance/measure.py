@@ -19,11 +19,13 @@ from torch.nn.functional import cross_entropy
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.accumulators import ExpertSums
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.live.experts import expert_parameters
 from fusion_upcycle.live.identity import live_identity
+from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, expert_counts, find_routers
 from fusion_upcycle.progress import progress_bar
-from fusion_upcycle.texts.perplexity import max_positions
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 
 if TYPE_CHECKING:
@@ -96,22 +98,6 @@ def measure_importance(
     )
 
 
-def expert_parameters(
-    model: "PreTrainedModel", routers: Routers
-) -> dict[int, dict[str, nn.Parameter]]:
-    """MoE layer -> name -> parameter of all its routed experts, packed on the first axis."""
-    assert routers.architecture is not None
-    found: dict[int, dict[str, nn.Parameter]] = {layer: {} for layer in routers.modules}
-    places = {f"layers.{layer}.{routers.architecture.experts_module}": layer for layer in found}
-    for path, module in model.named_modules():
-        # The path may have anything before `layers`, and `layers.1` is no end of `layers.11`.
-        place = path[path.rfind("layers.") :]
-        if place in places:
-            for name, parameter in module.named_parameters():
-                found[places[place]][f"{path}.{name}"] = parameter
-    return found
-
-
 def _check(model: "PreTrainedModel", sequences: Sequences, length: int) -> None:
     limit = max_positions(model)
     if length < 2 or (limit is not None and length > limit):
@@ -119,13 +105,7 @@ def _check(model: "PreTrainedModel", sequences: Sequences, length: int) -> None:
             f"context_length={length} of the calibration must be from 2 to the model's "
             f"{limit} positions."
         )
-    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    largest = max(int(ids.max()) for ids in sequences.ids.values())
-    if largest >= embeddings:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {largest}, but the model has {embeddings} embeddings: "
-            "use the tokenizer that belongs to the model."
-        )
+    check_vocabulary(sequences.largest, num_embeddings(model))
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             raise UpcyclingError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.layout import file_layout
@@ -14,7 +15,7 @@ from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.tensors import LiveTensors
+from fusion_upcycle.live.tensors import LiveTensors, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,29 +38,47 @@ def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str
     """
     text = config.get_text_config()
     architecture = moe_family(text.model_type)
-    digest = hashlib.sha256(text.model_type.encode())
-    parameters = 0
-    for name, spec in sorted(file_layout(config).specs.items()):
+    expected = file_layout(config).specs
+    for name in sorted(expected):
         if name not in source.specs:
             raise UpcyclingError(
                 f"The model has no tensor {name}, which its config.json calls for. Save it again "
                 "with transformers."
             )
-        shape = source.specs[name].shape
-        parameters += spec.numel
-        first = torch.cat([*source.chunks(name, 0, min(_ELEMENTS, spec.numel))])
-        if hasattr(first, "full_tensor"):  # sharded
-            first = first.full_tensor()
-        values = first.to(torch.bfloat16).float()
-        digest.update(f"{name} {list(shape)} {values.tolist()}".encode())
+    first = {
+        name: torch.cat([*source.chunks(name, 0, min(_ELEMENTS, spec.numel))])
+        for name, spec in expected.items()
+    }
+    shapes = {name: source.specs[name].shape for name in expected}
     return {
-        "sha256": digest.hexdigest(),
+        "sha256": _digest(text.model_type, shapes, first),
         "model_type": text.model_type,
         "num_layers": text.num_hidden_layers,
         "num_experts": getattr(text, architecture.experts_field),
         "hidden_size": text.hidden_size,
-        "parameters": parameters,
+        "parameters": sum(spec.numel for spec in expected.values()),
     }
+
+
+def state_sha256(model: "PreTrainedModel", setting: str) -> str:
+    """The same digest of a live model of any kind, by its own names of tensors.
+
+    Args:
+        setting: what must be the same beside the weights.
+    """
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return _digest(setting, shapes, {n: t.flatten()[:_ELEMENTS] for n, t in tensors.items()})
+
+
+def _digest(
+    setting: str, shapes: Mapping[str, tuple[int, ...]], first: Mapping[str, Tensor]
+) -> str:
+    digest = hashlib.sha256(setting.encode())
+    for name in sorted(shapes):
+        values = whole(first[name]).to(torch.bfloat16).float()
+        digest.update(f"{name} {list(shapes[name])} {values.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def folder_identity(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The routers of a live model: found by the family's `Architecture`, heard by forward hooks.
 
+`Routers.listening` hears what they say, `hearing_inputs` what they, or other modules, are given.
+
 Works for every family in `fusion_upcycle.architectures`, also where transformers' own class has no
 balance loss. Shapes: L MoE layers, E experts, N tokens, K experts per token, D hidden size.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +98,9 @@ class Routers:
         """The biases of the choice of experts, as the model holds them; none if it has none."""
         if self.architecture is None or self.architecture.routing.selection_bias is None:
             return []
-        bias, router = (
-            self.architecture.live_names.get(name, name)
-            for name in (self.architecture.routing.selection_bias, self.architecture.router_name)
-        )
-        inside = bias.removeprefix(router.removesuffix("weight"))
+        bias = self.architecture.routing.selection_bias
+        bias = self.architecture.live_names.get(bias, bias)
+        inside = bias.removeprefix(self.architecture.live_router_name.removesuffix("weight"))
         return [_attribute(module, inside) for module in self.modules.values()]
 
 
@@ -120,23 +120,48 @@ def find_routers(model: "PreTrainedModel") -> Routers:
                 "To add one: a file in fusion_upcycle/architectures."
             )
         return Routers({})
-    name = architecture.router_name
-    path = architecture.live_names.get(name, name).removesuffix(".weight")
-    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
-    modules = {
-        int(match[1]): module
-        for name, module in model.named_modules()
-        if (match := place.search(name))
-    }
+    path = architecture.live_router_name.removesuffix(".weight")
+    modules = modules_of_layers(model, path)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
     first: Any = next(iter(modules.values()))
     return Routers(
-        dict(sorted(modules.items())),
+        modules,
         num_experts=first.num_experts,
         experts_per_token=first.top_k,
         architecture=architecture,
     )
+
+
+def modules_of_layers(model: nn.Module, path: str) -> dict[int, nn.Module]:
+    """Decoder layer -> its module at `path`, of the layers that have one, in order."""
+    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
+    found = {
+        int(match[1]): module
+        for name, module in model.named_modules()
+        if (match := place.search(name))
+    }
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def hearing_inputs(
+    modules: Mapping[int, nn.Module], hear: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Within the block, `hear` is told what each module is about to be run on.
+
+    Args:
+        modules: layer -> module.
+        hear: called with the layer and its hidden states [N, D], where the module's weights are.
+    """
+    with ExitStack() as hooks:
+        for layer, module in modules.items():
+
+            def told(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+                hear(layer, args[0].flatten(0, -2))
+
+            hooks.callback(module.register_forward_pre_hook(told).remove)
+        yield
 
 
 def _submodels(model: nn.Module) -> Iterator["PreTrainedModel"]:

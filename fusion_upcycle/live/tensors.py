@@ -21,7 +21,7 @@ class LiveTensors:
     def __init__(self, model: "PreTrainedModel", architecture: Architecture, names: Iterable[str]):
         self._architecture = architecture
         self._parameters = model.state_dict(keep_vars=True)
-        packed = next(n for n in self._parameters if n.endswith("experts.gate_up_proj"))
+        packed = next(n for n in self._parameters if n.endswith(architecture.packed_names[0]))
         self._intermediate_size = self._parameters[packed].shape[1] // 2
         self.specs: dict[str, TensorSpec] = {}
         for name in names:
@@ -49,3 +49,8 @@ class LiveTensorsOnCPU(LiveTensors):
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         for piece in super().tensor(name).reshape(-1)[start:stop].split(CHUNK_ELEMENTS):
             yield piece.cpu()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is; one that FSDP2 shards, gathered, which every process must ask for."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

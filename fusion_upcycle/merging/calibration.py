@@ -5,19 +5,21 @@ one FFN and of one D x D matrix per MoE layer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import logits_of_last
+from fusion_upcycle.live.routers import hearing_inputs
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.texts.tokens import check_vocabulary
+from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 from fusion_upcycle.upcycling.proof import ffn_of, streamed_dense
 from fusion_upcycle.verification.function import layers_of
 
@@ -25,34 +27,13 @@ from fusion_upcycle.verification.function import layers_of
 WINDOW_TOKENS = 256
 #: Windows of one forward pass.
 BATCH_WINDOWS = 4
-#: Characters that surely hold a window's tokens; what is too much is cut off.
-_CHARACTERS_PER_TOKEN = 16
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Texts of each model that gives experts, as tokens.
-
-    Attributes:
-        windows: model -> token ids [W, T].
-        identity: model -> hash of its windows, for the record.
-    """
-
-    windows: Mapping[str, Tensor]
-    identity: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            model: {"windows": list(ids.shape), "sha256": self.identity[model]}
-            for model, ids in self.windows.items()
-        }
 
 
 def calibration_windows(
     texts: Mapping[str, Sequence[str]],
     merging: Merging,
     tokenizer_file: Path | None,
-) -> Calibration:
+) -> Sequences:
     """Windows of `WINDOW_TOKENS` tokens, evenly spaced over each model's texts.
 
     Args:
@@ -62,7 +43,7 @@ def calibration_windows(
 
     Raises:
         UpcyclingError: a model without texts or with too little, a name that is no model's, or no
-            tokenizer.
+            tokenizer of these models.
     """
     for model in merging.experts:
         if model not in texts:
@@ -76,79 +57,56 @@ def calibration_windows(
             f"calibration names {sorted(unused)}, which give no experts. The models that do: "
             f"{', '.join(merging.experts)}."
         )
-    if tokenizer_file is None or not tokenizer_file.is_file():
-        raise UpcyclingError(
-            "router_init=prototype needs the models' tokenizer.json, and there is none"
-            + (f" at {tokenizer_file}" if tokenizer_file else "")
-            + ". Put it into the models' folders, or choose router_init=normal."
-        )
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     config = merging.source_config
-    length = min(WINDOW_TOKENS, config.max_position_embeddings)
-    count = -(-merging.asked.calibration_tokens // length)
-    windows = {
-        model: _windows(tokenizer, "\n\n".join(texts[model]), count, length, model)
-        for model in merging.experts
-    }
-    for model, ids in windows.items():
-        if ids.max() >= config.vocab_size:
-            raise UpcyclingError(
-                f"{tokenizer_file} gives token ids up to {int(ids.max())} for the texts of {model},"
-                f" but the vocabulary has {config.vocab_size}: it belongs to another model."
-            )
-    hashes = {model: sha256(ids.numpy().tobytes()).hexdigest() for model, ids in windows.items()}
-    return Calibration(windows, hashes)
+    windows = calibration_sequences(
+        {model: texts[model] for model in merging.experts},
+        tokenizer_file,
+        tokens=merging.asked.calibration_tokens * len(merging.experts),
+        context_length=min(WINDOW_TOKENS, config.max_position_embeddings),
+        starts=_from_end_to_end,
+    )
+    check_vocabulary(windows.largest, config.vocab_size, str(tokenizer_file))
+    return windows
 
 
-def _windows(tokenizer: Any, text: str, count: int, length: int, model: str) -> Tensor:
-    """[W, T]: `count` windows that start evenly spaced, fewer where the text is short."""
-    span = length * _CHARACTERS_PER_TOKEN
-    last = max(0, len(text) - span)
-    starts = sorted({round(last * i / max(1, count - 1)) for i in range(count)})
-    found = []
-    for start in starts:
-        ids = tokenizer.encode(text[start : start + span], add_special_tokens=False).ids[:length]
-        if len(ids) == length:
-            found.append(ids)
-    if not found:
-        raise UpcyclingError(
-            f"The calibration texts of {model} have fewer than {length} tokens. Give more text."
-        )
-    return torch.tensor(found)
+def _from_end_to_end(characters: int, span: int, count: int) -> list[int]:
+    """Starts of `count` stretches, the first and the last at the ends of the text.
+
+    They overlap where the text is short. Other starts would give other routers than are published.
+    """
+    last = max(0, characters - span)
+    return sorted({round(last * i / max(1, count - 1)) for i in range(count)})
 
 
 @torch.inference_mode()
 def router_moments(
-    merging: Merging, calibration: Calibration, *, progress: bool = False
+    merging: Merging, windows: Sequences, *, progress: bool = False
 ) -> dict[int, Moments]:
     """MoE layer -> what its router sees when each model runs on its own texts.
 
     Model i runs as the merge would if only its experts were chosen: shared weights with its FFNs.
     """
     layers, size = merging.resolved.moe_layers, merging.config.hidden_size
-    # The output head is not looked at: one row of logits is the least it can make.
-    unneeded = {"logits_to_keep": 1} if class_name(merging.config).endswith("ForCausalLM") else {}
     moments = {layer: Moments.empty(len(merging.experts), size) for layer in layers}
-    total = sum(len(ids) for ids in calibration.windows.values())
+    total = sum(len(ids_WT) for ids_WT in windows.ids.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
         for index, model in enumerate(merging.experts):
             dense = streamed_dense(merging, merging.as_dense(model))
-            windows = calibration.windows[model]
-            for batch in windows.split(BATCH_WINDOWS):
-                share = len(batch) / len(windows)
-                hooks = [
-                    ffn_of(merging, layers_of(dense)[layer]).register_forward_pre_hook(
-                        _adding(moments[layer], index, share)
-                    )
-                    for layer in layers
-                ]
-                dense(input_ids=batch, use_cache=False, **unneeded)
-                for hook in hooks:
-                    hook.remove()
-                bar.update(len(batch))
+            ffns = {layer: ffn_of(merging, layers_of(dense)[layer]) for layer in layers}
+            ids_WT = windows.ids[model]
+            with hearing_inputs(ffns, partial(_add, moments, index, ids_WT.numel())):
+                for batch in ids_WT.split(BATCH_WINDOWS):
+                    # The output head is not looked at: one row of logits is the least it can make.
+                    dense(input_ids=batch, use_cache=False, **logits_of_last(dense, 1))
+                    bar.update(len(batch))
     return moments
+
+
+def _add(
+    moments: Mapping[int, Moments], model: int, tokens: int, layer: int, inputs_ND: Tensor
+) -> None:
+    """Count what a layer's FFN is given of one batch of a model's `tokens`."""
+    moments[layer].add(model, inputs_ND, len(inputs_ND) / tokens)
 
 
 def route(
@@ -170,19 +128,19 @@ def route(
                 "Choose router_init=prototype, or leave calibration out."
             )
         return merging
-    calibration = calibration_windows(texts, merging, tokenizer_file)
+    windows = calibration_windows(texts, merging, tokenizer_file)
     assert callable(merging.asked.router_init)
     rows = {
         layer: merging.asked.router_init(moments)
-        for layer, moments in router_moments(merging, calibration, progress=progress).items()
+        for layer, moments in router_moments(merging, windows, progress=progress).items()
     }
     digest = sha256(b"".join(row.numpy().tobytes() for row in rows.values())).hexdigest()
-    details = {"calibration": calibration.to_json(), "router_rows_sha256": digest}
+    about = {
+        model: {
+            "windows": [text["sequences"], text["context_length"]],
+            "sha256": text["sha256"],
+        }
+        for model, text in windows.to_json()["texts"].items()
+    }
+    details = {"calibration": about, "router_rows_sha256": digest}
     return merging.with_router(rows, details)
-
-
-def _adding(moments: Moments, model: int, share: float) -> Any:
-    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments.add(model, inputs[0].flatten(0, -2), share)
-
-    return add

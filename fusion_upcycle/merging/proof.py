@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
-from fusion_upcycle.verification.function import Models, Tokens, distance, evaluating, output_of
+from fusion_upcycle.verification.function import Models, Tokens, distance, output_of
 from fusion_upcycle.verification.names import check_shared_fields
 from fusion_upcycle.verification.proof import Findings, require_exact
 
@@ -77,7 +78,7 @@ def _distances(
     if models is None:
         outputs, is_logits = output_of(streamed_moe(merging, result), tokens.ids)
     else:
-        with evaluating(moe := models.result()):
+        with evaluating(moe := models.result(), experts="eager"):
             outputs, is_logits = output_of(moe, tokens.ids)
     return {
         name: distance(

@@ -7,6 +7,7 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import CausalLMPool
 
 from fusion_upcycle.demo import demo_model, demo_moe
+from fusion_upcycle.errors import UpcyclingError
 
 #: The demo model that is an MoE.
 MOE = "moe"
@@ -17,14 +18,17 @@ class DemoCausalLMPool(CausalLMPool):
     """A ``CausalLMPool`` whose ``models`` are demo names: base, prose, source, arithmetic; moe.
 
     They become the folders of these models, so that methods which read checkpoints from disk work
-    as with any local path, and the tokenizer is theirs. ValueError for an unknown demo name.
+    as with any local path, and the tokenizer is theirs.
+
+    Raises:
+        UpcyclingError: no model, or an unknown demo name.
     """
 
     def __init__(
         self, models: Mapping[str, str], *, model_kwargs: Any = None, **kwargs: Any
     ) -> None:
         if not models:
-            raise ValueError("modelpool.models is empty: give {name: demo model}, e.g. base")
+            raise UpcyclingError("modelpool.models is empty: give {name: demo model}, e.g. base.")
         folders = {
             name: str(demo_moe() if demo == MOE else demo_model(demo))
             for name, demo in models.items()

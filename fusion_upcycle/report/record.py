@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fusion_upcycle.errors import UpcyclingError
+
 SCHEMA = 1
 RECORD_NAME = "run_record.json"
 _DISTRIBUTIONS = ("torch", "transformers", "fusion_bench", "lightning", "fusion_upcycle")
@@ -67,8 +69,10 @@ def write_run_record(
     Other sections of the file stay; the file is replaced in one step. ``folder=None`` means the
     output folder of the running Hydra job, and without one nothing is written and None returned.
 
-    ValueError: ``record`` holds something JSON cannot (NaN and infinity included), ``section`` is
-    a name that the record itself uses, or the existing file is not a run record.
+    Raises:
+        UpcyclingError: ``record`` holds something JSON cannot (NaN and infinity included),
+            ``section`` is a name that the record itself uses, or the existing file is not a run
+            record.
     """
     if folder is None:
         folder = hydra_output_folder()
@@ -76,13 +80,15 @@ def write_run_record(
             return None
     header = _header()
     if section in header:
-        raise ValueError(f"run record section {section!r} is taken by the header: use another name")
+        raise UpcyclingError(
+            f"Section {section!r} of the run record is taken by its header: use another name."
+        )
     try:
         json.dumps(record, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"run record section {section!r} is not JSON ({error}): "
-            "give plain dict, list, str, int, bool, None and finite float"
+        raise UpcyclingError(
+            f"Section {section!r} of the run record is not JSON ({error}): "
+            "give plain dict, list, str, int, bool, None and finite float."
         ) from error
 
     path = Path(folder) / RECORD_NAME
@@ -103,10 +109,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): move it away and run again") from error
+        raise UpcyclingError(
+            f"{path} is not JSON ({error}): move it away and run again."
+        ) from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} is not a run record of schema {SCHEMA}: move it away and run again"
+        raise UpcyclingError(
+            f"{path} is not a run record of schema {SCHEMA}: move it away and run again."
         )
     return content
 

@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from fusion_upcycle.errors import unknown
+from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.live.inputs import max_positions
 from fusion_upcycle.report import Measured, write_run_record
 from fusion_upcycle.texts.documents import load_documents
-from fusion_upcycle.texts.perplexity import max_positions, perplexity
+from fusion_upcycle.texts.perplexity import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,10 +63,12 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
             else texts
         )
         if not isinstance(self.texts, Mapping) or not self.texts:
-            raise ValueError("taskpool.texts is empty: name at least one text, {name: file}")
+            raise UpcyclingError("taskpool.texts is empty: name at least one text, {name: file}.")
         reserved = {"average", "model_info"} & self.texts.keys()
         if reserved:
-            raise ValueError(f"taskpool.texts.{reserved.pop()} is a name of the report: rename it")
+            raise UpcyclingError(
+                f"taskpool.texts.{reserved.pop()} is a name of the report: rename it."
+            )
         self._evaluations: list[dict[str, Any]] = []
 
     def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -103,9 +106,9 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
 
             return AutoTokenizer.from_pretrained(self.tokenizer)
         if self._program is None or getattr(self._program.modelpool, "tokenizer", None) is None:
-            raise ValueError(
-                "there is no tokenizer: set taskpool.tokenizer (path or Hub name), or run with a "
-                "model pool that has one (modelpool.tokenizer)"
+            raise UpcyclingError(
+                "There is no tokenizer: set taskpool.tokenizer (path or Hub name), or run with a "
+                "model pool that has one (modelpool.tokenizer)."
             )
         return self._program.modelpool.load_tokenizer()
 

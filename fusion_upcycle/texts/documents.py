@@ -10,6 +10,7 @@ A specification is one of:
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -44,14 +45,20 @@ class Documents:
 def load_documents(specification: Any, where: str) -> list[str]:
     """Documents of one specification (see the module), plain ``dict``/``list``/``str``.
 
-    ``where`` names the specification in errors, e.g. ``taskpool.texts.prose``. ValueError for what
-    cannot be read as text.
+    ``where`` names the specification in errors, e.g. ``taskpool.texts.prose``.
+
+    Raises:
+        UpcyclingError: what cannot be read as text.
     """
     return list(open_documents(specification, where).texts)
 
 
 def open_documents(specification: Any, where: str) -> Documents:
-    """As `load_documents`, for more text than fits in memory."""
+    """As `load_documents`, for more text than fits in memory.
+
+    Raises:
+        UpcyclingError: what cannot be read as text; of a stream, when it is read.
+    """
     if isinstance(specification, str):
         return _file_documents(specification, where)
     if isinstance(specification, Mapping):
@@ -63,21 +70,37 @@ def open_documents(specification: Any, where: str) -> Documents:
         return Documents(
             _Chained([file.texts for file in files]), " ".join(file.fingerprint for file in files)
         )
-    raise ValueError(
-        f"{where} is {specification!r}: give a file, a list of files, {{path, split, ...}} of a "
-        "data set, or {_target_: function}"
+    raise UpcyclingError(
+        f"{where} is {specification!r}. Give a file, a list of files, {{path, split, ...}} of a "
+        "data set, or {_target_: function}."
     )
+
+
+def named_documents(
+    specifications: Mapping[str, Any] | None, where: str = "calibration"
+) -> dict[str, list[str]]:
+    """Name -> its documents, as `load_documents` reads them; ``where`` names the mapping in errors.
+
+    Raises:
+        UpcyclingError: what cannot be read as text, by name.
+    """
+    return {
+        name: load_documents(specification, f"{where}.{name}")
+        for name, specification in (specifications or {}).items()
+    }
 
 
 def _file_documents(path: str, where: str) -> Documents:
     file = Path(path).expanduser()
     if file.suffix not in _BUILDERS:
-        raise ValueError(
-            f"{where}: cannot tell the format of {path!r}: give a {', '.join(_BUILDERS)} file, or "
-            "a data set of the Hub as {path: ..., split: ...}"
+        raise UpcyclingError(
+            f"{where}: the format of {path!r} is not known. Give a {', '.join(_BUILDERS)} file, or "
+            "a data set of the Hub as {path: ..., split: ...}."
         )
     if not file.is_file():
-        raise ValueError(f"{where}: there is no file {str(file.absolute())!r}")
+        raise UpcyclingError(
+            f"{where}: there is no file {str(file.absolute())!r}. Give the path of one that is."
+        )
     builder, arguments = _BUILDERS[file.suffix]
     arguments = {**arguments, "data_files": str(file), "split": "train"}
     return _column_documents(builder, arguments, _COLUMN, where)
@@ -89,7 +112,9 @@ def _dataset_documents(specification: Mapping[str, Any], where: str) -> Document
             raise unknown(f"key in {where}:", str(key), _DATASET_KEYS)
     for key in ("path", "split"):
         if key not in specification:
-            raise ValueError(f"{where} needs `{key}`, e.g. {{path: org/data_set, split: test}}")
+            raise UpcyclingError(
+                f"{where} needs `{key}`, as in {{path: org/data_set, split: test}}."
+            )
     arguments = dict(specification)
     column = arguments.pop("column", _COLUMN)
     return _column_documents(arguments.pop("path"), arguments, column, where)
@@ -98,25 +123,54 @@ def _dataset_documents(specification: Mapping[str, Any], where: str) -> Document
 def _column_documents(path: str, arguments: dict[str, Any], column: str, where: str) -> Documents:
     from datasets import load_dataset
 
-    table = load_dataset(path, **arguments)
-    # A stream may not know its columns before its first row.
-    columns = table.column_names or list(next(iter(table), {}))
+    what = arguments.get("data_files", path)
+    with _readable(where, what):
+        table = load_dataset(path, **arguments)
+        # A stream may not know its columns before its first row.
+        columns = table.column_names or list(next(iter(table), {}))
     if column not in columns:
-        raise ValueError(
-            f"{where}: {path!r} has no column {column!r} but {', '.join(columns)}: "
-            "name one as {path, split, column}"
+        raise UpcyclingError(
+            f"{where}: {path!r} has no column {column!r} but {', '.join(columns)}. "
+            "Name one as {path, split, column}."
         )
     if arguments.get("streaming"):
         fingerprint = json.dumps([path, column, arguments], sort_keys=True, default=str)
     else:
         fingerprint = f"{table._fingerprint}/{column}"
-    return Documents(_Checked(table, column, where), fingerprint)
+    return Documents(_Checked(table, column, where, what), fingerprint)
+
+
+@contextmanager
+def _readable(where: str, what: Any) -> Iterator[None]:
+    """Errors of `datasets`, which are of many kinds, as ours."""
+    try:
+        yield
+    except Exception as error:
+        # "An error occurred" says less than its cause, and an empty file is a bare StopIteration.
+        reason = str(error.__cause__ or error) or "there is nothing in it"
+        raise UpcyclingError(
+            f"{where}: {what!r} cannot be read: {reason.rstrip('.')}. Give text that "
+            "datasets.load_dataset can read."
+        ) from error
 
 
 def _function_documents(specification: Mapping[str, Any], where: str) -> Documents:
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    result = instantiate(dict(specification), _convert_="all")
+    function = specification["_target_"]
+    try:
+        result = instantiate(dict(specification), _convert_="all")
+    except InstantiationException as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise UpcyclingError(
+            f"{where}: {function} gives no text: {reason}. Give a function that can be imported, "
+            "and its arguments."
+        ) from error
+    if not isinstance(result, Iterable):
+        raise UpcyclingError(
+            f"{where}: {function} gives {result!r}. Give a function of a string or a list of them."
+        )
     documents = list(_checked([result] if isinstance(result, str) else result, where))
     digest = hashlib.sha256()
     for document in documents:
@@ -136,36 +190,27 @@ class _Chained:
 
 @dataclass(frozen=True)
 class _Checked:
-    """One column of a table, read row by row."""
+    """One column of a table, read row by row; `what` it is, for errors."""
 
     table: Any
     column: str
     where: str
+    what: Any
 
     def __iter__(self) -> Iterator[str]:
-        rows = self.table.select_columns(self.column)
-        return _checked((row[self.column] for row in rows), self.where)
+        return _checked(self._values(), self.where)
+
+    def _values(self) -> Iterator[Any]:
+        with _readable(self.where, self.what):
+            for row in self.table.select_columns(self.column):
+                yield row[self.column]
 
 
 def _checked(values: Iterable[Any], where: str) -> Iterator[str]:
     for index, document in enumerate(values):
         if not isinstance(document, str):
-            raise ValueError(
-                f"{where}: document {index} is a {type(document).__name__}, not a string"
+            raise UpcyclingError(
+                f"{where}: document {index} is a {type(document).__name__}, not a string. Leave it "
+                "out, or make it text."
             )
         yield document
-
-
-def named_documents(calibration: Mapping[str, Any] | None) -> dict[str, list[str]]:
-    """Documents of each model.
-
-    Raises:
-        UpcyclingError: what cannot be read as text.
-    """
-    try:
-        return {
-            model: load_documents(texts, f"calibration.{model}")
-            for model, texts in (calibration or {}).items()
-        }
-    except ValueError as error:
-        raise UpcyclingError(str(error)) from error

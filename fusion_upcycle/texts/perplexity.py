@@ -3,17 +3,19 @@
 Shapes: B windows in a batch, C tokens of input per window, S stride, V vocabulary.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import logits_of_last, max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.texts.tokens import check_vocabulary, packed, start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,17 +51,13 @@ def perplexity(
     all scored tokens in bits over the UTF-8 bytes of the documents, which compares models of
     different tokenizers; ``tokens`` scored; ``bytes``.
 
-    ValueError: nothing to score, a stride or context length that does not fit, token ids outside
-    the model's vocabulary, or a loss that is not finite.
+    Raises:
+        UpcyclingError: nothing to score, a stride or context length that does not fit, token ids
+            outside the model's vocabulary, or a loss that is not finite.
     """
     _check_windows(model, context_length, stride, batch_size)
     ids_N, counted_N, byte_count = _pack(tokenizer, documents)
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    if int(ids_N.max()) >= vocabulary:
-        raise ValueError(
-            f"the tokenizer gives token id {int(ids_N.max())}, but the model has {vocabulary} "
-            "embeddings: use the tokenizer that belongs to the model"
-        )
+    check_vocabulary(int(ids_N.max()), num_embeddings(model))
 
     with evaluating(model):
         nats = _total_nats(model, ids_N, counted_N, context_length, stride, batch_size, progress)
@@ -67,9 +65,10 @@ def perplexity(
     tokens = int(counted_N.sum())
     loss = nats / tokens
     if not loss < _LARGEST_LOSS:  # also true for NaN
-        raise ValueError(
-            f"the model's loss is {loss} nats per token: its weights or logits are not usable "
-            "numbers (uninitialised, overflowing in a short dtype, or merged wrongly)"
+        raise UpcyclingError(
+            f"The model's loss is {loss} nats per token: its weights or logits are not usable "
+            "numbers (uninitialised, overflowing in a short dtype, or merged wrongly). Load it in "
+            "float32, or make it anew."
         )
     return {
         "loss_nats_per_token": loss,
@@ -78,11 +77,6 @@ def perplexity(
         "tokens": tokens,
         "bytes": byte_count,
     }
-
-
-def max_positions(model: "PreTrainedModel") -> int | None:
-    """Longest input that the model's config allows; None where it sets no limit (e.g. Mamba)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_windows(
@@ -94,17 +88,17 @@ def _check_windows(
         ("batch_size", batch_size),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+            raise UpcyclingError(f"{name}={value} must be 1 or more.")
     if stride > context_length:
-        raise ValueError(
-            f"stride {stride} is longer than context_length {context_length}: tokens between the "
-            "windows would not be scored; lower the stride"
+        raise UpcyclingError(
+            f"stride={stride} is longer than context_length={context_length}: tokens between the "
+            "windows would not be scored. Lower the stride."
         )
     limit = max_positions(model)
     if limit is not None and context_length > limit:
-        raise ValueError(
-            f"context_length {context_length} is longer than the model's {limit} positions "
-            f"(max_position_embeddings): use at most {limit}"
+        raise UpcyclingError(
+            f"context_length={context_length} is longer than the model's {limit} positions "
+            f"(max_position_embeddings): use at most {limit}."
         )
 
 
@@ -113,32 +107,21 @@ def _pack(
 ) -> tuple[Tensor, Tensor, int]:
     """One stream of token ids, which of them count, and the bytes that these stand for."""
     if isinstance(documents, str):
-        raise ValueError("documents is one string: give a list of strings")
-    documents = [document for document in documents if document]
-    if not documents:
-        raise ValueError("there is no text to score: all documents are empty")
-    # Text that spells a special token out is scored as text.
-    encoded = tokenizer(
-        documents, add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
-    separator = tokenizer.eos_token_id
-    start = separator if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
+        raise UpcyclingError("The text to score is one string: give a list of documents.")
+    if not any(documents):
+        raise UpcyclingError("There is no text to score: all documents are empty. Give some text.")
+    start = start_token(tokenizer)
     ids: list[int] = []
     counted: list[bool] = []
-    for document_ids in encoded:
-        added = separator if ids else start
-        if added is not None:
-            ids.append(added)
-            counted.append(False)
-        ids += document_ids
-        counted += [True] * len(document_ids)
+    for before, tokens in packed(tokenizer, documents, start=start):
+        ids += before + tokens
+        counted += [False] * len(before) + [True] * len(tokens)
     byte_count = sum(len(document.encode()) for document in documents)
-    if start is None:
+    if start is None and ids:
         counted[0] = False
         byte_count -= len(str(tokenizer.decode(ids[:1])).encode())
     if not any(counted):
-        raise ValueError("there is no token to score: give more text")
+        raise UpcyclingError("There is no token to score. Give more text.")
     return torch.tensor(ids), torch.tensor(counted), byte_count
 
 
@@ -158,15 +141,12 @@ def _total_nats(
     # goes alone and the others need `stride` rows of logits only.
     batches = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
     device = next(model.parameters()).device
-    takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     total, scored_until = 0.0, 0
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         ids_BC = torch.stack([ids_N[start : start + length_C] for start in batch]).to(device)
         keep = length_C if batch[0] == 0 else stride
-        arguments: dict[str, Any] = {"use_cache": False}
-        if takes_logits_to_keep:  # some families have no such argument and give all rows
-            arguments["logits_to_keep"] = keep
-        logits_BSV = model(input_ids=ids_BC, **arguments).logits[:, -keep:]
+        outputs = model(input_ids=ids_BC, use_cache=False, **logits_of_last(model, keep))
+        logits_BSV = outputs.logits[:, -keep:]
         for start, logits_SV in zip(batch, logits_BSV, strict=True):
             end = start + length_C  # the last row of this window predicts token `end`
             new = end - scored_until

@@ -3,19 +3,20 @@
 Shapes: W sequences, T tokens of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.texts.tokens import CHARACTERS_PER_TOKEN, read_tokenizer
 
-#: Characters that surely hold a sequence's tokens.
-_CHARACTERS_PER_TOKEN = 16
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Sequences:
     def tokens(self) -> int:
         return sum(ids.numel() for ids in self.ids.values())
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(int(ids.max()) for ids in self.ids.values())
+
     def to_json(self) -> dict[str, Any]:
         """What identifies them: shapes and digests."""
         return {
@@ -49,14 +55,24 @@ class Sequences:
         }
 
 
+def side_by_side(characters: int, span: int, count: int) -> list[int]:
+    """Starts of stretches without a gap between them; of a longer text, `count` of these."""
+    stretches = -(-characters // span)
+    number = min(stretches, count)
+    return [i * stretches // number * span for i in range(number)]
+
+
 def calibration_sequences(
     texts: Mapping[str, Sequence[str]],
-    tokenizer_file: Path,
+    tokenizer_file: Path | None,
     *,
     tokens: int,
     context_length: int,
+    starts: Callable[[int, int, int], Sequence[int]] = side_by_side,
 ) -> Sequences:
     """Cut texts into sequences, spread evenly over each text, the same for the same arguments.
+
+    Only stretches of a text are tokenised, each surely long enough for a sequence.
 
     Args:
         texts: name -> documents.
@@ -64,51 +80,51 @@ def calibration_sequences(
         tokens: budget, divided evenly among the texts and rounded up to whole sequences; a shorter
             text gives all it has.
         context_length: T, tokens of a sequence.
+        starts: (characters of a text, characters of a stretch, number of sequences) -> where in the
+            text stretches begin, at most one for each sequence.
 
     Raises:
-        UpcyclingError: no text, a text shorter than one sequence, no tokenizer, or numbers below 1.
+        UpcyclingError: no text, a text shorter than one sequence, no tokenizer that can be read, or
+            numbers below 1.
     """
-    from tokenizers import Tokenizer
-
     for name, value in (("tokens", tokens), ("context_length", context_length)):
         if value < 1:
             raise UpcyclingError(f"{name}={value} of the calibration must be 1 or more.")
     if not texts:
         raise UpcyclingError("There is no calibration text: name at least one.")
+    if tokenizer_file is None:
+        raise UpcyclingError(
+            "Calibration text needs the model's tokenizer.json, and there is none: name the folder "
+            "that has it (tokenizer)."
+        )
     if not tokenizer_file.is_file():
         raise UpcyclingError(
-            f"Calibration needs the model's tokenizer.json, and there is none at {tokenizer_file}. "
-            "Put it into the model's folder."
+            "Calibration text needs the model's tokenizer.json, and there is none at "
+            f"{tokenizer_file}: put it there."
         )
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = read_tokenizer(tokenizer_file)
     count = -(-tokens // (context_length * len(texts)))
-    ids = {
-        name: _cut(tokenizer, documents, count, context_length, name)
-        for name, documents in texts.items()
-    }
+    ids = {}
+    for name, documents in texts.items():
+        if isinstance(documents, str):
+            raise UpcyclingError(f"The calibration text {name} is one string: give a list of them.")
+        text = "\n\n".join(documents)
+        span = context_length * CHARACTERS_PER_TOKEN
+        stretches = [text[at : at + span] for at in starts(len(text), span, count)]
+        if not (found := _cut(tokenizer, stretches, context_length)):
+            raise UpcyclingError(
+                f"The calibration text {name} does not fill one sequence of {context_length} "
+                "tokens. Give more text, or a shorter context_length where there is one."
+            )
+        ids[name] = torch.tensor(found[:count])
     return Sequences(ids, sha256(tokenizer_file.read_bytes()).hexdigest())
 
 
-def _cut(tokenizer: Any, documents: Sequence[str], count: int, length: int, name: str) -> Tensor:
-    """[W, T]: the first sequence of each of some stretches of text, then the second of each, ..."""
-    if isinstance(documents, str):
-        raise UpcyclingError(f"The calibration text {name} is one string: give a list of them.")
-    text = "\n\n".join(documents)
-    span = length * _CHARACTERS_PER_TOKEN
-    stretches = -(-len(text) // span)
-    chosen = list(range(stretches))
-    if stretches > count:  # no more is tokenised than is needed
-        chosen = [i * stretches // count for i in range(count)]
+def _cut(tokenizer: "Tokenizer", stretches: Sequence[str], length: int) -> list[list[int]]:
+    """The first sequence of each stretch of text, then the second of each, ..."""
     cut = []
-    for index in chosen:
-        part = text[index * span : (index + 1) * span]
-        ids = tokenizer.encode(part, add_special_tokens=False).ids
+    for stretch in stretches:
+        ids = tokenizer.encode(stretch, add_special_tokens=False).ids
         cut.append([ids[i : i + length] for i in range(0, len(ids) - length + 1, length)])
     deepest = max((len(sequences) for sequences in cut), default=0)
-    found = [s[depth] for depth in range(deepest) for s in cut if depth < len(s)]
-    if not found:
-        raise UpcyclingError(
-            f"The calibration text {name} has fewer than context_length={length} tokens, so that "
-            "it does not fill one sequence. Give more text, or a shorter context_length."
-        )
-    return torch.tensor(found[:count])
+    return [s[depth] for depth in range(deepest) for s in cut if depth < len(s)]

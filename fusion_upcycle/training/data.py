@@ -10,9 +10,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.documents import Documents, open_documents
+from fusion_upcycle.texts.tokens import packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.int32]
 
 _VERSION = 1  # raised when the same text gives other tokens: part of the cache key
-_DOCUMENTS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,6 @@ def pack_sources(
     return [_pack(name, spec, tokenizer, identity, cache) for name, spec in sources.items()]
 
 
-def check_vocabulary(texts: Iterable[PackedText], embeddings: int) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    for text in texts:
-        if text.largest >= embeddings:
-            raise UpcyclingError(
-                f"data.{text.name}: the tokenizer gives token id {text.largest}, but the model has "
-                f"{embeddings} embeddings: use the tokenizer that belongs to the model."
-            )
-
-
 def _pack(
     name: str, spec: Any, tokenizer: "PreTrainedTokenizerBase", identity: str, cache: Path
 ) -> PackedText:
@@ -144,7 +133,8 @@ def _write(
     digest, count, largest, written = hashlib.sha256(), 0, 0, 0
     try:
         with open(temporary / "tokens.bin", "wb") as file:
-            for ids in _tokenised(documents.texts, tokenizer):
+            for before, tokens in packed(tokenizer, documents.texts, start=tokenizer.eos_token_id):
+                ids = np.array(before + tokens, dtype=np.int32)
                 ids = ids[: None if limit is None else limit - written]
                 file.write(ids.tobytes())
                 digest.update(ids.tobytes())
@@ -165,20 +155,6 @@ def _write(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _tokenised(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Tokens]:
-    """Separator and tokens of each document that is not empty."""
-    rest = iter(texts)
-    while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
-        if not (batch := [document for document in batch if document]):
-            continue
-        # Text that spells a special token out is trained on as text.
-        encoded = tokenizer(
-            batch, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
-        for ids in encoded:
-            yield np.array([tokenizer.eos_token_id, *ids], dtype=np.int32)
 
 
 def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusion_upcycle.architectures.layout import with_kept_dtypes
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import max_positions
 from fusion_upcycle.live.routers import Routers
-from fusion_upcycle.texts.perplexity import max_positions
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:

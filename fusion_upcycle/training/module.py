@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from fusion_upcycle.checkpoint.moments import Moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.routers import Routed, expert_counts, find_routers
+from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training.checkpoints import named_state, numbered_state
 from fusion_upcycle.training.fit import check_fit, document_positions
 from fusion_upcycle.training.health import RoutingTotals
@@ -202,7 +203,7 @@ class PretrainingModule(L.LightningModule):
         """Clip the gradients where they are too large, and return the norm they had."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+        norm = float(whole(total))
         limit = self.options.gradient_clip
         # clip_grad_norm_ would multiply by 1 too: all experts' gradients, read and written again.
         if limit and norm + 1e-6 > limit:

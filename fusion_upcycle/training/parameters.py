@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
 
@@ -28,7 +29,8 @@ def group_of_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str,
         for parameter in module.parameters()
     }
     of_routers = {id(p) for module in routers.modules.values() for p in module.parameters()}
-    experts = routers.architecture.experts_module if routers.architecture else None
+    packed = find_experts(model, routers).values()
+    of_experts = {id(p) for module in packed for p in module.parameters()}
     groups = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -38,7 +40,7 @@ def group_of_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str,
             group = "embeddings"
         elif any("norm" in part for part in parts):
             group = "norms"
-        elif experts is not None and f".{experts}." in name:
+        elif id(parameter) in of_experts:
             group = "experts"
         elif any(part in _ATTENTION for part in parts):
             group = "attention"

@@ -1,6 +1,5 @@
 """Continued pre-training from a model in memory to a trained model and its folder."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from fusion_upcycle.checkpoint.writer import check_output
 from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.live.identity import state_sha256
+from fusion_upcycle.live.inputs import num_embeddings
 from fusion_upcycle.report.record import Measured, versions
-from fusion_upcycle.texts.documents import load_documents
+from fusion_upcycle.texts.documents import named_documents
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointEvery,
@@ -24,7 +26,7 @@ from fusion_upcycle.training.checkpoints import (
     last_checkpoint,
     load_checkpoint,
 )
-from fusion_upcycle.training.data import PackedText, check_vocabulary, pack_sources
+from fusion_upcycle.training.data import PackedText, pack_sources
 from fusion_upcycle.training.export import export
 from fusion_upcycle.training.fit import Before, check_model, prepare
 from fusion_upcycle.training.health import RouterHealth
@@ -116,12 +118,10 @@ def train(
         check_output(places.output, overwrite=places.overwrite)
     check_model(model, options)
     texts = pack_sources(data, tokenizer, places.work / "data")
-    check_vocabulary(texts, model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    for text in texts:
+        check_vocabulary(text.largest, num_embeddings(model), f"data.{text.name}: the tokenizer")
     order = WindowOrder(texts, options.context_length, options.mixture, options.seed)
-    held_out = {
-        name: load_documents(spec, f"validation.{name}")
-        for name, spec in (validation or {}).items()
-    }
+    held_out = named_documents(validation, "validation")
     identity = _identity(model, options, texts, optimizer_state)
     checkpoints = places.work / "checkpoints"
     resumed = last_checkpoint(checkpoints, identity, IDENTITY) if places.resume else None
@@ -205,11 +205,8 @@ def _identity(
 ) -> dict[str, Any]:
     """What a run must share with the checkpoint that it goes on from."""
     fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():  # a few of each: enough to tell models apart
-        digest.update(f"{name} {tensor.flatten()[:64].tolist()}".encode())
     return {
-        "model": digest.hexdigest(),
+        "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),
         "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
         "data": {text.name: text.digest for text in texts},
         "optimizer_state": None if optimizer_state is None else str(optimizer_state),

@@ -59,10 +59,10 @@ class UpcyclingOptions:
             wider one repeats neurons, their columns of `down_proj` divided by how often they are
             there.
         expert_init: initialiser of the experts. `copy` and `permute` keep the function.
-        router_init: initialiser of the router's rows. `zeros` is a good check of a conversion, but
-            a poor start for training.
+        router_init: initialiser of the router's rows. `normal` is for training; `zeros` is a good
+            check of a conversion, and a poor start.
         dtype: of the result; by default the source's.
-        seed: of every random draw; the same seed gives the same bits on every machine.
+        seed: of every random draw.
         ignore_config_fields: unknown fields of the source's config.json that you know to be without
             effect; others are refused.
     """

@@ -1,8 +1,7 @@
 """How far apart two models are on the same tokens."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.texts.tokens import check_vocabulary, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -83,7 +84,7 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
 @torch.inference_mode()
 def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) -> Distance:
     """Both models in memory, in their own dtype, on their own devices."""
-    with evaluating(dense), evaluating(moe):
+    with evaluating(dense, experts="eager"), evaluating(moe, experts="eager"):
         reference, is_logits = output_of(dense, ids)
         return distance(reference.cpu(), output_of(moe, ids)[0].cpu(), logits=is_logits)
 
@@ -120,19 +121,14 @@ def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> To
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (1, count), generator=generator)
         return Tokens(ids, f"{count} random token ids (no tokenizer.json at hand)")
-    from tokenizers import Tokenizer
-
-    try:
-        encoding = Tokenizer.from_file(str(tokenizer_file)).encode(SAMPLE_TEXT)
-    except Exception as error:  # the library raises nothing more special
-        raise UpcyclingError(f"{tokenizer_file} cannot be used: {error}") from error
-    ids = torch.tensor([encoding.ids])
-    if ids.numel() == 0 or ids.max() >= config.vocab_size:
+    found = read_tokenizer(tokenizer_file).encode(SAMPLE_TEXT).ids
+    if not found:
         raise UpcyclingError(
-            f"{tokenizer_file} gives token ids {encoding.ids[:3]}... up to "
-            f"{max(encoding.ids, default=None)}, but the model's vocabulary has "
-            f"{config.vocab_size}: the tokenizer belongs to another model."
+            f"{tokenizer_file} gives no token for a plain text. Use the tokenizer that belongs to "
+            "the model."
         )
+    check_vocabulary(max(found), config.vocab_size, str(tokenizer_file))
+    ids = torch.tensor([found])
     return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
 
 
@@ -150,16 +146,3 @@ def output_of(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
     if "logits" in output:
         return output.logits, True
     return output.last_hidden_state, False
-
-
-@contextmanager
-def evaluating(model: "PreTrainedModel") -> Iterator[None]:
-    """Evaluation mode and the experts code that every dtype and device can run; restored after."""
-    training, experts = model.training, model.config._experts_implementation
-    model.eval()
-    model.config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.config._experts_implementation = experts

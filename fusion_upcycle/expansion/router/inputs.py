@@ -11,23 +11,25 @@ Shapes: N tokens, D hidden size, E experts, W sequences of T tokens.
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.routing import RoutingRule, routing_rule
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import logits_of_last, num_embeddings
 from fusion_upcycle.live.modes import evaluating
-from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.live.routers import find_routers, hearing_inputs
 from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences
 from fusion_upcycle.verification.streamed_model import streamed_model
 
@@ -100,32 +102,21 @@ def _inputs(
     scratch: Path,
     progress: bool,
 ) -> dict[int, RouterInputs]:
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    largest = max(int(ids.max()) for ids in sequences.ids.values())
-    if largest >= vocabulary:
-        raise UpcyclingError(
-            f"The tokenizer gives token id {largest}, but the model has {vocabulary} embeddings: "
-            "use the tokenizer that belongs to the model."
-        )
+    check_vocabulary(sequences.largest, num_embeddings(model))
     routers = find_routers(model)
     seen: dict[int, IO[bytes]] = {}
     held: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def hear(place: int, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(router: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs_ND = args[0].flatten(0, -2).float().cpu().contiguous()
-            seen[layer].write(memoryview(inputs_ND.numpy()).cast("B"))
-            if layer not in held:  # here, as weights that are streamed are there only now
-                biases = routers.selection_biases()
-                # ERNIE 4.5 has it as [1, E].
-                bias_E = biases[place].detach().cpu().reshape(-1).clone() if biases else None
-                held[layer] = router.get_parameter("weight").detach().cpu().clone(), bias_E
+    def keep(layer: int, hidden_ND: Tensor) -> None:
+        inputs_ND = hidden_ND.float().cpu().contiguous()
+        seen[layer].write(inputs_ND.numpy().data.cast("B"))
+        if layer not in held:  # here, as weights that are streamed are there only now
+            bias = dict(zip(routers.modules, routers.selection_biases(), strict=False)).get(layer)
+            # ERNIE 4.5 has it as [1, E].
+            bias_E = None if bias is None else bias.detach().cpu().reshape(-1).clone()
+            weight = routers.modules[layer].get_parameter("weight")
+            held[layer] = weight.detach().cpu().clone(), bias_E
 
-        return keep
-
-    # The output head is not looked at: one row of logits is the least it can make.
-    causal = type(model).__name__.endswith("ForCausalLM")
-    unneeded = {"logits_to_keep": 1} if causal else {}
     total = sum(len(ids) for ids in sequences.ids.values())
     hidden = model.config.get_text_config().hidden_size
     with (
@@ -136,11 +127,12 @@ def _inputs(
     ):
         hooks.callback(routers.close)
         _check_room(sequences.tokens, hidden, len(routers.modules), scratch)
-        for place, (layer, router) in enumerate(routers.modules.items()):
+        for layer in routers.modules:
             seen[layer] = hooks.enter_context(tempfile.TemporaryFile(dir=scratch))
-            hooks.callback(router.register_forward_pre_hook(hear(place, layer)).remove)
+        hooks.enter_context(hearing_inputs(routers.modules, keep))
         for ids_BT in _batches(sequences):
-            model(input_ids=ids_BT.to(device), use_cache=False, **unneeded)
+            # The output head is not looked at: one row of logits is the least it can make.
+            model(input_ids=ids_BT.to(device), use_cache=False, **logits_of_last(model, 1))
             bar.update(len(ids_BT))
         return {
             layer: RouterInputs(

@@ -1,0 +1,46 @@
+"""The experts of a live model, found by the family's `Architecture`."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.routers import Routers, modules_of_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def find_experts(model: "PreTrainedModel", routers: Routers) -> dict[int, nn.Module]:
+    """MoE layer -> the module that holds its experts packed, as `gate_up_proj` and `down_proj`.
+
+    None for a dense model.
+
+    Raises:
+        UpcyclingError: a layer that has a router and no such module, or the other way round.
+    """
+    family = routers.architecture
+    if family is None:
+        return {}
+    found = modules_of_layers(model, family.experts_module)
+    if found.keys() != routers.modules.keys():
+        raise UpcyclingError(
+            f"This {family.name} model has routers in layers {list(routers.modules)} but experts, "
+            f"as {family.experts_module}, in {list(found)}. Load it as transformers' own class."
+        )
+    return found
+
+
+def expert_parameters(
+    model: "PreTrainedModel", routers: Routers
+) -> dict[int, dict[str, nn.Parameter]]:
+    """MoE layer -> name -> parameter of all its routed experts, packed on the first axis.
+
+    Raises:
+        UpcyclingError: as `find_experts`.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        layer: {names[id(parameter)]: parameter for parameter in module.parameters()}
+        for layer, module in find_experts(model, routers).items()
+    }

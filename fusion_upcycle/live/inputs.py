@@ -1,0 +1,28 @@
+"""What a live model takes: how long an input, which token ids, which arguments."""
+
+import inspect
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def max_positions(model: "PreTrainedModel") -> int | None:
+    """Longest input that the model's config allows; None where it sets no limit (e.g. Mamba)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def num_embeddings(model: "PreTrainedModel") -> int:
+    """Token ids that the model has an embedding for: 0 to this number, which is none."""
+    number = model.get_input_embeddings().num_embeddings
+    assert isinstance(number, int)
+    return number
+
+
+def logits_of_last(model: "PreTrainedModel", rows: int) -> dict[str, int]:
+    """Arguments by which a forward pass makes logits of the last `rows` tokens only.
+
+    None for backbones, which have no logits, and for the few families that always make all.
+    """
+    told = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": rows} if told else {}
