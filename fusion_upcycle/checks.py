@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.errors import UpcyclingError, VersionError, unknown
@@ -278,3 +279,12 @@ def require_number(
         bounds += f", below {below:g}" if below is not None else ""
         bounds += f", at most {at_most:g}" if at_most is not None else ""
         raise UpcyclingError(f"{name}={value!r} must be a number, {bounds}.")
+
+
+def require_folder(name: str, path: Path) -> None:
+    """Refuse, before hours of work, a place where no folder can be made."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UpcyclingError(
+            f"{name}={path} must be a folder, and {nearest} is a file. Choose another one."
+        )
