@@ -12,7 +12,7 @@ import pytest
 from tiny import files_of
 
 from fusion_upcycle import expand, merge_into_moe, upcycle
-from fusion_upcycle.conversion.run import Converted
+from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.errors import UpcyclingError
 
 QUICK: dict[str, Any] = {"progress": False, "verify": "none"}

@@ -223,7 +223,7 @@ def test_command_on_the_demo_texts(folder: Path, tmp_path: Path) -> None:
         ([], 2, "required"),
         (["--data", "words"], 2, "--data words must be NAME=FILE_OR_FOLDER"),
         (["--data", "a=./nowhere.txt"], 2, "--data a: there is no file"),
-        (["--data", "a=./nowhere.doc"], 2, "is not known. Give a"),
+        (["--data", "a=./nowhere.doc"], 2, "--data a: the format of './nowhere.doc' is not known"),
         (["--demo", "--tokens", "0"], 2, "tokens=0"),
     ],
 )
@@ -257,10 +257,6 @@ def test_models_that_cannot_be_analysed(
         with pytest.raises(SystemExit):
             main(["analyze", str(model), "--demo", "--quiet", "--output", str(tmp_path / "out")])
         assert match in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
-        main(["analyze", str(folder), "--demo", "--quiet", "--output", str(tmp_path / "file")])
-    assert "must be a folder, and" in capsys.readouterr().err
     TOKENIZER.save_pretrained(dense)
     with pytest.raises(SystemExit):
         main(["analyze", str(dense), "--demo", "--quiet", "--output", str(tmp_path / "out")])

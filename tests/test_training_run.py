@@ -477,7 +477,7 @@ def test_the_progress_bar_shows_loss_and_speed(
     ("options", "words"),
     [
         ({"tokens": 63}, "tokens=63 is less than one step.*at least 64"),
-        ({"tokens": None}, "tokens, the budget"),
+        ({"tokens": None}, "option tokens must be given"),
         ({"learning_rat": 1}, "learning_rat.*Did you mean 'learning_rate'"),
         ({"learning_rate": 0}, "learning_rate=0 must be a number, above 0"),
         ({"learning_rate": "1"}, "learning_rate='1' must be a number"),
