@@ -1,8 +1,8 @@
 """Router rows made of calibration text: `router_extension` `split` and `fit`.
 
 The source runs streamed, one expert in memory, through transformers' own forward pass: from a
-folder or from memory the same bits. Beside it are the router inputs of one layer, 4 bytes x tokens
-x hidden size, twice where rows are fitted; those of the other layers are on the disk.
+folder or from memory the same bits. What memory and disk the router inputs take says
+`fusion_upcycle.expansion.router.inputs`.
 
 Shapes: N tokens, E experts, M experts after, D hidden size.
 """

@@ -67,7 +67,11 @@ def score_folder(
     context_length: int | None,
     progress: bool,
 ) -> Importance:
-    """`folder_importance` of a local folder and documents that were read."""
+    """`folder_importance` of a local folder and documents that were read.
+
+    Raises:
+        UpcyclingError: a dense or unknown model, or a backbone; as `measure_importance`.
+    """
     import transformers
 
     config = read_config(folder)
