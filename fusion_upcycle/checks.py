@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.errors import UpcyclingError, VersionError, unknown
@@ -49,12 +50,12 @@ class Registry(MutableMapping[str, T]):
         return value
 
     def without(self, *names: str) -> "Registry[T]":
-        """The same without these of ours."""
+        """A registry without these entries of its own."""
         own = {name: value for name, value in self._own.items() if name not in names}
         return Registry(self.kind, own, self._check)
 
     def plus(self, **own: T) -> "Registry[T]":
-        """The same with more of ours."""
+        """A registry with these entries beside its own, and the same entry points."""
         return Registry(self.kind, self._own | own, self._check)
 
     def name_of(self, value: object) -> str | None:
@@ -151,7 +152,11 @@ def require_versions(*names: str) -> None:
 def make_initialiser(
     spec: InitSpec, registry: Registry[Callable[..., Any]], kind: str
 ) -> Callable[..., Any]:
-    """Resolve a spec to a function with its options bound; unknown names and options are errors."""
+    """Resolve a spec to a function with its options bound.
+
+    Raises:
+        UpcyclingError: no name, mapping or function; an unknown name or option.
+    """
     options: dict[str, Any] = {}
     if not isinstance(spec, str | Mapping) and not callable(spec):
         raise UpcyclingError(
@@ -233,7 +238,11 @@ AUTO = "auto"
 
 
 def parse_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | None":
-    """A supported floating-point dtype from its name (`bfloat16`, `torch.bfloat16`) or itself."""
+    """A supported floating-point dtype from its name (`bfloat16`, `torch.bfloat16`) or itself.
+
+    Raises:
+        UpcyclingError: an unknown name, or no floating-point dtype.
+    """
     if dtype is None:
         return None
     import torch
@@ -252,6 +261,11 @@ def dtype_name(dtype: object) -> str:
 
 
 def require_whole(name: str, value: object, *, at_least: int | None = None) -> None:
+    """Refuse all but whole numbers; true and false are none.
+
+    Raises:
+        UpcyclingError: no whole number, or one below `at_least`.
+    """
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
         bound = "" if at_least is None else f", {at_least} or more"
@@ -259,6 +273,14 @@ def require_whole(name: str, value: object, *, at_least: int | None = None) -> N
 
 
 def require_list(name: str, value: object, kind: type, example: str) -> None:
+    """Refuse all but lists of items of one type.
+
+    Args:
+        example: what it must be, for the error.
+
+    Raises:
+        UpcyclingError: something else.
+    """
     if not isinstance(value, list | tuple) or any(type(item) is not kind for item in value):
         raise UpcyclingError(f"{name}={value!r} must be {example}.")
 
@@ -271,6 +293,11 @@ def require_number(
     below: float | None = None,
     at_most: float | None = None,
 ) -> None:
+    """Refuse all but numbers within bounds; of 0 or more where `above` is None.
+
+    Raises:
+        UpcyclingError: no number, or one out of bounds.
+    """
     fits = is_number(value) and (value > above if above is not None else value >= 0)
     fits = fits and (below is None or value < below) and (at_most is None or value <= at_most)
     if not fits:
@@ -278,3 +305,16 @@ def require_number(
         bounds += f", below {below:g}" if below is not None else ""
         bounds += f", at most {at_most:g}" if at_most is not None else ""
         raise UpcyclingError(f"{name}={value!r} must be a number, {bounds}.")
+
+
+def require_folder(name: str, path: Path) -> None:
+    """Refuse, before hours of work, a place where no folder can be made.
+
+    Raises:
+        UpcyclingError: a file is in the way.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UpcyclingError(
+            f"{name}={path} must be a folder, and {nearest} is a file. Choose another one."
+        )

@@ -56,6 +56,9 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
     Args:
         noise_std: noise relative to the matrix' own standard deviation. 0.001 leaves experts
             identical for many steps, 0.1 destroys the weights.
+
+    Raises:
+        UpcyclingError: a negative `noise_std`, or none.
     """
     if not (is_number(noise_std) and noise_std >= 0):
         raise UpcyclingError(f"noise_std={noise_std!r} must be a number >= 0 (default 0.01).")
@@ -80,6 +83,9 @@ def drop(
         drop_ratio: share of neurons, 0 <= r <= 1.
         paired: the same neurons in all three matrices, as the paper says; False draws them for
             each matrix, as the authors' code does (at 0.5, 12.5 % of neurons keep all parts).
+
+    Raises:
+        UpcyclingError: a `drop_ratio` out of range, or a `paired` that is not true or false.
     """
     if not (is_number(drop_ratio) and 0 <= drop_ratio <= 1):
         raise UpcyclingError(f"drop_ratio={drop_ratio!r} must be a number 0 to 1 (default 0.5).")
@@ -135,6 +141,9 @@ def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Ex
 
     Args:
         kept_energy: 0 <= share <= 1.
+
+    Raises:
+        UpcyclingError: a `kept_energy` out of range.
     """
     if not (is_number(kept_energy) and 0 <= kept_energy <= 1):
         raise UpcyclingError(f"kept_energy={kept_energy!r} must be a number 0 to 1 (default 0.9).")

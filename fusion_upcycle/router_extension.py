@@ -39,6 +39,9 @@ def noise(
 
     Args:
         noise_std: relative to the standard deviation of all that is extended.
+
+    Raises:
+        UpcyclingError: a `noise_std` of 0 or below, or none.
     """
     if not (is_number(noise_std) and noise_std > 0):
         raise UpcyclingError(
@@ -66,6 +69,9 @@ def bias(
 
     Args:
         noise_std: relative to the standard deviation of the bias, which must not be 0.
+
+    Raises:
+        UpcyclingError: a selection bias that is the same for all experts; as `noise`.
     """
     if weight_E.numel() and weight_E.std(correction=0) == 0:
         raise UpcyclingError(

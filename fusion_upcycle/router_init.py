@@ -22,6 +22,9 @@ def normal(hidden_size: int, generator: Generator, *, std: float = 0.02) -> Tens
     """N(0, std): small, so that no expert starts saturated, and tokens spread over experts.
 
     For hidden states of unit RMS the logits have standard deviation `std * sqrt(D)`.
+
+    Raises:
+        UpcyclingError: a `std` of 0 or below, or none.
     """
     if not (is_number(std) and std > 0):
         raise UpcyclingError(

@@ -257,6 +257,10 @@ def test_models_that_cannot_be_analysed(
         with pytest.raises(SystemExit):
             main(["analyze", str(model), "--demo", "--quiet", "--output", str(tmp_path / "out")])
         assert match in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["analyze", str(folder), "--demo", "--quiet", "--output", str(tmp_path / "file")])
+    assert "must be a folder, and" in capsys.readouterr().err
     TOKENIZER.save_pretrained(dense)
     with pytest.raises(SystemExit):
         main(["analyze", str(dense), "--demo", "--quiet", "--output", str(tmp_path / "out")])

@@ -323,6 +323,7 @@ def test_text_that_cannot_be_used(source: Path, data: dict[str, Any], tmp_path: 
     )
     refuses(source, "there is no file", **data | {"calibration": {"a": "none.txt"}}, **split)
     refuses(source, "from 2 to the model's 64", **data | {"context_length": 65}, **split)
+    refuses(source, "context_length=0 must be", **data | {"context_length": 0}, **split)
     refuses(source, "tokens=0 of the calibration", **data | {"calibration_tokens": 0}, **split)
     with pytest.raises(UpcyclingError, match=r"there is none: name the folder.*\(tokenizer\)"):
         expand_model(load(source), **data, **split)
@@ -363,3 +364,18 @@ def test_a_backbone_has_no_loss_to_score_experts_by(data: dict[str, Any], tmp_pa
     byte_tokenizer(64).save_pretrained(tmp_path / "moe")
     with pytest.raises(UpcyclingError, match="is a MixtralModel: importance is that of a causal"):
         folder_importance(tmp_path / "moe", data["calibration"])
+    backbone = moe_model("mixtral", vocab_size=257, backbone=True)
+    with pytest.raises(UpcyclingError, match="MixtralModel does not predict tokens"):
+        expand_model(backbone, tokenizer=tmp_path / "moe", selection="greedy", **data)
+
+
+def test_scores_that_could_not_be_written_are_not_measured(
+    source: Path, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fusion_upcycle.importance.run.score_folder", lambda *_, **__: pytest.fail("ran")
+    )
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UpcyclingError, match=f"{output} must be a folder, and .*file is"):
+            folder_importance(source, data["calibration"], output)

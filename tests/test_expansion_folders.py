@@ -143,11 +143,15 @@ def test_noise_on_a_bias_that_is_zero_is_refused_before_anything_is_made(tmp_pat
 @pytest.mark.parametrize(
     ("rows", "biases", "match"),
     [
-        ({0: torch.zeros(8, 32)}, None, r"of layers \[0\].*needs \[0, 1\]"),
-        ({0: torch.zeros(8, 32), 1: torch.zeros(7, 32)}, None, r"\[7, 32\].*needs \[8, 32\]"),
-        (dict.fromkeys((0, 1), torch.zeros(8, 32)), {0: torch.zeros(8)}, "no selection bias"),
+        ({0: torch.zeros(8, 32)}, None, r"of layers \[0\].*are \[0, 1\]. Give \[8, 32\]"),
+        (
+            {0: torch.zeros(8, 32), 1: torch.zeros(7, 32)},
+            None,
+            r"of layer 1.*\[7, 32\]. Give \[8, 32\]",
+        ),
+        (dict.fromkeys((0, 1), torch.zeros(8, 32)), {0: torch.zeros(8)}, "selection bias. Leave"),
     ],
-    ids=str,
+    ids=["layers", "shape", "biases"],
 )
 def test_router_rows_of_another_shape_are_refused(
     rows: Any, biases: Any, match: str, source: Path

@@ -1,6 +1,7 @@
 """Importance scores against plain autograd with the whole gradient kept, and their file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,10 @@ def test_file_goes_round_and_is_of_one_model(tokenizer_file: Path, tmp_path: Pat
     loaded.check(live_identity(half))  # the same model, loaded in another dtype
     with pytest.raises(UpcyclingError, match=r"scores are of a mixtral .* but the model given is"):
         loaded.check(live_identity(model_of(seed=1)))
+    with pytest.raises(UpcyclingError, match=r"experts, top-2 and .*, top-1 and "):
+        loaded.check(live_identity(model_of(num_experts_per_tok=1)))
+    of_older_version = {k: v for k, v in found.model.items() if k != "experts_per_token"}
+    replace(found, model=of_older_version).check(live_identity(model))
     with pytest.raises(UpcyclingError, match="grad_squared"):
         loaded.scores("gradient")
     images = save_importance_map(found, tmp_path)
@@ -219,6 +224,12 @@ def test_what_cannot_be_measured(tokenizer_file: Path) -> None:
         )
     with pytest.raises(UpcyclingError, match="belongs to the model"):
         measured(moe_model("mixtral"), tokenizer_file)
+    with pytest.raises(UpcyclingError, match="MixtralModel does not predict tokens"):
+        measured(model_of(backbone=True), tokenizer_file)
+    for wrong in (0, -1, 1, True, "16"):  # 0 is not the default
+        options: dict[str, Any] = {"context_length": wrong}
+        with pytest.raises(UpcyclingError, match=f"context_length={wrong!r} must be a whole"):
+            measure_importance(model, TEXTS, tokenizer_file, **options)
     model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
     with pytest.raises(UpcyclingError, match="gradients already"):
         measured(model, tokenizer_file)

@@ -146,5 +146,6 @@ def _check_finite(counts: RoutingCounts) -> None:
     if broken := [i for i, fine in zip(counts.layers, finite_L, strict=True) if not fine]:
         raise UpcyclingError(
             f"Router probabilities of layer(s) {broken} are not finite numbers: the weights are "
-            "not usable (uninitialised, or overflowing in a short dtype)."
+            "uninitialised, or overflow in a short dtype. Load the model in float32, or look at "
+            "how it was saved."
         )

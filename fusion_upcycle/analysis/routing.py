@@ -71,7 +71,7 @@ class RoutingCounts:
         experts_per_token: int,
         units: int,
     ) -> "RoutingCounts":
-        """Nothing counted yet."""
+        """Counts to begin with: all zero."""
         places = (len(layers), len(domains))
         return cls(
             tuple(layers),

@@ -113,7 +113,11 @@ def analyze_folder(
     tokens: int = TOKENS,
     progress: bool = False,
 ) -> Analysis:
-    """`analyze` of a folder or Hub id, on a GPU if there is one."""
+    """`analyze` of a folder or Hub id, on a GPU if there is one.
+
+    Raises:
+        UpcyclingError: no model or tokenizer there; what `analyze` cannot use.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = locate(folder)
@@ -149,13 +153,19 @@ def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
 
 
 def text_files(path: str) -> str | list[str]:
-    """A file as it is; a folder as all files in it, hidden ones aside."""
+    """A file as it is; a folder as all files in it, hidden ones aside.
+
+    Raises:
+        UpcyclingError: an empty folder.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
     files = [str(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "."]
     if not files:
-        raise UpcyclingError(f"{folder} has no files to read as text.")
+        raise UpcyclingError(
+            f"{folder} has no files to read as text. Give a folder of .txt, .jsonl or .parquet."
+        )
     return files
 
 

@@ -35,7 +35,7 @@ class Window:
 
     @property
     def counted(self) -> int:
-        """Tokens that are counted."""
+        """Number of its tokens that are counted: all but the context."""
         return len(self.ids) - self.context
 
 

@@ -85,7 +85,6 @@ class Routing:
             `normalize_topk_prob` says.
         selection_bias: file name, relative to the layer, of a bias [E] that is added for the choice
             of experts only; made zero, and kept in float32.
-        float32_router: whether transformers keeps the router in float32 whatever the model's dtype.
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"

@@ -44,14 +44,19 @@ class FileLayout:
 
 
 def file_layout(config: "PreTrainedConfig") -> FileLayout:
-    """The files' layout by transformers' own class and its own way of saving."""
+    """The files' layout by transformers' own class and its own way of saving.
+
+    Raises:
+        UpcyclingError: a config from which transformers cannot build the class.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         model = empty_model(config)
     except Exception as error:  # a size, an activation, ...: whatever the class makes of it
         raise UpcyclingError(
-            f"transformers cannot build {class_name(config)} from what config.json says: {error!r}"
+            f"transformers cannot build {class_name(config)} from what config.json says: "
+            f"{error!r}. Repair the field that it names."
         ) from error
     tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     tensors = revert_weight_conversion(model, with_kept_dtypes(model))

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def checked_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """A copy of the source's config, once nothing in it stands in the way."""
+    """A copy of the source's config, once nothing in it stands in the way.
+
+    Raises:
+        UpcyclingError: a field that cannot be kept, or code of the model's own.
+    """
     config = copy.deepcopy(config)
     fields, family = config.to_dict(), config.model_type
     for name in ("chunk_size_feed_forward", "is_encoder_decoder", "quantization_config"):

@@ -72,7 +72,7 @@ class CheckpointReader:
 
     @property
     def files(self) -> list[Path]:
-        """The shards."""
+        """Paths of the safetensors files that hold the tensors."""
         return [self.folder / file for file in self._maps]
 
     def tensor(self, name: str) -> Tensor:

@@ -65,7 +65,12 @@ def locate(source: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> "PreTrainedConfig":
-    """The config of a model that transformers knows; never runs code from the folder."""
+    """The config of a model that transformers knows; never runs code from the folder.
+
+    Raises:
+        UpcyclingError: no config.json, a damaged one, or one of a model that transformers does not
+            know.
+    """
     path = folder / "config.json"
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -78,7 +83,9 @@ def read_config(folder: Path) -> "PreTrainedConfig":
         data = json.loads(path.read_bytes())
         model_type = data["model_type"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
+        raise UpcyclingError(
+            f"{path} cannot be read as a model's config: {error!r}. Fetch or save the model again."
+        ) from error
     from transformers import AutoConfig, GraniteConfig
 
     try:

@@ -61,7 +61,11 @@ class TensorSource(Protocol):
 
 
 class StateDictSource:
-    """The tensors of a live model: `model.state_dict()`, tied tensors once."""
+    """The tensors of a live model: `model.state_dict()`, tied tensors once.
+
+    Raises:
+        UpcyclingError: a tensor that is not loaded, or in a dtype that cannot be upcycled.
+    """
 
     def __init__(self, state_dict: Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = {}

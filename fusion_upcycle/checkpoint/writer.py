@@ -83,7 +83,11 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> l
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from 5GB, 500MB, 2GiB, 1000000, ..."""
+    """Bytes from 5GB, 500MB, 2GiB, 1000000, ...
+
+    Raises:
+        UpcyclingError: no size, or none above 0.
+    """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -72,9 +72,11 @@ def _analyze(parsed: argparse.Namespace) -> None:
 
     from fusion_upcycle.analysis.report import information_table, load_table, write_analysis
     from fusion_upcycle.analysis.run import analyze_folder, demo_texts, read_texts
+    from fusion_upcycle.checks import require_folder
     from fusion_upcycle.report.drawing import require_matplotlib
 
     require_matplotlib()
+    require_folder("output", Path(parsed.output))
     texts = demo_texts() if parsed.demo else read_texts(parsed.data)
     analyses = [
         analyze_folder(folder, texts, tokens=parsed.tokens, progress=not parsed.quiet)

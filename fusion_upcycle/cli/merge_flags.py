@@ -68,7 +68,11 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def pairs(flag: str, texts: list[str]) -> dict[str, str]:
-    """The values of a flag NAME=PATH by name, each name once."""
+    """The values of a flag NAME=PATH by name.
+
+    Raises:
+        UpcyclingError: a value that is not NAME=PATH, or a name that comes twice.
+    """
     found: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

@@ -30,7 +30,11 @@ def check_tied(source: TensorSource, tied: Mapping[str, str]) -> set[str]:
 def check_complete(
     source: TensorSource, rules: Mapping[str, Rule], expected: Mapping[str, TensorSpec]
 ) -> dict[str, Rule]:
-    """Every expected tensor has one rule, and the right shape; returns them in writing order."""
+    """Every expected tensor has one rule, and the right shape; returns them in writing order.
+
+    Raises:
+        UpcyclingError: a tensor that the source lacks, or one of another shape.
+    """
     for name in expected:
         if name not in rules:
             raise UpcyclingError(
@@ -50,6 +54,11 @@ def check_complete(
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Compare the shape of a source tensor with that which its config calls for.
+
+    Raises:
+        UpcyclingError: they differ.
+    """
     if found != expected:
         raise UpcyclingError(
             f"Source tensor {name} has shape {list(found)}, but its config.json calls for "

@@ -266,7 +266,11 @@ class Conversion(ABC):
 
 
 def scaled(tensor: Tensor, scale: float, name: str) -> Tensor:
-    """`tensor * scale`; `name` is that of the source, for the error."""
+    """`tensor * scale`; `name` is that of the source, for the error.
+
+    Raises:
+        UpcyclingError: the product is beyond the dtype.
+    """
     if scale == 1.0:
         return tensor
     result = tensor * scale

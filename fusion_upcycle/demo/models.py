@@ -117,7 +117,7 @@ def _build(name: str, root: Path, recipe: Recipe) -> None:
 def bits_per_byte(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context_length: int
 ) -> dict[str, float]:
-    """Of each domain's test split."""
+    """Loss of a model on the test split of each demo domain: domain -> bits per byte."""
     from fusion_upcycle.texts.perplexity import perplexity
 
     return {

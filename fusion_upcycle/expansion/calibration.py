@@ -1,8 +1,8 @@
 """Router rows made of calibration text: `router_extension` `split` and `fit`.
 
 The source runs streamed, one expert in memory, through transformers' own forward pass: from a
-folder or from memory the same bits. Beside it are the router inputs of one layer, 4 bytes x tokens
-x hidden size, twice where rows are fitted; those of the other layers are on the disk.
+folder or from memory the same bits. What memory and disk the router inputs take says
+`fusion_upcycle.expansion.router.inputs`.
 
 Shapes: N tokens, E experts, M experts after, D hidden size.
 """
@@ -26,7 +26,7 @@ from fusion_upcycle.expansion.router.split import check_split, split_rows
 from fusion_upcycle.experts import generator_for
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.texts.documents import named_documents
-from fusion_upcycle.texts.windows import Sequences, calibration_sequences
+from fusion_upcycle.texts.windows import Sequences, calibration_sequences, sequence_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 FEW = 0.5
 #: Of calibration text, for importance scores and for router rows.
 CALIBRATION_TOKENS = 65_536
-_CONTEXT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,7 @@ def read_calibration(
             "are not made of it. Choose router_extension=split or fit, or leave it out."
         )
     positions: int = config.get_text_config().max_position_embeddings
-    length = context_length or min(_CONTEXT_LENGTH, positions)
-    if not 2 <= length <= positions:
-        raise UpcyclingError(
-            f"context_length={length} of the calibration must be from 2 to the model's "
-            f"{positions} positions."
-        )
+    length = sequence_length(context_length, positions)
     texts = named_documents(calibration)
     sequences = calibration_sequences(texts, tokenizer_file, tokens=tokens, context_length=length)
     assert tokenizer_file is not None  # or it would have been refused

@@ -49,12 +49,12 @@ class Expansion(Conversion):
 
     @property
     def total_experts(self) -> int:
-        """M."""
+        """M, experts per MoE layer of the result."""
         return len(next(iter(self.plan.source_experts.values())))
 
     @property
     def layers(self) -> list[int]:
-        """The MoE layers."""
+        """Indices of the MoE layers, ascending."""
         return list(self.plan.source_experts)
 
     @property
@@ -88,19 +88,27 @@ class Expansion(Conversion):
             UpcyclingError: other layers or shapes, or biases where the family has none.
         """
         if biases is not None and self.architecture.routing.selection_bias is None:
-            raise UpcyclingError(f"{self.architecture.name} has no selection bias to set.")
-        for given, shape in ((rows, (self.total_experts, self.expert_shape[1])), (biases, None)):
-            for layer, tensor in (given or {}).items():
-                expected = shape or (self.total_experts,)
-                if layer not in self.plan.source_experts or tuple(tensor.shape) != expected:
-                    raise UpcyclingError(
-                        f"Router rows of layer {layer} have shape {list(tensor.shape)}; the "
-                        f"expansion needs {list(expected)} for layers {self.layers}."
-                    )
-            if given is not None and given.keys() != self.plan.source_experts.keys():
+            raise UpcyclingError(
+                f"selection_biases: {self.architecture.name} has no selection bias. Leave them out."
+            )
+        total = self.total_experts
+        for what, given, shape in (
+            ("router_rows", rows, (total, self.expert_shape[1])),
+            ("selection_biases", biases, (total,)),
+        ):
+            if given is None:
+                continue
+            if given.keys() != self.plan.source_experts.keys():
                 raise UpcyclingError(
-                    f"Router rows are of layers {sorted(given)}; the expansion needs {self.layers}."
+                    f"{what} are of layers {sorted(given)}, but the MoE layers are {self.layers}. "
+                    f"Give {list(shape)} for each of these."
                 )
+            for layer, tensor in given.items():
+                if tuple(tensor.shape) != shape:
+                    raise UpcyclingError(
+                        f"{what} of layer {layer} have shape {list(tensor.shape)}. Give "
+                        f"{list(shape)}, for the {total} experts of the result."
+                    )
         rules = dict(self.rules)
         for layer in self.layers:
             rules[self.router_name(layer)] = RouterRows(layer)
@@ -166,11 +174,11 @@ class Expansion(Conversion):
         }
 
     def router_name(self, layer: int) -> str:
-        """Of the router [E, D] or [M, D] in the files."""
+        """Name in the files of the router, [E, D] in the source and [M, D] in the result."""
         return layer_prefix(self.config, layer) + self.architecture.router_name
 
     def bias_name(self, layer: int) -> str | None:
-        """Of the selection bias [E] or [M] in the files, if the family has one."""
+        """Name in the files of the selection bias, [E] and [M]; None where the family has none."""
         name = self.architecture.routing.selection_bias
         return None if name is None else layer_prefix(self.config, layer) + name
 

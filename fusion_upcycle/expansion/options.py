@@ -41,6 +41,9 @@ class ExpansionOptions:
             `split` and `fit`: such that the function is nearly kept, from calibration text.
         experts_per_token: top-k of the result; by default the source's, and so the cost of a token.
         seed: as in `UpcyclingOptions`.
+
+    Raises:
+        UpcyclingError: an option out of range, an unknown name, or two that say the same.
     """
 
     num_experts: int | None = None

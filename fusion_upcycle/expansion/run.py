@@ -146,6 +146,11 @@ def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Expansion]:
     """From a record, a function (source folder, output folder) that plans its expansion again.
 
     Router rows that were made of calibration text are taken as they stand in the output folder.
+
+    Raises:
+        UpcyclingError: an option of the record that cannot be used; likewise the function, for a
+            source.
+        ProofError: the function, for an output whose router is not the one that was made for it.
     """
     options = make_expansion_options(**record["options"])
     plan = DuplicationPlan.from_json(record["plan"])

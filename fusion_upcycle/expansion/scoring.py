@@ -10,7 +10,11 @@ from fusion_upcycle.importance.scores import Importance
 
 
 def load_scores(scores: str | Path | Importance | None) -> Importance | None:
-    """Importance scores, from their file or as they are."""
+    """Importance scores, from their file or as they are.
+
+    Raises:
+        UpcyclingError: no scores, or a file that cannot be read as scores.
+    """
     if isinstance(scores, str | Path):
         return Importance.load(Path(scores).expanduser())
     if scores is not None and not isinstance(scores, Importance):

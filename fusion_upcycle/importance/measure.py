@@ -26,7 +26,7 @@ from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, expert_counts, find_routers
 from fusion_upcycle.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
-from fusion_upcycle.texts.windows import Sequences, calibration_sequences
+from fusion_upcycle.texts.windows import Sequences, calibration_sequences, sequence_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +57,9 @@ def measure_importance(
         progress: show a bar.
 
     Raises:
-        UpcyclingError: a dense or unknown model; text that is too short, or of another tokenizer;
-            a gradient that is missing or not finite, by name; gradients that the model already has.
+        UpcyclingError: a dense or unknown model, or a backbone; text that is too short, or of
+            another tokenizer; a gradient that is missing or not finite, by name; gradients that the
+            model already has.
     """
     routers = find_routers(model)
     try:
@@ -67,11 +68,16 @@ def measure_importance(
                 f"This {model.config.get_text_config().model_type} model is dense: it has no "
                 "experts to score. Give a Mixture-of-Experts model."
             )
-        length = context_length or min(1024, max_positions(model) or 1024)
+        if model.get_output_embeddings() is None:
+            raise UpcyclingError(
+                f"{type(model).__name__} does not predict tokens, and importance is that of a "
+                "causal language model's loss: give the causal LM, or scores measured of one."
+            )
+        length = sequence_length(context_length, max_positions(model))
         sequences = calibration_sequences(
             texts, tokenizer_file, tokens=tokens, context_length=length
         )
-        _check(model, sequences, length)
+        _check(model, sequences)
         sums = ExpertSums(expert_parameters(model, routers))
         counts = _backwards(model, routers, sequences, sums, progress)
     finally:
@@ -98,13 +104,7 @@ def measure_importance(
     )
 
 
-def _check(model: "PreTrainedModel", sequences: Sequences, length: int) -> None:
-    limit = max_positions(model)
-    if length < 2 or (limit is not None and length > limit):
-        raise UpcyclingError(
-            f"context_length={length} of the calibration must be from 2 to the model's "
-            f"{limit} positions."
-        )
+def _check(model: "PreTrainedModel", sequences: Sequences) -> None:
     check_vocabulary(sequences.largest, num_embeddings(model))
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -10,6 +10,7 @@ from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checks import require_folder
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.figure import save_importance_map
 from fusion_upcycle.importance.measure import measure_importance
@@ -40,10 +41,12 @@ def folder_importance(
         progress: show progress bars.
 
     Raises:
-        UpcyclingError: a model or text that cannot be used, as `measure_importance`.
+        UpcyclingError: a model or text that cannot be used, as `measure_importance`; an output that
+            is a file.
     """
     if output is not None:
         require_matplotlib()
+        require_folder("output", Path(output).expanduser())
     importance = score_folder(
         locate(model),
         named_documents(calibration),
@@ -64,7 +67,11 @@ def score_folder(
     context_length: int | None,
     progress: bool,
 ) -> Importance:
-    """`folder_importance` of a local folder and documents that were read."""
+    """`folder_importance` of a local folder and documents that were read.
+
+    Raises:
+        UpcyclingError: a dense or unknown model, or a backbone; as `measure_importance`.
+    """
     import transformers
 
     config = read_config(folder)

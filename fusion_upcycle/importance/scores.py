@@ -63,7 +63,9 @@ class Importance:
         Raises:
             UpcyclingError: says which model they are of, and which was given.
         """
-        if identity["sha256"] != self.model["sha256"]:
+        # The same weights at another top-k have other scores; older files do not say theirs.
+        of_top = self.model.get("experts_per_token", identity["experts_per_token"])
+        if (identity["sha256"], identity["experts_per_token"]) != (self.model["sha256"], of_top):
             raise UpcyclingError(
                 f"The importance scores are of {describe(self.model)}, but the model given is "
                 f"{describe(identity)}. Give the scores of this model, or measure them again."

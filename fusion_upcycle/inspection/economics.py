@@ -22,7 +22,7 @@ TRAINING_PASSES = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one model.
+    """What one model costs.
 
     Attributes:
         total, active: parameters, and those that a token uses.
@@ -36,7 +36,7 @@ class Cost:
     flops: float
 
     def training_flops(self, tokens: float) -> float:
-        """Of training on this many tokens, without recomputed activations."""
+        """FLOPs of training on this many tokens, without recomputed activations."""
         return TRAINING_PASSES * self.flops * tokens
 
 
@@ -63,6 +63,9 @@ def economics(upcycling: "Upcycling", context_length: int) -> Economics:
     Args:
         upcycling: the plan; nothing is read.
         context_length: tokens of a sequence, for the attention scores.
+
+    Raises:
+        UpcyclingError: `context_length` below 1.
     """
     if context_length < 1:
         raise UpcyclingError(f"context_length={context_length} must be 1 or more.")

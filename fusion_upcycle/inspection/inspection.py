@@ -51,7 +51,7 @@ def print_inspection(
 
 
 def inspection_table(upcycling: "Upcycling", title: str) -> Table:
-    """Label, source, result."""
+    """What the source is and what it would become: a row for each quantity."""
     before, after, counts = upcycling.source_config, upcycling.config, upcycling.parameters
     resolved, options = upcycling.resolved, upcycling.options
     source_bytes = sum(spec.nbytes for spec in upcycling.source.specs.values())

@@ -50,7 +50,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name; an unknown one is answered with the nearest."""
+    """The recipe of this name.
+
+    Raises:
+        UpcyclingError: an unknown name, with the nearest known one.
+    """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]

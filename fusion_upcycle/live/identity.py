@@ -24,7 +24,7 @@ _ELEMENTS = 64  # of each tensor: enough to tell models apart, and quick to read
 
 
 def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str, Any]:
-    """The identity of an MoE model: `sha256`, and what a reader recognises it by.
+    """The identity of an MoE model: `sha256`, top-k, and what a reader recognises it by.
 
     The digest is of names and shapes of all tensors and of the first 64 elements of each, rounded
     to bfloat16: a folder in float32 is the same model as what was loaded of it in bfloat16.
@@ -55,6 +55,7 @@ def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str
         "model_type": text.model_type,
         "num_layers": text.num_hidden_layers,
         "num_experts": getattr(text, architecture.experts_field),
+        "experts_per_token": text.num_experts_per_tok,
         "hidden_size": text.hidden_size,
         "parameters": sum(spec.numel for spec in expected.values()),
     }
@@ -101,8 +102,10 @@ def live_identity(model: "PreTrainedModel") -> dict[str, Any]:
 
 def describe(identity: Mapping[str, Any]) -> str:
     """An identity in words, for errors."""
+    chosen = identity.get("experts_per_token")  # older files do not say it
+    top = "" if chosen is None else f", top-{chosen}"
     return (
         f"a {identity['model_type']} of {identity['num_layers']} layers, "
-        f"{identity['num_experts']} experts and {identity['parameters']:,} parameters "
+        f"{identity['num_experts']} experts{top} and {identity['parameters']:,} parameters "
         f"(sha256 {identity['sha256'][:12]})"
     )

@@ -35,6 +35,9 @@ class MergingOptions:
         calibration_tokens: of each model's own texts that `prototype` looks at, 256 or more.
         experts_per_token, target, moe_layers, normalize_topk_prob, expert_init, dtype, seed,
         ignore_config_fields: as in `UpcyclingOptions`.
+
+    Raises:
+        UpcyclingError: an option out of range, or an unknown name.
     """
 
     shared: str = choice("average", SHARED)

@@ -92,7 +92,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
 
     @property
     def processes(self) -> int:
-        """Of the training, on all machines."""
+        """Number of processes that train, on all machines together."""
         return self._options.devices * self._options.num_nodes
 
     def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel":
@@ -113,7 +113,11 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         return self.train(model, tokenizer, Origin(name, _upcycling_options(Path(name))))
 
     def load_tokenizer(self, modelpool: Any) -> "PreTrainedTokenizerBase":
-        """The one asked for, else the pool's."""
+        """The tokenizer that was asked for, else the pool's.
+
+        Raises:
+            UpcyclingError: there is neither.
+        """
         if self.tokenizer is not None:
             from transformers import AutoTokenizer
 
@@ -188,6 +192,10 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
     Args:
         upcycling: options of `SparseUpcyclingAlgorithm`.
         training: options of `ContinuedPretrainingAlgorithm`.
+
+    Raises:
+        UpcyclingError: an option of the two that cannot be used, or a conversion that is to be
+            written.
     """
 
     def __init__(self, upcycling: Any, training: Any, **kwargs: Any):

@@ -90,7 +90,11 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
 
 
 def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
-    """Texts by name, as `texts.documents` takes them; those of the embedded text for `demo`."""
+    """Texts by name, as `texts.documents` takes them; those of the embedded text for `demo`.
+
+    Raises:
+        UpcyclingError: something else than a mapping or `demo`.
+    """
     data = plain(data)
     if data == "demo":
         return demo_documents(split)

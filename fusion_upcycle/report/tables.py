@@ -26,7 +26,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_rich(self) -> "RichTable":
-        """For a terminal."""
+        """The table as `rich` prints it on a terminal."""
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title)

@@ -41,6 +41,9 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
     to the section ``taskpool`` of the run record, one entry in ``evaluations`` for each model that
     the method yields. The average is the plain mean over the texts of nats per token and of bits
     per byte; its perplexity is the exponential of that mean loss.
+
+    Raises:
+        UpcyclingError: an unknown option, no text, or a text with a name of the report.
     """
 
     def __init__(

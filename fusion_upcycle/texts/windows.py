@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusion_upcycle.checks import require_whole
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.tokens import CHARACTERS_PER_TOKEN, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,27 @@ class Sequences:
                 for name, ids in self.ids.items()
             },
         }
+
+
+def sequence_length(asked: int | None, positions: int | None) -> int:
+    """Tokens of a calibration sequence.
+
+    Args:
+        asked: None takes the default: 1024, or what positions the model has.
+        positions: the longest input of the model; None where it has no limit.
+
+    Raises:
+        UpcyclingError: no whole number, below 2, or more than the model takes.
+    """
+    if asked is None:
+        return min(_LENGTH, positions or _LENGTH)
+    require_whole("context_length", asked, at_least=2)
+    if positions is not None and asked > positions:
+        raise UpcyclingError(
+            f"context_length={asked} of the calibration must be from 2 to the model's {positions} "
+            "positions."
+        )
+    return asked
 
 
 def side_by_side(characters: int, span: int, count: int) -> list[int]:

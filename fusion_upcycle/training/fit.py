@@ -23,7 +23,11 @@ _BY_POSITION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_a
 
 
 def check_model(model: "PreTrainedModel", options: TrainingOptions) -> None:
-    """Refuse a model that cannot be trained on windows of this length."""
+    """Refuse a model that cannot be trained on windows of this length.
+
+    Raises:
+        UpcyclingError: a backbone, or too few positions.
+    """
     if model.get_output_embeddings() is None:
         raise UpcyclingError(
             f"{type(model).__name__} does not predict tokens: give a causal language model."
@@ -103,6 +107,9 @@ def prepare(model: "PreTrainedModel", options: TrainingOptions) -> None:
     """Weights to float32, or for `bf16-true` to bfloat16 where transformers does not keep float32.
 
     Also sets activation checkpointing and the implementation of the experts.
+
+    Raises:
+        UpcyclingError: an `experts_implementation` that the model does not have.
     """
     model.float()
     if options.precision == "bf16-true":

@@ -243,7 +243,7 @@ class PretrainingModule(L.LightningModule):
         self._unwritten |= metrics
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the callbacks."""
+        """Write the metrics of the step, to which the callbacks have added theirs."""
         for logger in self.loggers if self._unwritten else ():
             logger.log_metrics(self._unwritten, step=self._step_number)
         self._unwritten = {}

@@ -85,6 +85,10 @@ class TrainingOptions:
         checkpoint_every: steps between checkpoints, of which the last two are kept; 0 leaves it at
             the end.
         validate_every: steps between validations; 0 leaves it at the end.
+
+    Raises:
+        UpcyclingError: an option out of range, an unknown name, or options that do not fit each
+            other.
     """
 
     tokens: int

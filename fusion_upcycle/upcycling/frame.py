@@ -64,7 +64,11 @@ def plan_frame(
 
 
 def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtype:
-    """The dtype in which transformers would load the source: its config's, else its tensors'."""
+    """The dtype in which transformers would load the source: its config's, else its tensors'.
+
+    Raises:
+        UpcyclingError: a dtype that is not supported, or several and no word of the config.
+    """
     if config.dtype is not None:
         try:
             dtype = parse_dtype(config.dtype)

@@ -65,6 +65,9 @@ class UpcyclingOptions:
         seed: of every random draw.
         ignore_config_fields: unknown fields of the source's config.json that you know to be without
             effect; others are refused.
+
+    Raises:
+        UpcyclingError: an option out of range, or an unknown name.
     """
 
     target: str = choice(AUTO, registry("architectures/__init__.py", "ARCHITECTURES", AUTO))

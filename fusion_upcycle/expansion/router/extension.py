@@ -24,7 +24,11 @@ CALIBRATED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A router extension that looks at router inputs: its name, and all options of it."""
+    """A router extension that looks at router inputs: its name, and all options of it.
+
+    Raises:
+        UpcyclingError: an unknown option, or one out of range.
+    """
 
     name: str
     options: dict[str, Any]

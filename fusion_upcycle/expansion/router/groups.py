@@ -23,7 +23,7 @@ STARTS = 24
 ROUNDS = 25
 #: Tokens among which starts compete; the best start is then fitted to all tokens.
 SEARCH_TOKENS = 8192
-#: Of them.
+#: Starts that are fitted to all tokens.
 _FINALISTS = 8
 _FINAL_ROUNDS = 5
 #: A group should win this part of its fair share in each class, and classes of fewer tokens say
@@ -141,7 +141,7 @@ def _balanced(inputs_ND: Tensor, directions_DG: Tensor, constant_D: Tensor) -> T
 
 
 def _smallest_share(inputs_ND: Tensor, directions_GD: Tensor, classes_N: Tensor) -> float:
-    """Of a group in a class, relative to the fair one."""
+    """Smallest share of any group in the tokens of any class, relative to the fair share 1/G."""
     groups = len(directions_GD)
     winners_N = (inputs_ND @ directions_GD.T).argmax(-1)
     counts_CG = torch.bincount(classes_N * groups + winners_N).float()

@@ -2,8 +2,8 @@
 
 From a live model by hooks, or from a folder with one expert in memory at a time: transformers' own
 forward pass either way. What the routers see is written to nameless temporary files, 4 x N x D
-bytes a layer, and mapped: only the layer that is looked at takes memory, and nothing is left on the
-disk whatever happens.
+bytes a layer, and mapped: memory is taken by the layer that is looked at only, up to three times as
+many bytes while rows are fitted. Nothing is left on the disk whatever happens.
 
 Shapes: N tokens, D hidden size, E experts, W sequences of T tokens.
 """
@@ -147,7 +147,10 @@ def _disk_errors(scratch: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UpcyclingError(f"Router inputs cannot be kept in {scratch}: {error}.") from error
+        raise UpcyclingError(
+            f"Router inputs cannot be kept in {scratch}: {error}. Make room there, or take fewer "
+            "tokens (calibration_tokens)."
+        ) from error
 
 
 def _mapped(file: IO[bytes], hidden: int) -> Tensor:
