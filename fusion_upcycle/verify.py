@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fusion_upcycle.checkpoint.source import locate
-from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.conversion.run import prove_folder
 from fusion_upcycle.errors import UpcyclingError, unknown

@@ -21,15 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusion_upcycle import MixtralForCausalLMUpscalingAlgorithm, upcycle
+from fusion_upcycle.checkpoint.staging import RECORD_FILE, staging_folder
 from fusion_upcycle.checkpoint.tensors import TensorSpec
-from fusion_upcycle.checkpoint.writer import (
-    RECORD_FILE,
-    Shard,
-    parse_size,
-    plan_shards,
-    staging_folder,
-    write_shards,
-)
+from fusion_upcycle.checkpoint.writer import Shard, parse_size, plan_shards, write_shards
 from fusion_upcycle.conversion import output as conversion_output
 from fusion_upcycle.errors import UpcyclingError
 

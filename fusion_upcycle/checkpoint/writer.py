@@ -1,19 +1,12 @@
-"""Writing a checkpoint folder: sharded, one piece of a tensor in memory, atomic, resumable.
+"""Writing the shards of a checkpoint, one piece of a tensor in memory; finished ones are kept.
 
-Shards are written to a staging folder beside the output, `.NAME.incomplete`, which is renamed to
-the output's name only when the folder is complete and proven. A failure removes it; after a kill
-or a power cut it stays, and the next run of the same conversion keeps its finished shards.
+They are written to a folder of `fusion_upcycle.checkpoint.staging`.
 """
 
-import fcntl
-import glob
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +14,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from fusion_upcycle.checkpoint.durable import sync
 from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from fusion_upcycle.checkpoint.tensors import DTYPES, TensorSpec
 from fusion_upcycle.errors import UpcyclingError
 
-#: The file by which a folder is known to be an output of ours; holds the plan and the proof.
-RECORD_FILE = "upcycling.json"
-TRAINING_RECORD_FILE = "training.json"
-_FINGERPRINT_FILE = "conversion.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: Room for config, tokenizer and file system overhead beside the tensors.
-_SPARE_BYTES = 64 * 2**20
 _WRITE_BEHIND_BYTES = 8 * 2**20
 
 Chunks = Callable[[str], Iterator[Tensor]]
@@ -102,84 +90,6 @@ def parse_size(size: int | str) -> int:
     return result
 
 
-@contextmanager
-def staging_folder(
-    output: Path, fingerprint: Mapping[str, object], *, total_bytes: int, overwrite: bool
-) -> Iterator[Path]:
-    """A folder beside `output` that becomes `output` when the block ends without an error.
-
-    Args:
-        output: final path. Must not exist, be empty, or be an earlier output with `overwrite`.
-        fingerprint: identifies the conversion; a left-over staging folder is kept only for it.
-        total_bytes: to be written; checked against the free space first.
-
-    Raises:
-        UpcyclingError: the output exists, the disk is too small, another process is writing.
-    """
-    output = output.resolve()  # "." or a link can be written to, but not renamed over
-    check_output(output, overwrite=overwrite)
-    staging = output.parent / f".{output.name}.incomplete"
-    fresh = not staging.exists()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UpcyclingError(f"{output} cannot be made: {error}. Choose another output.") from error
-    with _locked(staging, output):
-        try:
-            _prepare(staging, fingerprint)
-            _check_free_space(staging, total_bytes)
-        except UpcyclingError:
-            if fresh:  # else it is not ours, or holds the finished shards of a killed run
-                shutil.rmtree(staging)
-            raise
-        try:
-            yield staging
-            _replace(staging, output, overwrite=overwrite)
-        except BaseException as error:
-            # Not reached when the process is killed: then finished shards stay for a resume.
-            shutil.rmtree(staging, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UpcyclingError(f"Writing {output} failed: {error}.") from error
-            raise
-
-
-@contextmanager
-def _locked(staging: Path, output: Path) -> Iterator[None]:
-    """Hold the staging folder alone; the lock is the folder itself and leaves no file behind."""
-    descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The other process may have finished and renamed the folder in between.
-            held = os.path.samestat(os.fstat(descriptor), staging.stat())
-        except OSError:
-            held = False
-        if not held:
-            raise UpcyclingError(f"Another process is writing {output}. Wait for it to end.")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse to touch anything that is not a previous output of ours."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not _is_ours(output):
-        raise UpcyclingError(
-            f"{output} exists and is not an output of fusion_upcycle (it has no {RECORD_FILE} or "
-            f"{TRAINING_RECORD_FILE}), so it is never overwritten. Choose another output or remove "
-            "it yourself."
-        )
-    if not overwrite:
-        raise UpcyclingError(f"{output} exists. Pass overwrite=true to replace it.")
-
-
-def _is_ours(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (RECORD_FILE, TRAINING_RECORD_FILE))
-
-
 def write_shards(
     staging: Path, shards: list[Shard], chunks: Chunks, progress: Callable[[int], object]
 ) -> None:
@@ -245,45 +155,5 @@ def _write_behind(descriptor: int) -> None:
 
 
 def _flush_and_rename(part: Path, path: Path) -> None:
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(part)
     part.rename(path)
-
-
-def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
-    """Keep a left-over staging folder of the same conversion; else start with an empty one."""
-    text = json.dumps(fingerprint, indent=2, sort_keys=True)
-    record = staging / _FINGERPRINT_FILE
-    if any(staging.iterdir()) and not record.is_file():
-        raise UpcyclingError(f"{staging} exists and was not made here. Remove or rename it.")
-    if record.is_file() and record.read_text() != text:
-        for path in staging.iterdir():
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    record.write_text(text)
-    for part in staging.glob("*.part"):
-        part.unlink()
-
-
-def _check_free_space(staging: Path, total_bytes: int) -> None:
-    done = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
-    free = shutil.disk_usage(staging).free
-    if free < (needed := total_bytes - done + _SPARE_BYTES):
-        raise UpcyclingError(
-            f"Not enough free disk at {staging.parent}: {needed / 1e9:.1f} GB are needed, "
-            f"{free / 1e9:.1f} GB are free. Free some, or choose an output on another disk."
-        )
-
-
-def _replace(staging: Path, output: Path, *, overwrite: bool) -> None:
-    check_output(output, overwrite=overwrite)  # it may have appeared since the start
-    if _is_ours(output):
-        output.rename(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-    staging.rename(output)
-    (output / _FINGERPRINT_FILE).unlink()
-    # The one just replaced, and any of a run that was killed between its two renames.
-    for old in output.parent.glob(f".{glob.escape(output.name)}.replaced-*"):
-        if _is_ours(old):
-            shutil.rmtree(old, ignore_errors=True)

@@ -8,14 +8,8 @@ from typing import Any
 from uuid import uuid4
 
 from fusion_upcycle.architectures.config import readable_config
-from fusion_upcycle.checkpoint.writer import (
-    RECORD_FILE,
-    check_output,
-    parse_size,
-    plan_shards,
-    staging_folder,
-    write_shards,
-)
+from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output, staging_folder
+from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shards
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion

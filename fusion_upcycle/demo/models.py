@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.checkpoint.durable import move
 from fusion_upcycle.demo.recipe import BASE, MODELS, Recipe
 from fusion_upcycle.demo.texts import DOMAINS, domain_text, text_identity
 from fusion_upcycle.errors import unknown
@@ -111,7 +112,7 @@ def _build(name: str, root: Path, recipe: Recipe) -> None:
         name_tokenizer_class(folder)
         (folder / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_model_card(name, bits), encoding="utf-8")
-        folder.rename(root / name)
+        move(folder, root / name)
 
 
 def bits_per_byte(

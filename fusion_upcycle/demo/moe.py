@@ -9,6 +9,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
+from fusion_upcycle.checkpoint.durable import move
 from fusion_upcycle.demo.models import (
     DEFAULT_RECIPE,
     bits_per_byte,
@@ -112,4 +113,4 @@ def _build(
         }
         name_tokenizer_class(made)
         (made / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        made.rename(folder)
+        move(made, folder)

@@ -11,7 +11,7 @@ from fusion_bench.mixins import auto_register_config
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.method.arguments import sort_arguments, takes_options

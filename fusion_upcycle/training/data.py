@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fusion_upcycle.checkpoint.durable import move
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.documents import Documents, open_documents
 from fusion_upcycle.texts.tokens import packed
@@ -151,7 +152,7 @@ def _write(
             "digest": digest.hexdigest(),
         }
         (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        temporary.rename(folder)
+        move(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

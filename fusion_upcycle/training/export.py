@@ -8,7 +8,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.moments import save_moments
-from fusion_upcycle.checkpoint.writer import TRAINING_RECORD_FILE, staging_folder
+from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE, staging_folder
 from fusion_upcycle.report.card import card_text
 
 if TYPE_CHECKING:

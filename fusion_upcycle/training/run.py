@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from fusion_upcycle.checkpoint.writer import check_output
+from fusion_upcycle.checkpoint.staging import check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.live.inputs import num_embeddings
