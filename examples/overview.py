@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fusion_upcycle.architectures import MOE_FAMILIES
 from fusion_upcycle.demo import MODELS
 from fusion_upcycle.expansion.router.extension import CALIBRATED
 from fusion_upcycle.report.tables import Table, read_run_record
@@ -32,11 +31,12 @@ def results() -> str:
 
 
 def families() -> str:
-    """Which dense models become which MoE."""
-    rows = [
-        [f"`{name}`", ", ".join(f"`{dense}`" for dense in family.dense) or "- (can only be grown)"]
-        for name, family in MOE_FAMILIES.items()
-    ]
+    """Which dense models become which MoE, so far as they were measured."""
+    pairs = read_run_record(RESULTS / "families")["families"]["pairs"]
+    sources: dict[str, list[str]] = {}
+    for row in pairs:
+        sources.setdefault(f"`{row['target']}`", []).append(f"`{row['source']}`")
+    rows = [[target, ", ".join(dict.fromkeys(dense))] for target, dense in sources.items()]
     return of_words(Table("Families", ["MoE family", "made from dense"], rows))
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fusion_upcycle.errors import UpcyclingError, VersionError, unknown
+from fusion_upcycle.errors import UpcyclingError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -118,35 +118,6 @@ def _package(point: EntryPoint) -> str:
 
 #: Keyword parameters that the conversion gives to an expert initialiser that has them.
 POSITION = ("index", "num_experts")
-
-#: Libraries that fail, or are wrong in silence, in other versions; pyproject.toml says why.
-REQUIRED = {"transformers": ">=5.21", "hydra-core": ">=1.3,<1.4", "fusion-bench": ">=0.2.33"}
-
-
-def require_versions(*names: str) -> None:
-    """Look at what is installed, without importing it.
-
-    Args:
-        names: of `REQUIRED`. One that is not installed is left to its import.
-
-    Raises:
-        VersionError: one that is too old, or too new.
-    """
-    from importlib import metadata
-
-    from packaging.specifiers import SpecifierSet
-
-    for name in names:
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if not SpecifierSet(REQUIRED[name]).contains(found, prereleases=True):
-            wanted = f"{name}{REQUIRED[name]}"
-            raise VersionError(
-                f"{name} {found} is installed, but fusion_upcycle needs {wanted}: run "
-                f"pip install '{wanted}'."
-            )
 
 
 def make_initialiser(

@@ -22,3 +22,33 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return UpcyclingError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+#: Libraries that fail, or are wrong in silence, in other versions; pyproject.toml says why.
+REQUIRED = {"transformers": ">=5.21", "hydra-core": ">=1.3,<1.4", "fusion-bench": ">=0.2.33"}
+
+
+def require_versions(*names: str) -> None:
+    """Look at what is installed, without importing it.
+
+    Args:
+        names: of `REQUIRED`. One that is not installed is left to its import.
+
+    Raises:
+        VersionError: one that is too old, or too new.
+    """
+    from importlib import metadata
+
+    from packaging.specifiers import SpecifierSet
+
+    for name in names:
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not SpecifierSet(REQUIRED[name]).contains(found, prereleases=True):
+            wanted = f"{name}{REQUIRED[name]}"
+            raise VersionError(
+                f"{name} {found} is installed, but fusion_upcycle needs {wanted}: run "
+                f"pip install '{wanted}'."
+            )

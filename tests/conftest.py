@@ -26,8 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     neither waits for the other, and the last tests are short ones.
     """
     needs_base = [item for item in items if "demo_base" in getattr(item, "fixturenames", ())]
-    long = [item for item in items if item.get_closest_marker("long")]
-    first = {*needs_base, *long}
-    others = [item for item in items if item not in first]
+    early = [item for item in items if item.get_closest_marker("early")]
+    others = [item for item in items if item not in {*needs_base, *early}]
     half = len(items) // 2 - len(needs_base)
-    items[:] = [*needs_base, *others[:half], *long, *others[half:]]
+    items[:] = [*needs_base, *others[:half], *early, *others[half:]]

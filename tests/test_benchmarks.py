@@ -97,6 +97,7 @@ def test_the_conversion_benchmark_measures_every_row(
     ]
 
 
+@pytest.mark.early
 def test_a_job_is_a_process_that_is_measured_from_outside(tmp_path: Path) -> None:
     convert, source = script("convert"), dense_folder(tmp_path / "dense")
     task = {"source": str(source), "output": str(tmp_path / "out"), "num_experts": 2}
@@ -157,6 +158,7 @@ class TrainedHere:
     def communicate(self) -> None: ...
 
 
+@pytest.mark.early
 def test_the_training_benchmark_measures_every_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

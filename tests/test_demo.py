@@ -100,9 +100,12 @@ def test_the_worked_arithmetic_is_right() -> None:
     assert checked > 1000
 
 
-@pytest.mark.parametrize(("domain", "split"), [("poetry", "train"), ("prose", "dev")])
-def test_unknown_text_is_an_error_that_lists_the_known(domain: str, split: str) -> None:
-    with pytest.raises(UpcyclingError, match=r"arithmetic, prose, source|test, train, validation"):
+@pytest.mark.parametrize(
+    ("domain", "split", "known"),
+    [("poetry", "train", "prose, source"), ("prose", "dev", "train, validation")],
+)
+def test_unknown_text_is_an_error_that_lists_the_known(domain: str, split: str, known: str) -> None:
+    with pytest.raises(UpcyclingError, match=known):
         domain_text(domain, split)
 
 
@@ -134,6 +137,7 @@ def test_tokenizer_gives_one_token_per_byte_and_the_text_back(text: str, tmp_pat
 # --- models
 
 
+@pytest.mark.early
 def test_a_fine_tune_trains_the_base_first_and_both_folders_are_complete(
     cache: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +226,7 @@ def tell_where_the_base_is() -> None:
     print("at", demo_model("base", TINY))
 
 
+@pytest.mark.early
 def test_two_processes_at_once_train_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,10 +64,6 @@ def logits_with_only(
     return logits_of(model)
 
 
-def test_every_family_is_in_the_matrix() -> None:
-    assert FAMILIES.keys() == MOE_FAMILIES.keys()
-
-
 @families
 def test_the_source_is_within_the_result_which_loads(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

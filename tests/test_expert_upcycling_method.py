@@ -8,6 +8,7 @@ import pytest
 import torch
 from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CausalLMPool
+from helpers import grow
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from test_calibrated_expansion import FIT, TEXT, byte_moe
@@ -18,7 +19,7 @@ from tiny import assert_same_bits, dense_model, load, tensors_of
 from tiny_moe import moe_model
 from transformers import MixtralForCausalLM, MixtralModel
 
-from fusion_upcycle import ExpertUpcyclingAlgorithm, expand
+from fusion_upcycle import ExpertUpcyclingAlgorithm
 from fusion_upcycle.checkpoint.moments import read_moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import make_expansion_options
@@ -100,13 +101,12 @@ def test_moments_grow_with_the_model(streaming: bool, tmp_path: Path) -> None:
         6, str(tmp_path / "out"), optimizer_state=str(source), new_moments="reset"
     )
     algorithm.run(pool(source) if streaming else load(source))
-    expand(
+    grow(
         source,
         tmp_path / "function",
         num_experts=6,
         optimizer_state=source,
         new_moments="reset",
-        progress=False,
     )
     assert_same_bits(
         flat(read_moments(tmp_path / "out")), flat(read_moments(tmp_path / "function"))
@@ -149,14 +149,13 @@ def test_a_run_of_fusion_bench_grows_its_pool(
     assert record["router"]["layers"].keys() == record["plan"].keys() == {"0", "1"}
     folder = tmp_path / "out" / "importance" if streaming else tmp_path / "run"
     assert (folder / "importance.json").is_file()
-    expand(
+    grow(
         source,
         tmp_path / "function",
         scores=folder,
         calibration=calibration["data"],
         calibration_tokens=1000,
         context_length=50,
-        progress=False,
         **make_options(record),
     )
     assert_same_bits(result["merged_model"].state_dict(), load(tmp_path / "function").state_dict())

@@ -251,6 +251,7 @@ def measure_sharded(tokenizer_file: Path, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.early
 def test_two_processes_of_a_sharded_model_give_the_scores_of_one(
     tokenizer_file: Path, tmp_path: Path
 ) -> None:

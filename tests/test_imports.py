@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_upcycle.checks import require_versions
+from fusion_upcycle.errors import require_versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The FusionBench face: the only part that imports fusion_bench.

@@ -130,7 +130,7 @@ def test_a_backbone_becomes_a_backbone() -> None:
 def test_a_model_for_the_other_class_is_refused_with_its_name(backbone: bool) -> None:
     cls = MixtralForCausalLMUpscalingAlgorithm if backbone else MixtralUpscalingAlgorithm
     other = "MixtralUpscalingAlgorithm" if backbone else "MixtralForCausalLMUpscalingAlgorithm"
-    with pytest.raises(UpcyclingError, match=f"go into {other}|into {other}"):
+    with pytest.raises(UpcyclingError, match=f"into {other}"):
         cls(4, 2).run(dense_model(backbone=backbone))
 
 

@@ -31,6 +31,7 @@ demo_model.__defaults__ = (Recipe(16, 32, 1, 2, 1, batch_size=2, base_steps=12, 
 """
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
     "first",
     [pytest.param(TINY, id="tiny"), pytest.param("", id="as shipped", marks=pytest.mark.full)],

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from tiny import dense_folder
 
-from fusion_upcycle.checks import REQUIRED
+from fusion_upcycle.errors import REQUIRED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a wheel is built from. Building in the checkout would leave build/ there, and take stale
@@ -111,6 +111,7 @@ def test_the_wheels_configs_are_found_where_no_checkout_is(
     assert Path(package).is_relative_to(clean_python.parents[1])
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
     ("place", "cli"),
     [

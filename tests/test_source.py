@@ -31,6 +31,7 @@ def hub_cache(tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.mark.early
 def test_a_hub_id_is_upcycled_from_the_hub_cache(hub_cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "moe"
     run = subprocess.run(

@@ -75,6 +75,7 @@ def one_process(strategy: str, folder: Path) -> Trained:
     return run(moe_model(family, **fields), folder, STEPS, **OPTIONS | options)
 
 
+@pytest.mark.early
 def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, as what two processes make is looked at from all sides."""
     family, fields, options = CASES["fsdp"]

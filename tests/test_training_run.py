@@ -68,6 +68,7 @@ def killed_at_step_13(folder: Path) -> None:
     run(moe_model(attention_dropout=0.2), folder, 20)
 
 
+@pytest.mark.early
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     # Dropout too: its draws must be those of the step, not of the process.
     whole = run(moe_model(attention_dropout=0.2), tmp_path / "whole", 20)

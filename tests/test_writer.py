@@ -435,6 +435,7 @@ def convert_and_die(source: Path, output: Path, staging: Path) -> None:
     upcycle(source, output, **OPTIONS)
 
 
+@pytest.mark.early
 def test_a_conversion_killed_for_real_is_resumed_bit_identically(tmp_path: Path) -> None:
     source, output = dense_folder(tmp_path / "dense"), tmp_path / "out"
     staging = tmp_path / ".out.incomplete"

@@ -1,10 +1,16 @@
 """Tiny MoE models of every family that differ from every default, made on the spot."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import dense_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from fusion_upcycle import UpcyclingOptions
+from fusion_upcycle.architectures import MOE_FAMILIES
+from fusion_upcycle.upcycling.run import plan_model
 
 _LATENT = {
     "kv_lora_rank": 12,
@@ -17,12 +23,11 @@ _LATENT = {
 _GROUPS = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.7, "norm_topk_prob": True}
 
 #: Fields beside the common ones; the first layer is dense where the family can say so.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {"num_experts": 4, "mlp_only_layers": [0], "shared_expert_intermediate_size": 20},
-    "qwen3_moe": {"num_experts": 4, "mlp_only_layers": [0], "head_dim": 12, "norm_topk_prob": True},
+_FIELDS: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {"mlp_only_layers": [0], "head_dim": 12, "norm_topk_prob": True},
     "qwen3_5_moe_text": {
-        "num_experts": 4,
         "shared_expert_intermediate_size": 20,
         "head_dim": 16,
         "layer_types": ["linear_attention", "full_attention"],
@@ -31,19 +36,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
-    "flex_olmo": {"num_experts": 4, "norm_topk_prob": True},
-    "olmoe": {"num_experts": 4, "clip_qkv": 3.0},
-    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.7, "logits_scaling": 2.5},
+    "flex_olmo": {"norm_topk_prob": True},
+    "olmoe": {"clip_qkv": 3.0},
+    "granitemoe": {"residual_multiplier": 0.7, "logits_scaling": 2.5},
     "ernie4_5_moe": {
-        "moe_num_experts": 4,
         "moe_k": 2,
         "moe_num_shared_experts": 1,
         "moe_layer_start_index": 1,
         "moe_layer_end_index": 1,
     },
-    "deepseek_v3": {"n_routed_experts": 4, "first_k_dense_replace": 1} | _GROUPS | _LATENT,
-    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 12} | _GROUPS,
+    "deepseek_v3": {"first_k_dense_replace": 1} | _GROUPS | _LATENT,
+    "glm4_moe": {"first_k_dense_replace": 1, "head_dim": 12} | _GROUPS,
 }
+
+#: Every family that can be scored, trained and expanded.
+FAMILIES = list(MOE_FAMILIES)
+
+
+@cache
+def _as_converted(family: str) -> dict[str, Any]:
+    """Fields of a family that is not above: those that a conversion to it would write.
+
+    So that a new family is tested without a line here.
+    """
+    dense = dense_model(next(iter(MOE_FAMILIES[family].dense)))
+    config = plan_model(dense, UpcyclingOptions(target=family)).config
+    shared = {*dense.config.to_dict(), "num_experts_per_tok", "moe_intermediate_size"}
+    return {name: value for name, value in config.to_dict().items() if name not in shared}
 
 
 def moe_model(
@@ -74,7 +93,8 @@ def moe_model(
             "eos_token_id": 5,
             "pad_token_id": 7,
         }
-        | FAMILIES[family]
+        | {MOE_FAMILIES[family].experts_field: 4}
+        | (_FIELDS[family] if family in _FIELDS else _as_converted(family))
         | fields,
     )
     model = (AutoModel if backbone else AutoModelForCausalLM).from_config(config)

@@ -11,8 +11,8 @@ from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
-from fusion_upcycle.checks import AUTO, Registry, require_versions
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.checks import AUTO, Registry
+from fusion_upcycle.errors import UpcyclingError, require_versions, unknown
 
 # Whatever runs a model comes through here, and older routers say something else.
 require_versions("transformers")

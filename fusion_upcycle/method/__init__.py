@@ -1,6 +1,6 @@
 """The FusionBench algorithms: thin classes around functions that do not know FusionBench."""
 
-from fusion_upcycle.checks import REQUIRED, require_versions
+from fusion_upcycle.errors import REQUIRED, require_versions
 
 require_versions(*REQUIRED)  # before FusionBench is imported, which would fail in other words
 

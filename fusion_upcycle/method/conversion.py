@@ -61,6 +61,15 @@ class ConversionAlgorithm(BaseAlgorithm):
             )
         return OutputOptions(overwrite, max_shard_size)
 
+    @property
+    def _how(self) -> dict[str, Any]:
+        """How a streamed result is made, which changes no bit of it."""
+        return {
+            "verify": self.verify,
+            "overwrite": self._writing.overwrite,
+            "max_shard_size": self._writing.max_shard_size,
+        }
+
     def _check_class(self, name: str) -> None:
         if self._accepted is not None and name not in self._accepted:
             raise UpcyclingError(

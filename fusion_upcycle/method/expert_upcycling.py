@@ -122,9 +122,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
             found.source,
             output,
             new_moments=self.new_moments,
-            verify=self.verify,
-            overwrite=self._writing.overwrite,
-            max_shard_size=self._writing.max_shard_size,
+            **self._how,
             **self._inputs,
             **vars(self._options),
         )

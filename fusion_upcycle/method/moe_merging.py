@@ -95,9 +95,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             {name: folder.source for name, folder in folders.items()},
             output,
             calibration=self._calibration,
-            verify=self.verify,
-            overwrite=self._writing.overwrite,
-            max_shard_size=self._writing.max_shard_size,
+            **self._how,
             **vars(self._options) | {"dtype": self._options.dtype or dtype},
         )
 

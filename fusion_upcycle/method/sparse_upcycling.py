@@ -70,9 +70,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         return upcycle(
             found.source,
             output,
-            verify=self.verify,
-            overwrite=self._writing.overwrite,
-            max_shard_size=self._writing.max_shard_size,
+            **self._how,
             **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
         )
 

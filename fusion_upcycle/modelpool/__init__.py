@@ -1,6 +1,6 @@
 """FusionBench model pools."""
 
-from fusion_upcycle.checks import REQUIRED, require_versions
+from fusion_upcycle.errors import REQUIRED, require_versions
 
 require_versions(*REQUIRED)  # before FusionBench is imported, which would fail in other words
 
