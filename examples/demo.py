@@ -78,9 +78,10 @@ def main() -> None:
         console.print(f"Run record:       {output / folder_name(name) / 'run_record.json'}")
 
     print("\nMerging the base's three fine-tunes (settings as chosen by merging.py --tune):")
-    record = merging.compare(output / "merging", merging.CHOSEN)
+    ways = merging.ways()
+    record = merging.compare(output / "merging", ways)
     console.print(merging.table(read_run_record(record.parent)).to_rich())
-    console.print(f"Settings: {merging.settings_in_words()}.", highlight=False)
+    console.print(f"Settings: {merging.settings_in_words(ways)}.", highlight=False)
     console.print(f"Run record:       {record}")
 
 

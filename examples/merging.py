@@ -9,28 +9,27 @@ Expected: the prototype router has the lowest mean of bits per byte over the thr
           than the base and every merge into a dense model; a random router is no better than the
           best of these.
 
-With --tune each method's settings are chosen on validation text first, from the same number of
-trials, all of which are in the record; CHOSEN below is what came out. The table is of test text.
+Each way to merge is a YAML in examples/merges: `name` of its row (by default the file's), `method`,
+and `trials`, the values to try of each setting. With --tune a way's settings are chosen on
+validation text first, from all combinations, the same number for each way; the record has them all,
+and the YAML what came out. The table is of test text.
 """
 
 import argparse
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fusion_bench import BaseAlgorithm
-from fusion_bench.method import (
-    SimpleAverageAlgorithm,
-    TaskArithmeticAlgorithm,
-    TiesMergingAlgorithm,
-)
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fusion_upcycle import MoEMergingAlgorithm
 from fusion_upcycle.demo import DOMAINS, MODELS, demo_model, domain_text
 from fusion_upcycle.modelpool import DemoCausalLMPool
 from fusion_upcycle.progress import loading_bars
@@ -40,79 +39,114 @@ from fusion_upcycle.texts.perplexity import perplexity
 
 CONTEXT = 256
 POOL = {"_pretrained_": "base"} | {domain: domain for domain in DOMAINS}
-CALIBRATION = {
-    domain: {"_target_": "fusion_upcycle.demo.domain_text", "domain": domain, "split": "train"}
-    for domain in DOMAINS
-}
-AVERAGE, ARITHMETIC, TIES = "simple_average", "task_arithmetic", "ties_merging"
-NORMAL, PROTOTYPE = "MoE, normal router", "MoE, prototype router"
+MERGES = Path(__file__).resolve().parent / "merges"
 
-#: Twelve settings for each method that has any.
-TRIALS: dict[str, list[dict[str, Any]]] = {
-    ARITHMETIC: [{"scaling_factor": round(0.05 * n, 2)} for n in range(1, 13)],
-    TIES: [
-        {"scaling_factor": scale, "threshold": threshold}
-        for scale, threshold in product((0.05, 0.1, 0.15, 0.2, 0.3, 0.5), (20, 50))
-    ],
-    PROTOTYPE: [
-        {"shared": shared, "whiten": whiten, "logit_std": std}
-        for shared, whiten, std in product(("average", "base"), (True, False), (0.5, 1.0, 2.0))
-    ],
-}
-#: The best of each on validation text, by the mean of bits per byte over the domains.
-CHOSEN: dict[str, dict[str, Any]] = {
-    ARITHMETIC: {"scaling_factor": 0.1},
-    TIES: {"scaling_factor": 0.1, "threshold": 50},
-    PROTOTYPE: {"shared": "base", "whiten": True, "logit_std": 1.0},
-}
+
+@dataclass(frozen=True)
+class Way:
+    """A way to merge.
+
+    Attributes:
+        name: of its row.
+        method: config node of a FusionBench method.
+        trials: place in `method` of a setting, as in `router_init.whiten` -> values to try.
+    """
+
+    name: str
+    method: dict[str, Any]
+    trials: dict[str, list[Any]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is tried, as `method` has it: name of the setting -> value."""
+        node = OmegaConf.create(self.method)
+        return {_name(place): OmegaConf.select(node, place) for place in self.trials}
+
+    def all_settings(self) -> list[dict[str, Any]]:
+        """Every combination of what is to be tried; none where there is nothing."""
+        names = [_name(place) for place in self.trials]
+        combinations = product(*self.trials.values()) if self.trials else []
+        return [dict(zip(names, values, strict=True)) for values in combinations]
+
+    def with_settings(self, settings: dict[str, Any]) -> "Way":
+        node = OmegaConf.create(self.method)
+        for place in self.trials:
+            OmegaConf.update(node, place, settings[_name(place)])
+        return Way(self.name, OmegaConf.to_container(node), self.trials)  # type: ignore[arg-type]
+
+    def merged(self) -> PreTrainedModel:
+        """The demo fine-tunes, merged in memory; without FusionBench's words on its steps."""
+        algorithm = instantiate(self.method, _recursive_=False, _convert_="all")
+        with redirect_stdout(io.StringIO()), loading_bars(False):
+            return algorithm.run(DemoCausalLMPool(POOL))
+
+
+def _name(place: str) -> str:
+    return place.rpartition(".")[2]
+
+
+def ways(folder: Path = MERGES) -> list[Way]:
+    """All of a folder: those into a dense model first, by the names of their files."""
+    found = []
+    for file in sorted(folder.glob("*.yaml")):
+        content = {"name": file.stem, "trials": {}} | OmegaConf.to_container(OmegaConf.load(file))
+        found.append(Way(**content))
+    return sorted(found, key=lambda way: way.method["_target_"].startswith("fusion_upcycle."))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tune", action="store_true", help="choose the settings anew")
     parser.add_argument("--record", type=Path, default=Path("outputs/merging"))
     arguments = parser.parse_args()
+    compared = ways()
     if arguments.tune:
-        write_run_record("tuning", tune(), arguments.record)
-        tuned = read_run_record(arguments.record)["tuning"]["chosen"]
-        if tuned != CHOSEN:
-            print(f"CHOSEN in {__file__} should be {tuned}")
-    else:
-        tuned = CHOSEN
-    print(f"Run record: {compare(arguments.record, tuned)}")
+        write_run_record("tuning", tune(compared), arguments.record)
+        chosen = read_run_record(arguments.record)["tuning"]["chosen"]
+        for way in compared:
+            if way.trials and way.settings != chosen[way.name]:
+                print(f"{MERGES}: the settings of {way.name} should be {chosen[way.name]}")
+        compared = [way.with_settings(chosen[way.name]) if way.trials else way for way in compared]
+    print(f"Run record: {compare(arguments.record, compared)}")
     Console().print(table(read_run_record(arguments.record)).to_rich())
 
 
-def tune() -> dict[str, Any]:
-    """Every trial on validation text, and the best setting of each method."""
+def tune(compared: list[Way]) -> dict[str, Any]:
+    """Every trial on validation text, and the best setting of each way."""
     trials: list[dict[str, Any]] = []
     chosen: dict[str, dict[str, Any]] = {}
-    for method, all_settings in TRIALS.items():
-        for settings in all_settings:
-            scores = evaluate(merged(method, settings), "validation", stride=CONTEXT)
-            trials.append({"method": method, "settings": settings, "bits_per_byte": scores})
-            print(f"{method} {settings}: {scores['mean']:.4f}", flush=True)
-        mine = [trial for trial in trials if trial["method"] == method]
-        chosen[method] = min(mine, key=lambda trial: trial["bits_per_byte"]["mean"])["settings"]
+    for way in compared:
+        mine = []
+        for settings in way.all_settings():
+            model = way.with_settings(settings).merged()
+            scores = evaluate(model, "validation", stride=CONTEXT)
+            mine.append({"method": way.name, "settings": settings, "bits_per_byte": scores})
+            print(f"{way.name} {settings}: {scores['mean']:.4f}", flush=True)
+        trials += mine
+        if mine:
+            best = min(mine, key=lambda trial: trial["bits_per_byte"]["mean"])
+            chosen[way.name] = best["settings"]
     return {"split": "validation", "stride": CONTEXT, "trials": trials, "chosen": chosen}
 
 
-def compare(folder: Path, settings: dict[str, dict[str, Any]]) -> Path:
+def compare(folder: Path, compared: list[Way]) -> Path:
     """Every model and every merge on test text; one run record."""
     pool = DemoCausalLMPool(POOL)
     models: dict[str, Callable[[], PreTrainedModel]] = {
-        name: lambda name=name: pool.load_model("_pretrained_" if name == "base" else name)
+        name: partial(pool.load_model, "_pretrained_" if name == "base" else name)
         for name in MODELS
     }
-    shared = {"shared": settings[PROTOTYPE]["shared"]}
-    for method, own in {AVERAGE: {}, **settings, NORMAL: shared}.items():
-        models[method] = lambda method=method, own=own: merged(method, own)
+    by_name = {way.name: way for way in compared}
     rows = {}
-    for name in (*MODELS, AVERAGE, ARITHMETIC, TIES, NORMAL, PROTOTYPE):
+    for name, make in (models | {name: way.merged for name, way in by_name.items()}).items():
         with loading_bars(False):
-            model = models[name]()
+            model = make()
+        way = by_name.get(name)
         rows[name] = {
-            "settings": settings.get(name, shared if name == NORMAL else {}),
+            "settings": {} if way is None else way.settings,
+            "method": None if way is None else way.method,
             "bits_per_byte": evaluate(model, "test", stride=CONTEXT // 2),
             "parameters": model.num_parameters(),
             "active": model.num_parameters() - idle_parameters(model),
@@ -128,26 +162,6 @@ def idle_parameters(model: PreTrainedModel) -> int:
     """Of the experts that a token does not use."""
     experts = [p for name, p in model.named_parameters() if ".experts." in name]
     return sum(p.numel() // len(p) * (len(p) - model.config.num_experts_per_tok) for p in experts)
-
-
-def merged(method: str, settings: dict[str, Any]) -> PreTrainedModel:
-    """The demo fine-tunes, merged in memory; without FusionBench's words on its steps."""
-    algorithm: BaseAlgorithm
-    if method == AVERAGE:
-        algorithm = SimpleAverageAlgorithm()
-    elif method == ARITHMETIC:
-        algorithm = TaskArithmeticAlgorithm(**settings)
-    elif method == TIES:
-        algorithm = TiesMergingAlgorithm(**settings, remove_keys=[], merge_func="sum")
-    elif method == NORMAL:
-        algorithm = MoEMergingAlgorithm(2, **settings)
-    else:
-        router = {"name": "prototype"} | {k: v for k, v in settings.items() if k != "shared"}
-        algorithm = MoEMergingAlgorithm(
-            2, shared=settings["shared"], router_init=router, calibration=CALIBRATION
-        )
-    with redirect_stdout(io.StringIO()), loading_bars(False):
-        return algorithm.run(DemoCausalLMPool(POOL))
 
 
 def evaluate(model: PreTrainedModel, split: str, stride: int) -> dict[str, float]:
@@ -176,11 +190,12 @@ def table(record: dict[str, Any]) -> Table:
     return Table("Three fine-tunes merged, held-out demo text", headers, rows)
 
 
-def settings_in_words() -> str:
-    """What was chosen for each method."""
+def settings_in_words(compared: list[Way]) -> str:
+    """What was chosen for each way."""
     return "; ".join(
-        f"{method}: " + ", ".join(f"{name}={value}" for name, value in settings.items())
-        for method, settings in CHOSEN.items()
+        f"{way.name}: " + ", ".join(f"{name}={value}" for name, value in way.settings.items())
+        for way in compared
+        if way.trials
     )
 
 

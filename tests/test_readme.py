@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.demo import MODELS
 from fusion_upcycle.report.tables import read_run_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,13 +50,35 @@ def test_the_merging_settings_are_the_best_of_equally_many_trials() -> None:
     merging = example("merging.py")
     record = read_run_record(ROOT / "examples" / "results" / "merging")
     trials = record["tuning"]["trials"]
-    assert record["tuning"]["chosen"] == merging.CHOSEN
-    for method, settings in merging.CHOSEN.items():
-        mine = [trial for trial in trials if trial["method"] == method]
-        assert [trial["settings"] for trial in mine] == merging.TRIALS[method]
+    ways = {way.name: way for way in merging.ways()}
+    assert [*MODELS, *ways] == list(record["merging"]["rows"])
+    tried = {name: way for name, way in ways.items() if way.trials}
+    assert record["tuning"]["chosen"] == {name: way.settings for name, way in tried.items()}
+    for name, way in tried.items():
+        mine = [trial for trial in trials if trial["method"] == name]
+        assert [trial["settings"] for trial in mine] == way.all_settings()
         assert len(mine) == 12
         best = min(mine, key=lambda trial: trial["bits_per_byte"]["mean"])
-        assert best["settings"] == settings == record["merging"]["rows"][method]["settings"]
+        assert best["settings"] == way.settings == record["merging"]["rows"][name]["settings"]
+    shared = tried["MoE, prototype router"].settings["shared"]
+    assert ways["MoE, normal router"].method["shared"] == shared
+
+
+def test_a_baseline_is_one_file(tmp_path: Path) -> None:
+    merging = example("merging.py")
+    (tmp_path / "half_way.yaml").write_text(
+        """
+method:
+  _target_: fusion_bench.method.TaskArithmeticAlgorithm
+  scaling_factor: 0.5
+trials:
+  scaling_factor: [0.25, 0.5]
+"""
+    )
+    (way,) = merging.ways(tmp_path)
+    assert (way.name, way.settings) == ("half_way", {"scaling_factor": 0.5})
+    assert way.all_settings() == [{"scaling_factor": 0.25}, {"scaling_factor": 0.5}]
+    assert way.with_settings(way.all_settings()[0]).method["scaling_factor"] == 0.25
 
 
 def test_the_study_s_settings_are_the_best_of_recorded_trials_at_equal_flops() -> None:
