@@ -143,10 +143,26 @@ def test_parameters_are_counted(tmp_path, monkeypatch) -> None:
     },
 }
 
+TOYS["A merging baseline"] = {
+    "examples/merges/half_way.yaml": """\
+method:
+  _target_: fusion_bench.method.TaskArithmeticAlgorithm
+  scaling_factor: 0.5
+""",
+    "tests/test_half_way.py": """\
+from test_readme import example
+
+
+def test_a_baseline_is_compared() -> None:
+    assert "half_way" in [way.name for way in example("merging.py").ways()]
+""",
+}
+
 #: What holds a checkout together: every registry, config and option, and the toys' own tests.
 CHECKS = [
     "tests/test_options_once.py",
     "tests/test_counting.py",
+    "tests/test_half_way.py",
     "tests/test_readme.py::test_the_families_of_the_record_are_families",
     *(f"tests/test_{name}.py" for name in ("expert_init", "selection", "plugin", "packaging")),
     *(f"tests/test_{name}.py" for name in ("families", "expansion", "live")),
@@ -169,7 +185,8 @@ def test_a_checklist_names_every_file_that_its_toy_takes(section: str) -> None:
     named = named_in(section)
     for file in TOYS[section]:
         folders = [f"{parent}/" for parent in Path(file).parents]
-        assert file in named or {*folders} & {*named} or file == "tests/test_counting.py", file
+        ours = file in ("tests/test_counting.py", "tests/test_half_way.py")
+        assert ours or file in named or {*folders} & {*named}, file
     for path in named:
         assert (ROOT / path).exists(), path
 
@@ -194,5 +211,5 @@ def test_what_the_checklists_name_is_enough(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    for proven in ("flip_turns", "last_copies", "dots1", "counted"):
+    for proven in ("flip_turns", "last_copies", "dots1", "counted", "compared"):
         assert proven in done.stdout, proven
