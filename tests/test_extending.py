@@ -168,7 +168,8 @@ CHECKS = [
     *(f"tests/test_{name}.py" for name in ("families", "expansion", "live")),
 ]
 CHOSEN = (
-    "flip or last or dots1 or matrix or choices or every_config or counted or folders or record"
+    "flip or last or dots1 or matrix or choices or every_config or counted or compared or folders "
+    "or record"
 )
 
 
@@ -191,6 +192,7 @@ def test_a_checklist_names_every_file_that_its_toy_takes(section: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.early
 def test_what_the_checklists_name_is_enough(tmp_path: Path) -> None:
     for part in ("fusion_upcycle", "config", "hydra_plugins", "tests", "examples", "docs"):
         ignored = shutil.ignore_patterns("__pycache__", "*.png")

@@ -71,6 +71,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.early
 def test_a_package_adds_initialisers_and_a_family(installed: Path, tmp_path: Path) -> None:
     path = f"{installed}:{Path(__file__).parent}"
     done = subprocess.run(
