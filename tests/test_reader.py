@@ -141,6 +141,8 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "header not JSON": (safetensors(b"{not json"), "damaged"),
     "header not UTF-8": (safetensors(b'{"\xff\xfe": 1}'), "damaged"),
     "header a list": (safetensors([1, 2]), "damaged"),
+    "metadata no object": (safetensors({"__metadata__": 5}), "its metadata is no object"),
+    "a dimension beyond any": (safetensors({"x": entry(shape=[0, 2**70])}), "damaged .* entry"),
     "header nested too deep": (safetensors(b'{"x":' + b"[" * 100_000), "damaged"),
     "entry not an object": (safetensors({"x": 5}), "x"),
     "entry without dtype": (safetensors({"x": {"shape": [2], "data_offsets": [0, 8]}}), "x"),

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import dense_folder
+from tiny import dense_folder, edit_config, files_of
 
+from fusion_upcycle import upcycle
 from fusion_upcycle.checkpoint.source import copy_companions, locate
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.verify import verify
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -97,3 +100,77 @@ def test_companions_are_copied_and_code_is_not(tmp_path: Path) -> None:
     copied = copy_companions(source, output)
     assert sorted(copied) == ["LICENSE.txt", "chat_template.jinja", "tokenizer.json"]
     assert sorted(path.name for path in output.iterdir()) == sorted(copied)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_attn_implementation": "someone/kernel"},
+        {"attn_implementation": "someone/kernel"},
+        {"experts_implementation": "someone/kernel"},
+        {"_experts_implementation": "someone/kernel"},
+        {"num_labels": 10**9},
+    ],
+    ids=str,
+)
+def test_a_config_decides_neither_which_code_runs_nor_how_long_a_list_is(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense")
+    edit_config(source, **fields)
+    assert upcycle(source, tmp_path / "moe", verify="logits", progress=False).proof.holds
+    edit_config(tmp_path / "moe", **fields)  # a stranger's output is read as carefully
+    assert verify(tmp_path / "moe", source, mode="logits", progress=False).holds
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not of a model"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0 is not of a model"),
+        ({"head_dim": 0}, "head_dim=0 is not of a model"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a number"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta=inf is not a number"),
+        ({"eos_token_id": [5, float("nan")]}, "eos_token_id=nan is not a number"),
+        ({"model_type": "nothing_known"}, "knows no model_type 'nothing_known'"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_before_anything_is_built(
+    fields: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense")
+    edit_config(source, **fields)
+    before = files_of(tmp_path)
+    with pytest.raises(UpcyclingError, match=match):
+        upcycle(source, tmp_path / "moe", progress=False)
+    assert files_of(tmp_path) == before
+
+
+def test_an_olmo_2_whose_config_says_0_for_0_0_is_taken(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "olmo2")
+    edit_config(source, attention_dropout=0)  # as the published ones do
+    assert upcycle(source, tmp_path / "moe", progress=False).proof.holds
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "additional_chat_templates/a.jinja"])
+def test_a_link_that_leads_out_of_the_folder_is_not_copied(name: str, tmp_path: Path) -> None:
+    source, secret = dense_folder(tmp_path / "dense"), tmp_path / "secret"
+    secret.write_text("mine")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(secret)
+    with pytest.raises(UpcyclingError, match=rf"{name} is a link to {secret}"):
+        upcycle(source, tmp_path / "moe", progress=False)
+    assert not (tmp_path / "moe").exists()
+    (source / name).unlink()
+    (source / "real").write_text("a licence")
+    (source / "LICENSE").symlink_to(source / "real")  # within the folder
+    upcycle(source, tmp_path / "moe", verify="none", progress=False)
+    assert (tmp_path / "moe" / "LICENSE").read_text() == "a licence"
+    assert not (tmp_path / "moe" / "LICENSE").is_symlink()
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(UpcyclingError, match=r"PEFT adapter beside the model.*Merge it"):
+        upcycle(source, tmp_path / "moe", progress=False)

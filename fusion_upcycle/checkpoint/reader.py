@@ -152,14 +152,20 @@ class CheckpointReader:
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as handle:
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
+    with handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise UpcyclingError(
                 f"{path} is not a whole safetensors file: its header is cut off. Download it again."
             )
         header = _parse_json(path, handle.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise UpcyclingError(f"{path} is damaged (its metadata is no object). Download it again.")
     return header, 8 + length
 
 
@@ -187,7 +193,7 @@ def _data_bytes(path: Path, header: dict[str, Any]) -> int:
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             whole = isinstance(shape, list) and isinstance(dtype, str)
-            whole = whole and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            whole = whole and all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop))
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
@@ -241,7 +247,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UpcyclingError(f"{index} lacks weight_map or metadata. Download it again.")
     for file in weight_map.values():
         # The index comes from strangers: only plain file names, nothing outside the folder.
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
             raise UpcyclingError(f"{index} names {file!r}, which is not a safetensors file name.")
     if not weight_map:
         raise UpcyclingError(f"{index} lists no tensors. Download it again.")

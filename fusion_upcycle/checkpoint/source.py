@@ -1,10 +1,11 @@
 """Where a dense model comes from: a local folder or a Hub id, its config and companion files."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.minicpm import granite_fields
 from fusion_upcycle.errors import UpcyclingError
@@ -31,6 +32,36 @@ COMPANIONS = (
     "USE_POLICY*",
     "additional_chat_templates/*.jinja",
 )
+
+
+#: Fields that say how to run a model, or what a classifier's labels are: a stranger's file does not
+#: decide which code is loaded here, nor how long a list of names is made.
+_NOT_THE_MODEL = (
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "attn_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "experts_implementation",
+    "num_labels",
+    "id2label",
+    "label2id",
+)
+
+#: Numbers by which a model is built: far beyond any that there is.
+_BOUNDS = {
+    "num_hidden_layers": (1, 10_000),
+    "hidden_size": (1, 10**6),
+    "intermediate_size": (1, 10**8),
+    "num_attention_heads": (1, 10**5),
+    "num_key_value_heads": (1, 10**5),
+    "head_dim": (1, 10**5),
+    "vocab_size": (1, 10**9),
+    "max_position_embeddings": (1, 10**9),
+    "num_experts": (0, 2**16),
+    "num_local_experts": (0, 2**16),
+    "n_routed_experts": (0, 2**16),
+}
 
 
 def locate(source: str | Path) -> Path:
@@ -79,19 +110,34 @@ def read_config(folder: Path) -> "PreTrainedConfig":
             + (" It is a PEFT adapter: merge it into its base model first." if adapter else "")
             + " Give a Hugging Face model folder."
         )
+    if (adapter := folder / "adapter_config.json").is_file():
+        raise UpcyclingError(
+            f"{adapter} is a PEFT adapter beside the model, which transformers would put on top of "
+            "it. Merge it into the weights (merge_and_unload), or move it to another folder."
+        )
     try:
         data = json.loads(path.read_bytes())
         model_type = data["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UpcyclingError(
-            f"{path} cannot be read as a model's config: {error!r}. Fetch or save the model again."
-        ) from error
-    from transformers import AutoConfig, GraniteConfig
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
+    _check_values(path, data)
+    from transformers import CONFIG_MAPPING, GraniteConfig
 
+    data = {name: value for name, value in data.items() if name not in _NOT_THE_MODEL}
     try:
         if model_type == "minicpm":
             return GraniteConfig(**granite_fields(data))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if model_type not in CONFIG_MAPPING:
+            raise UpcyclingError(
+                f"transformers refuses {path}: it knows no model_type {model_type!r}. If the model "
+                "brings code of its own, that is never run here."
+            )
+        config_class = CONFIG_MAPPING[model_type]
+        # Real files say 0 where the class wants 0.0.
+        for name, value in data.items():
+            if type(value) is int and isinstance(getattr(config_class, name, None), float):
+                data[name] = float(value)
+        return config_class.from_dict(data)
     except UpcyclingError:
         raise
     except Exception as error:  # transformers' checks raise a class of their own for each field
@@ -100,12 +146,52 @@ def read_config(folder: Path) -> "PreTrainedConfig":
         ) from error
 
 
+def _check_values(path: Path, data: dict[str, Any]) -> None:
+    """Refuse numbers that no model has, before anything is built by them.
+
+    Raises:
+        UpcyclingError: names the field.
+    """
+    for name, (least, most) in _BOUNDS.items():
+        value = data.get(name)
+        if type(value) is int and not least <= value <= most:
+            raise UpcyclingError(
+                f"{path}: {name}={value} is not of a model; it must be from {least} to {most:,}."
+            )
+    waiting: list[tuple[str, Any]] = list(data.items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UpcyclingError(f"{path}: {name}={value} is not a number. Download it again.")
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        if isinstance(value, list):
+            waiting += [(name, inner) for inner in value]
+
+
 def check_companions(source: Path) -> None:
-    """Refuse a damaged JSON file before it is copied into an output that is called proven."""
+    """Look at the files that are copied, before they are in an output that is called proven.
+
+    Raises:
+        UpcyclingError: a damaged JSON file, or a link that leads out of the folder: what it shows
+            is not the model's.
+    """
+    # The Hub's cache holds the files themselves beside its snapshots.
+    allowed = [source.resolve(), (source / "../../blobs").resolve()]
     for path in _companions(source):
+        real = path.resolve()
+        if not any(real.is_relative_to(folder) for folder in allowed):
+            raise UpcyclingError(
+                f"{path} is a link to {real}, outside of the model's folder, and would be copied. "
+                "Put a copy in its place if it belongs to the model, or remove it."
+            )
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
         if path.suffix == ".json":
             try:
-                json.loads(path.read_bytes())
+                json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise UpcyclingError(f"{path} is damaged ({error}). Download it again.") from error
 

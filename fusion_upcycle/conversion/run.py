@@ -17,7 +17,7 @@ import transformers
 
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate
+from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate, read_config
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.conversion.live import fill_live
 from fusion_upcycle.conversion.output import Converted, OutputOptions, write_output
@@ -258,7 +258,7 @@ def load_model(
         model, info = getattr(transformers, class_name(config)).from_pretrained(
             folder,
             # A result must say itself what it is; a source may be read in another family's words.
-            config=None if complete else copy.deepcopy(config),
+            config=read_config(folder) if complete else copy.deepcopy(config),
             dtype=dtype,
             output_loading_info=True,
         )

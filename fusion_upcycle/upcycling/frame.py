@@ -54,7 +54,15 @@ def plan_frame(
     architecture = architecture_for(source_config.model_type, options.target)
     resolved = resolve(options, architecture, source_config)
     assert architecture.convert_config is not None, architecture.name
-    config = architecture.convert_config(source_config, resolved.shape)
+    try:
+        config = architecture.convert_config(source_config, resolved.shape)
+    except UpcyclingError:
+        raise
+    except Exception as error:  # transformers' checks raise a class of their own for each field
+        raise UpcyclingError(
+            f"transformers refuses the config of a {architecture.name} made of this "
+            f"{source_config.model_type} model: {error}"
+        ) from error
     config.architectures = [target_class(source_config, config)]
     config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
     resolved.check_rows(dtype)
