@@ -8,20 +8,13 @@ from collections.abc import Sequence
 from fusion_upcycle.cli.analysis_flags import add_analyze
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
-from fusion_upcycle.cli.option_flags import Command
+from fusion_upcycle.cli.option_flags import Command, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.errors import ProofError, UpcyclingError
 
 DESCRIPTION = """\
-Turn a dense language model into a sparse Mixture-of-Experts model, and grow one.
-
-  inspect     what a checkpoint or recipe is and would become, and its cost; writes nothing
-  upcycle     dense folder or Hub id -> Mixture-of-Experts folder, proven to be the same function
-  merge       several fine-tunes of one model -> one Mixture-of-Experts folder
-  importance  how much each expert of a model matters on your texts: scores and a figure
-  expand      Mixture-of-Experts folder -> one with more experts, at the same cost of a token
-  verify      prove an output folder again, against its source
-  analyze     what the experts of a model do with your texts: load, domains, similarity; a page
+Turn trained language models into sparse Mixture-of-Experts (MoE) models, from folder to folder, and
+prove what came out. COMMAND --help explains a command, with examples.
 """
 
 EXAMPLES = """\
@@ -35,13 +28,42 @@ examples:
   python -m fusion_upcycle verify   ./llama-8x1b
   python -m fusion_upcycle analyze  ./llama-8x1b --demo
 
-Inside FusionBench: fusion_bench method=mixtral_moe_upscaling modelpool=... (see the README).
+Training and task pools are FusionBench's: fusion_bench method=continued_pretraining ...
+(docs/fusionbench.md).
+"""
+
+UPCYCLE = """\
+Copy the FFN of each layer of a dense model into N experts behind a router: until it is trained
+further, the result computes the function of its source (with other initialisers than copy and
+permute nearly, and the proof says how nearly).
+
+For training on, use --expert-init noise or drop: experts that are alike learn alike.
+"""
+
+UPCYCLE_EXAMPLES = """\
+examples:
+  python -m fusion_upcycle upcycle ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
+  python -m fusion_upcycle upcycle ./llama-1b ./out --expert-init noise,noise_std=0.02
+  python -m fusion_upcycle upcycle ./mistral-7b ./mixtral --recipe mixtral_8x7b
+"""
+
+VERIFY = """\
+Prove a folder again, as when it was made: tensors bit by bit against the source, names and config
+against transformers, then the function on sample tokens. Exit status 1 if it does not hold.
+
+A merged folder is proven when it is made, and cannot be proven again.
+"""
+
+VERIFY_EXAMPLES = """\
+examples:
+  python -m fusion_upcycle verify ./llama-8x1b
+  python -m fusion_upcycle verify ./llama-8x1b --source /new/place/llama-1b --mode layers
 """
 
 INSPECT = """\
 What a dense model is and would become: class, sizes, total and active parameters, bytes, files,
 whether the result computes the same function; and what it costs per token and to train, next to the
-dense model, a MoE from scratch and a dense model of equal active size. Only headers are read.
+dense model, an MoE from scratch and a dense model of equal active size. Only headers are read.
 
 With --recipe and no source, the published dense model is taken from its config: no weights needed.
 With both, the recipe's options are planned for your source; further options replace the recipe's.
@@ -83,23 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=Command
     )
 
-    upcycle = commands.add_parser("upcycle", help="dense folder -> Mixture-of-Experts folder")
-    upcycle.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")
-    upcycle.add_argument("output", help="folder to make; appears only when complete and proven")
-    add_planning(upcycle)
-    upcycle.add_argument(
-        "--verify",
-        default="auto",
-        help="layers | logits | none | auto (default: logits below 2 GiB, else layers)",
-    )
-    upcycle.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    upcycle.add_argument("--max-shard-size", default="5GB", help="of the files (default: 5GB)")
-    upcycle.add_argument("--quiet", action="store_true", help="no progress bars")
-    upcycle.set_defaults(run=_upcycle)
-
     inspect = commands.add_parser(
         "inspect",
-        help="what a checkpoint or recipe is and would become, and its cost",
+        help="what a dense model or recipe is and would become, and its cost",
         description=INSPECT,
         epilog=INSPECT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,16 +131,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect, usage=inspect)
 
-    verify = commands.add_parser("verify", help="prove an output folder against its source")
-    verify.add_argument("output", help="a folder made by upcycle or expand")
-    verify.add_argument("--source", help="where the source is now (default: where it was)")
-    verify.add_argument("--mode", default="auto", help="layers | logits | auto")
-    verify.add_argument("--quiet", action="store_true", help="no progress bars")
-    verify.set_defaults(run=_verify)
+    upcycle = commands.add_parser(
+        "upcycle",
+        help="dense model -> MoE folder that computes the same function",
+        description=UPCYCLE,
+        epilog=UPCYCLE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    upcycle.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")
+    upcycle.add_argument("output", help="folder to make; appears only when complete and proven")
+    add_planning(upcycle)
+    add_making(upcycle)
+    upcycle.set_defaults(run=_upcycle)
 
     add_merge(commands)
     add_importance(commands)
     add_expand(commands)
+
+    verify = commands.add_parser(
+        "verify",
+        help="prove an output folder again, against its source",
+        description=VERIFY,
+        epilog=VERIFY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("output", help="a folder made by upcycle or expand")
+    verify.add_argument("--source", help="where the source is now (default: where it was)")
+    verify.add_argument(
+        "--mode",
+        default="auto",
+        metavar="HOW",
+        help="layers streams both models, logits loads them; auto is logits below 2 GiB, else "
+        "layers (default: auto)",
+    )
+    verify.add_argument("--quiet", action="store_true", help="no progress bars")
+    verify.set_defaults(run=_verify)
+
     add_analyze(commands)
     return parser
 

@@ -32,12 +32,12 @@ def add_analyze(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command and its flags."""
     analyze = commands.add_parser(
         "analyze",
-        help="what the experts of a MoE model do with your texts: page and figures",
+        help="what the experts of an MoE do with your texts: a page",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    analyze.add_argument("model", help="local folder or Hugging Face Hub id of a MoE model")
+    analyze.add_argument("model", help="local folder or Hugging Face Hub id of an MoE model")
     texts = analyze.add_mutually_exclusive_group(required=True)
     texts.add_argument(
         "--data",

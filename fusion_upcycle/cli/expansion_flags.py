@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from fusion_upcycle.cli.merge_flags import pairs
-from fusion_upcycle.cli.option_flags import Command, given_options
+from fusion_upcycle.cli.option_flags import Command, add_making, given_options
 
 IMPORTANCE = """\
 How much each expert of a trained Mixture-of-Experts model matters, by gradients on your texts. One
@@ -42,12 +42,12 @@ def add_importance(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command and its flags."""
     importance = commands.add_parser(
         "importance",
-        help="how much each expert of a MoE model matters on your texts: scores and figure",
+        help="how much each expert of an MoE matters on your texts: scores",
         description=IMPORTANCE,
         epilog=IMPORTANCE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    importance.add_argument("model", help="local folder or Hugging Face Hub id of a MoE model")
+    importance.add_argument("model", help="local folder or Hugging Face Hub id of an MoE model")
     _add_text(importance, required=True)
     importance.add_argument(
         "--output",
@@ -63,12 +63,12 @@ def add_expand(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command, its inputs, and one flag for each field of `ExpansionOptions`."""
     expand = commands.add_parser(
         "expand",
-        help="Mixture-of-Experts folder -> one with more experts",
+        help="MoE folder -> one with more experts, at the same cost of a token",
         description=EXPAND,
         epilog=EXPAND_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    expand.add_argument("source", help="local folder or Hugging Face Hub id of a MoE model")
+    expand.add_argument("source", help="local folder or Hugging Face Hub id of an MoE model")
     expand.add_argument("output", help="folder to make; appears only when complete and proven")
     expand.add_options("fusion_upcycle.expansion.options:ExpansionOptions")
     expand.add_argument(
@@ -86,10 +86,7 @@ def add_expand(commands: "argparse._SubParsersAction[Command]") -> None:
         metavar="NAME",
         help="of new experts: copy | reset | scale (default: copy)",
     )
-    expand.add_argument("--verify", default="auto", help="layers | logits | none | auto")
-    expand.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    expand.add_argument("--max-shard-size", default="5GB", help="of the files (default: 5GB)")
-    expand.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_making(expand)
     expand.set_defaults(run=_expand)
 
 

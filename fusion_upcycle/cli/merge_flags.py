@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from fusion_upcycle.cli.option_flags import Command, given_options
+from fusion_upcycle.cli.option_flags import Command, add_making, given_options
 from fusion_upcycle.errors import UpcyclingError
 
 DESCRIPTION = """\
@@ -27,7 +27,7 @@ def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add the command, its inputs, and one flag for each field of `MergingOptions`."""
     merge = commands.add_parser(
         "merge",
-        help="several fine-tunes of one model -> one Mixture-of-Experts folder",
+        help="several fine-tunes of one model -> one MoE folder",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,10 +42,7 @@ def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
         help="a model's own text for --router-init prototype: .txt, .jsonl or .parquet",
     )
     merge.add_options("fusion_upcycle.merging.options:MergingOptions")
-    merge.add_argument("--verify", default="auto", help="layers | logits | none | auto")
-    merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    merge.add_argument("--max-shard-size", default="5GB", help="of the files (default: 5GB)")
-    merge.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_making(merge)
     merge.set_defaults(run=_merge)
 
 

@@ -65,6 +65,22 @@ def _add_flags(group: "argparse._ArgumentGroup", options: type) -> None:
         )
 
 
+def add_making(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a folder is made; they change no bit of it."""
+    parser.add_argument(
+        "--verify",
+        default="auto",
+        metavar="HOW",
+        help="the proof: layers streams both models, logits loads them as transformers does, none "
+        "leaves it out; auto is logits below 2 GiB, else layers (default: auto)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of the files (default: 5GB)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
 def given_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """The options of a command's dataclass for which a flag was given."""
     given = vars(parsed)
