@@ -60,7 +60,7 @@ clean:  ## remove the environment, caches and build products (not ./outputs)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-venv: $(STAMP)
+venv: $(STAMP)  ## .venv with the tested versions; PYTHON=python3.12 chooses the interpreter
 
 # pip says nothing for minutes: what is being installed is said before, and every 10 seconds that it
 # goes on. The loop ends with the shell that started it, also where that is interrupted.

@@ -1,6 +1,7 @@
 """README and docs as plain files: links lead somewhere, named files exist, the site lists all."""
 
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -64,3 +65,24 @@ def test_the_site_lists_every_page_once() -> None:
 def test_a_reader_of_plain_files_finds_every_page() -> None:
     contents = LINK.findall(prose(ROOT / "docs" / "index.md"))
     assert {page.name for page in DOCS} - {"index.md"} <= set(contents)
+
+
+def test_the_tree_of_the_architecture_is_the_package() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("\n| in `fusion_upcycle/` |")[2].partition("\n\n")[0]
+    named = re.findall(r"`([\w/.]+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    package = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "fusion_upcycle").iterdir()
+        if not path.name.startswith(("_", "."))
+    }
+    assert sorted(named) == sorted(package)
+
+
+def test_the_import_order_of_the_architecture_is_that_of_the_contract() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (order,) = re.findall(r"^```\n(errors <.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = contracts["tool"]["importlinter"]["contracts"][0]["layers"]
+    held = [set(re.findall(r"\w+", layer)) for layer in reversed(layers)]
+    assert [set(re.findall(r"\w+", layer)) for layer in order.split("<")] == held
