@@ -36,7 +36,7 @@ test: lint docs  ## lint, documentation, types and tests: what CI runs
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-full: venv  ## all tests, the longer forms of some included
+test-full: venv  ## all tests, with the longer forms of some
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m ""
 
 lint: venv  ## check style, formatting and the import order
