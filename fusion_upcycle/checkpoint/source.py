@@ -110,9 +110,9 @@ def read_config(folder: Path) -> "PreTrainedConfig":
             + (" It is a PEFT adapter: merge it into its base model first." if adapter else "")
             + " Give a Hugging Face model folder."
         )
-    if (adapter := folder / "adapter_config.json").is_file():
+    if (beside := folder / "adapter_config.json").is_file():
         raise UpcyclingError(
-            f"{adapter} is a PEFT adapter beside the model, which transformers would put on top of "
+            f"{beside} is a PEFT adapter beside the model, which transformers would put on top of "
             "it. Merge it into the weights (merge_and_unload), or move it to another folder."
         )
     try:
