@@ -256,6 +256,16 @@ def require_whole(name: str, value: object, *, at_least: int | None = None) -> N
         raise UpcyclingError(f"{name}={value!r} must be a whole number{bound}.")
 
 
+def require_flag(name: str, value: object) -> None:
+    """Refuse all but true and false: the text "false" would count as true.
+
+    Raises:
+        UpcyclingError: something else.
+    """
+    if not isinstance(value, bool):
+        raise UpcyclingError(f"{name}={value!r} must be true or false.")
+
+
 def require_list(name: str, value: object, kind: type, example: str) -> None:
     """Refuse all but lists of items of one type.
 

@@ -16,7 +16,7 @@ from fusion_upcycle.checkpoint.writer import (
     staging_folder,
     write_shards,
 )
-from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.progress import progress_bar
@@ -40,6 +40,7 @@ class OutputOptions:
 
     def check(self, output: Path) -> None:
         """Fail before any work when the output cannot be written."""
+        require_flag("overwrite", self.overwrite)
         parse_size(self.max_shard_size)
         check_output(output, overwrite=self.overwrite)
 

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.checks import require_flag
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
@@ -81,6 +82,8 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
     ):
         keys, given = sort_arguments(self, options)
         super().__init__(**keys)
+        for name, flag in (("resume", resume), ("overwrite", overwrite), ("progress", progress)):
+            require_flag(name, flag)
         if not data:
             raise UpcyclingError("method.data is not set: give {name: file}, or demo.")
         self._options = make_training_options(**given)

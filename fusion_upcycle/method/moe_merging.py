@@ -71,6 +71,10 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         self._options = make_merging_options(experts_per_token=experts_per_token, **given)
         self._check_target(self._options.target)
         self._calibration: dict[str, Any] = plain(calibration) or {}
+        if not isinstance(self._calibration, Mapping):
+            raise UpcyclingError(
+                f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
+            )
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)
 
