@@ -5,6 +5,7 @@ Light: nothing here imports torch before it is needed, so that `--help` is quick
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
@@ -27,7 +28,8 @@ class Registry(MutableMapping[str, T]):
     """What is known by a name: ours, and what installed packages add as entry points.
 
     A package adds one by an entry point of its own in the group `fusion_upcycle.KIND`; it is
-    imported when it is asked for. `docs/extending.md` has an example.
+    imported when it is asked for, so that a broken one breaks nothing else. A name of ours stays
+    ours, with a warning; one of two packages is refused. `docs/extending.md` has an example.
 
     Args:
         kind: `expert_init`, `router_init`, `router_extension` or `architectures`.
@@ -64,25 +66,36 @@ class Registry(MutableMapping[str, T]):
             if known is value:
                 return name
         place = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
-        return next((name for name, point in self._points.items() if point.value == place), None)
+        for name, (point, *others) in self._points.items():
+            if point.value == place and not others:
+                return name
+        return None
 
     @cached_property
-    def _points(self) -> dict[str, EntryPoint]:
-        found: dict[str, EntryPoint] = {}
+    def _points(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=f"fusion_upcycle.{self.kind}"):
-            if point.name in self._own or point.name in found:
-                raise UpcyclingError(
-                    f"{_package(point)} adds {self.kind}={point.name}, a name that is taken. "
-                    "Uninstall it, or rename its entry point."
+            if point.name in self._own:
+                warnings.warn(
+                    f"{self.kind}={point.name} of {_package(point)} is not used: the name is taken "
+                    "by ours. Rename its entry point.",
+                    stacklevel=2,
                 )
-            found[point.name] = point
+            else:
+                found.setdefault(point.name, []).append(point)
         return found
 
     def __getitem__(self, name: str) -> T:
         if name in self._own:
             return self._own[name]
         if name not in self._loaded:
-            point = self._points[name]
+            point, *others = self._points[name]
+            if others:
+                packages = " and ".join(map(_package, (point, *others)))
+                raise UpcyclingError(
+                    f"{self.kind}={name} is added by {packages}. Uninstall one, or rename its "
+                    "entry point."
+                )
             try:
                 value = point.load()
             except Exception as error:  # of a package that is not ours
@@ -241,6 +254,16 @@ def require_whole(name: str, value: object, *, at_least: int | None = None) -> N
     if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
         bound = "" if at_least is None else f", {at_least} or more"
         raise UpcyclingError(f"{name}={value!r} must be a whole number{bound}.")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Refuse all but true and false: the text "false" would count as true.
+
+    Raises:
+        UpcyclingError: something else.
+    """
+    if not isinstance(value, bool):
+        raise UpcyclingError(f"{name}={value!r} must be true or false.")
 
 
 def require_list(name: str, value: object, kind: type, example: str) -> None:

@@ -63,7 +63,7 @@ def registry(file: str, name: str, *more: str) -> Callable[[], list[str]]:
                         value = value.args[1]
                     assert isinstance(value, ast.Dict), (file, name)
                     ours = [ast.literal_eval(key) for key in value.keys if key]
-                    return [*more, *ours, *theirs]
+                    return list(dict.fromkeys([*more, *ours, *theirs]))
         raise AssertionError(f"{file} has no dict {name}")
 
     return read
@@ -79,7 +79,8 @@ def config_group(group: str, without: Sequence[str] = ()) -> Callable[[], list[s
     def names() -> list[str]:
         files = sorted((config_tree() / "method" / group).glob("*.yaml"))
         ours = [_as_a_flag(file) for file in files if file.stem not in without]
-        return ours + _added_by_packages(group)
+        known = {name.partition(",")[0] for name in ours}
+        return ours + [name for name in _added_by_packages(group) if name not in known]
 
     return names
 

@@ -78,7 +78,7 @@ def check_selection(selection: str, max_copies: object) -> None:
     Raises:
         UpcyclingError: an unknown selection or an option out of range.
     """
-    if selection not in SELECTIONS:
+    if selection not in [*SELECTIONS]:  # also what cannot be a key
         raise unknown("selection", str(selection), SELECTIONS)
     if type(max_copies) is not int or max_copies < 1:
         raise UpcyclingError(f"max_copies={max_copies!r} must be a whole number, 1 or more.")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
-from fusion_upcycle.conversion.recorded import recorded_options
 from fusion_upcycle.conversion.run import prove_folder
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.expansion import run as expansion
@@ -17,8 +16,8 @@ from fusion_upcycle.upcycling import run as upcycling
 from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.proof import Proof
 
-#: The method of a record -> how its conversion is planned again.
-_REPLAN = {Upcycling.method: upcycling.replan, Expansion.method: expansion.replan}
+#: The method of a record -> the module that plans its conversion again.
+_OPERATIONS = {Upcycling.method: upcycling, Expansion.method: expansion}
 
 
 def verify(
@@ -49,20 +48,20 @@ def verify(
         raise UpcyclingError(f"{output} has no {RECORD_FILE}: it is not an output of ours.")
     with _reading(path):
         record = json.loads(path.read_bytes())
-        options = dict(record["options"])
-    record["options"] = recorded_options(options)
-    with _reading(path):
-        name, method = record["source"]["name"], record["method"]
+        name, method, options = record["source"]["name"], record["method"], dict(record["options"])
         if not isinstance(name, str):
             raise TypeError(f"source {name!r}")
-        plan = _REPLAN[method](record) if method in _REPLAN else None
-    if plan is None and method == Merging.method:
+        operation = _OPERATIONS.get(method)
+    if method == Merging.method:
         raise UpcyclingError(
             f"{output} is a merge of several models, which is proven when it is made, and only "
             "then. To prove it again, merge again."
         )
-    if plan is None:
-        raise unknown(f"method in {path}:", str(method), _REPLAN)
+    if operation is None:
+        raise unknown(f"method in {path}:", str(method), _OPERATIONS)
+    record["options"] = operation.recorded_options(options)  # refuses in its own words
+    with _reading(path):
+        plan = operation.replan(record)
     folder = locate(source or name)
     return prove_folder(plan(folder, output), folder, output, mode=mode, progress=progress)
 

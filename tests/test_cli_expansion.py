@@ -201,4 +201,4 @@ def test_the_commands_say_what_they_need(command: str, capsys: pytest.CaptureFix
     for field in fields(ExpansionOptions) if command == "expand" else ():
         assert f"--{field.name.replace('_', '-')}" in shown
     assert fails("--help") == 0
-    assert f"  {command} " in capsys.readouterr().out
+    assert f"\n    {command}" in capsys.readouterr().out

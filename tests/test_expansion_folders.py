@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_options
 from fusion_upcycle.expansion.plan import plan_expansion
-from fusion_upcycle.expert_init import noise
+from fusion_upcycle.expert_init import EXPERT_INITS, noise
 from fusion_upcycle.experts import Expert
 from fusion_upcycle.verify import verify
 
@@ -284,9 +285,41 @@ def test_the_record_of_an_older_version_is_read(source: Path, tmp_path: Path) ->
     path.write_text(json.dumps(made.record | {"options": options}))
     assert verify(made.output, progress=False).tensors
     fit = {"name": "fit", "after_split": True}
-    path.write_text(json.dumps(made.record | {"options": options | {"router_extension": fit}}))
-    with pytest.raises(UpcyclingError, match=r"^The record.*older version with after_split=True"):
-        verify(made.output, progress=False)
+    for gone, said in (
+        ({"router_extension": fit}, "after_split=True"),
+        ({"selection": "proportional"}, "selection=proportional"),
+        ({"metric": "fisher"}, "metric=fisher"),
+    ):
+        path.write_text(json.dumps(made.record | {"options": options | gone}))
+        with pytest.raises(UpcyclingError, match=rf"^The record.*older version with {said}"):
+            verify(made.output, progress=False)
+
+
+def test_an_initialiser_of_a_package_may_have_any_option(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is named as an option of ours that is gone."""
+
+    def warm(expert: Expert, generator: torch.Generator, *, temperature: float = 0.5) -> Expert:
+        return noise(expert, generator, noise_std=temperature)
+
+    monkeypatch.setitem(EXPERT_INITS, "warm", warm)
+    for temperature in (1.0, 2.0):
+        init = {"name": "warm", "temperature": temperature}
+        made = grow(source, tmp_path / f"{temperature}", num_experts=5, expert_init=init)
+        assert verify(made.output, progress=False).tensors
+
+
+def test_calibration_begins_when_the_tokenizer_is_known_to_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = moe_folder(tmp_path / "moe", "mixtral", vocab_size=128)
+    byte_tokenizer(64).save_pretrained(source)
+    monkeypatch.setattr("fusion_upcycle.expansion.run.prepare", lambda *_, **__: pytest.fail("run"))
+    with pytest.raises(
+        UpcyclingError, match=r"tokenizer\.json gives token id \d+, but.* 128 embed"
+    ):
+        grow(source, tmp_path / "out")
 
 
 def test_an_initialiser_of_ones_own_cannot_be_proven_again(source: Path, tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def test_a_model_that_differs_is_refused_by_name(what: str, tmp_path: Path) -> N
     [
         (["one"], {}, r"two or more.*\['one'\]"),
         ([BASE, "one"], {}, "base_expert=true"),
+        ([], {}, r"two or more models that give experts, and there are \[\]"),
         (["one", "two"], {"shared": "base"}, "shared=base.*need the base model"),
         (["one", "two"], {"base_expert": True}, "base_expert=true need the base model"),
         (["one", "two"], {"shared": "mean"}, "Unknown shared 'mean'"),
@@ -480,6 +481,23 @@ def test_texts_with_ids_that_the_models_have_not_are_refused(tmp_path: Path) -> 
     texts = dict.fromkeys(models, str(tmp_path / "text.txt"))
     with pytest.raises(
         UpcyclingError, match=r"tokenizer\.json gives token id 253, but.* 250 embed"
+    ):
+        merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_texts_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = folders(tmp_path, "one", "two", vocab_size=128)  # enough for these texts
+    for folder in models.values():
+        byte_tokenizer(64).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("a" * 3000)
+    texts = dict.fromkeys(models, str(tmp_path / "text.txt"))
+    monkeypatch.setattr(
+        "fusion_upcycle.merging.calibration.router_moments", lambda *_, **__: pytest.fail("run")
+    )
+    with pytest.raises(
+        UpcyclingError, match=r"tokenizer\.json gives token id \d+, but.* 128 embed"
     ):
         merge(models, tmp_path / "moe", calibration=texts, router_init="prototype")
 

@@ -290,6 +290,48 @@ def test_all_faces_are_here() -> None:
     assert {*FACES, "UpcycleAndTrainAlgorithm"} == set(method.__all__)
 
 
+#: Of no option's kind, each; text is what `"false"` in a YAML file is.
+WRONG = (8.5, True, "false", [[8]], {"x": 1})
+FREE_TEXT = {"save_checkpoint", "optimizer_state", "work_folder", "tokenizer"}
+
+
+@pytest.mark.parametrize("value", WRONG, ids=str)
+@pytest.mark.parametrize("name", FACES)
+def test_a_value_of_another_kind_is_answered_in_our_words(name: str, value: Any) -> None:
+    """Before any model is loaded, whatever the option; or it fits."""
+    cls = getattr(method, name)
+    given = {k: v for k, v in defaults(cls).items() if k != "_target_"}
+    for option in parameters(cls)[1].keys() - FREE_TEXT:
+        try:
+            cls(**given | {option: value})
+        except UpcyclingError as error:
+            assert option.split("_")[0] in str(error), (option, error)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("SparseUpcyclingAlgorithm", {"overwrite": "false"}, "overwrite='false' must be true or"),
+        ("SparseUpcyclingAlgorithm", {"return_model": "no"}, "return_model='no' must be true or"),
+        ("ContinuedPretrainingAlgorithm", {"resume": "false"}, "resume='false' must be true or"),
+        ("ContinuedPretrainingAlgorithm", {"betas": 0.9}, "betas=0.9 must be two numbers"),
+        ("ExpertUpcyclingAlgorithm", {"selection": ["greedy"]}, "Unknown selection"),
+        ("ExpertUpcyclingAlgorithm", {"importance": {"metric": ["load"]}}, "Unknown metric"),
+        ("MoEMergingAlgorithm", {"experts_per_token": "2"}, "experts_per_token='2' must be"),
+        ("MoEMergingAlgorithm", {"seed": "1"}, "seed='1' must be a whole number"),
+        ("MoEMergingAlgorithm", {"calibration": "demo"}, "calibration='demo' must be a mapping"),
+    ],
+    ids=str,
+)
+def test_what_would_pass_for_something_else_is_refused(
+    name: str, options: dict[str, Any], match: str
+) -> None:
+    cls = getattr(method, name)
+    given = {k: v for k, v in defaults(cls).items() if k != "_target_"}
+    with pytest.raises(UpcyclingError, match=match):
+        cls(**given | options)
+
+
 # --- YAML -------------------------------------------------------------------------------------
 
 METHODS = sorted(path.stem for path in CONFIG.glob("*.yaml"))

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
-from fusion_upcycle import checks
-from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle import architectures, checks
+from fusion_upcycle.architectures import (
+    ARCHITECTURES,
+    MOE_FAMILIES,
+    architecture_for,
+    moe_family,
+)
 from fusion_upcycle.checks import Registry, describe, make_initialiser
 from fusion_upcycle.errors import UpcyclingError
 
@@ -120,16 +125,42 @@ def test_a_package_is_imported_only_when_it_is_asked_for(points: list[EntryPoint
         toys["theirs"]
 
 
-def test_a_name_that_is_taken_is_refused(points: list[EntryPoint]) -> None:
-    points.append(point("ours", "os.path:join"))
-    with pytest.raises(UpcyclingError, match="adds toys=ours, a name that is taken"):
-        list(Registry("toys", {"ours": ours}))
+def test_a_name_of_ours_stays_ours_and_that_is_said(points: list[EntryPoint]) -> None:
+    points += [point("ours", "os.path:join"), point("theirs", f"{__name__}:theirs")]
+    toys: Registry[Any] = Registry("toys", {"ours": ours})
+    with pytest.warns(UserWarning, match=r"toys=ours of .*os\.path:join is not used"):
+        assert list(toys) == ["ours", "theirs"]
+    assert toys["ours"] is ours and toys["theirs"] is theirs
 
 
 def test_two_packages_may_not_add_the_same_name(points: list[EntryPoint]) -> None:
     points += [point("theirs", "os.path:join"), point("theirs", "os.path:split")]
-    with pytest.raises(UpcyclingError, match="adds toys=theirs, a name that is taken"):
-        Registry("toys")["theirs"]
+    toys = Registry("toys", {"ours": ours})
+    assert list(toys) == ["ours", "theirs"] and toys["ours"] is ours  # nothing else is touched
+    assert toys.name_of(theirs) is None
+    with pytest.raises(UpcyclingError, match=r"toys=theirs is added by .*join and .*split"):
+        toys["theirs"]
+
+
+@pytest.mark.parametrize("name", ["broken", "auto", "mixtral"])
+def test_a_broken_family_of_a_package_leaves_ours_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "fusion_upcycle.architectures"
+    broken = EntryPoint(name, "no_such_package:FAMILY", group)
+    monkeypatch.setattr(checks, "entry_points", lambda group: [broken])
+    families, ours = ARCHITECTURES.plus(), list(ARCHITECTURES)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", families)
+    monkeypatch.setattr(architectures, "MOE_FAMILIES", families.plus(olmoe=MOE_FAMILIES["olmoe"]))
+    monkeypatch.setattr(checks.warnings, "warn", lambda *_, **__: None)  # that a name is taken
+    for architecture in ours:
+        for dense in ARCHITECTURES[architecture].dense:
+            assert architecture_for(dense).name in ours
+        assert architecture_for(dense, architecture).name == architecture
+        assert moe_family(architecture).name == architecture
+    if name != "mixtral":  # which may be what takes this model
+        with pytest.raises(UpcyclingError, match=f"architectures={name} of .*cannot be loaded"):
+            architecture_for("no_such_type")
 
 
 def test_what_they_add_is_recorded_by_its_name(points: list[EntryPoint]) -> None:

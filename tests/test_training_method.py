@@ -18,6 +18,7 @@ from torch import Tensor
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
+from fusion_upcycle.checkpoint.writer import RECORD_FILE
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method import ContinuedPretrainingAlgorithm, UpcycleAndTrainAlgorithm
 from fusion_upcycle.training.moments import load_moments
@@ -221,6 +222,25 @@ def test_each_expert_gets_the_moments_of_the_ffn_it_was_made_from(
     )
     assert all(float(values["step"]) == 3 for values in moments.values())
     run(model, tmp_path / "on", 1, optimizer_state=folder, origin=Origin("x", record["options"]))
+
+
+def test_the_folder_says_how_its_model_was_made(tmp_path: Path) -> None:
+    """For the moments; where none are carried, a model that an older version made trains on."""
+    folder, _ = dense_run(tmp_path, "llama")
+    moe = upcycle(folder, tmp_path / "moe", progress=False, verify="none").output
+    TOKENIZER.save_pretrained(moe)
+    options = ["method=continued_pretraining", *pool_of(moe), "method.tokens=64", "taskpool=dummy"]
+    options += ["method.data={numbers: {_target_: tiny_training.documents}}"]
+    options += [f"method.{option}" for option in SMALL]
+    carried = f"method.optimizer_state={folder}"
+    cli_run(tmp_path / "carried", *options, carried)
+    assert record_of(tmp_path / "carried")["method"]["tokens_trained"] == 64
+    record = json.loads((moe / RECORD_FILE).read_text())
+    record["options"]["scaling"] = "megatron"
+    (moe / RECORD_FILE).write_text(json.dumps(record))
+    cli_run(tmp_path / "fresh", *options)
+    with pytest.raises(UpcyclingError, match=r"older version with scaling=megatron"):
+        cli_run(tmp_path / "refused", *options, carried)
 
 
 def test_fine_grained_experts_get_the_moments_of_their_neurons(tmp_path: Path) -> None:

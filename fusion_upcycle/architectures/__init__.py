@@ -84,18 +84,19 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     Raises:
         UpcyclingError: lists what the target, or any target, takes.
     """
-    if target in MOE_FAMILIES and not MOE_FAMILIES[target].dense:
+    if target != AUTO and target in MOE_FAMILIES and not MOE_FAMILIES[target].dense:
         raise UpcyclingError(
             f"target={target}: no dense model becomes a {target}; it can be expanded only. Choose "
             f"one of: {', '.join(name for name, a in ARCHITECTURES.items() if a.dense)}."
         )
     if target not in (AUTO, *ARCHITECTURES):
         raise unknown("target", str(target), [AUTO, *ARCHITECTURES])
-    candidates = list(ARCHITECTURES.values()) if target == AUTO else [ARCHITECTURES[target]]
-    for architecture in candidates:
-        if dense_type in architecture.dense:
-            return architecture
-    supported = ", ".join(sorted({name for a in candidates for name in a.dense}))
+    candidates = [*ARCHITECTURES] if target == AUTO else [target]
+    for name in candidates:  # ours first: a package is loaded only where none of them fits
+        if dense_type in ARCHITECTURES[name].dense:
+            return ARCHITECTURES[name]
+    taken = {dense for name in candidates for dense in ARCHITECTURES[name].dense}
+    supported = ", ".join(sorted(taken))
     raise UpcyclingError(
         f"The source is a {dense_type!r} model, which cannot be upcycled"
         + (f" to {target}" if target != AUTO else "")

@@ -10,7 +10,7 @@ from uuid import uuid4
 from fusion_upcycle.architectures.config import readable_config
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output, staging_folder
 from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shards
-from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.progress import progress_bar
@@ -34,6 +34,7 @@ class OutputOptions:
 
     def check(self, output: Path) -> None:
         """Fail before any work when the output cannot be written."""
+        require_flag("overwrite", self.overwrite)
         parse_size(self.max_shard_size)
         check_output(output, overwrite=self.overwrite)
 

@@ -1,27 +1,29 @@
 """Options as older versions recorded them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError
 
-#: Options that are gone -> the value at which they did what is done now.
-_GONE = {"scaling": "exact", "temperature": 1.0, "after_split": False}
 
+def without_gone(
+    options: Mapping[str, Any],
+    gone: Mapping[str, Any],
+    values: Mapping[str, Collection[Any]] | None = None,
+) -> dict[str, Any]:
+    """The options of a record, less those that are gone.
 
-def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a record, less those that are gone, also within an initialiser's.
+    Args:
+        gone: option -> the value at which it did what is done now.
+        values: option that is still there -> values of it that are gone.
 
     Raises:
         UpcyclingError: one that is gone changed the result.
     """
-    kept: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in _GONE:
-            kept[name] = recorded_options(value) if isinstance(value, Mapping) else value
-        elif value != _GONE[name]:
+        if (name in gone and value != gone[name]) or value in (values or {}).get(name, ()):
             raise UpcyclingError(
                 f"The record was made by an older version with {name}={value}, which this one "
                 "does not have. Use the version that made it, or convert again without it."
             )
-    return kept
+    return {name: value for name, value in options.items() if name not in gone}

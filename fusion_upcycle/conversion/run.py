@@ -65,6 +65,14 @@ class Folders:
     def tokenizer_file(self) -> Path:
         return self.source / "tokenizer.json"
 
+    def check_tokenizer(self, config: "PreTrainedConfig") -> None:
+        """Refuse a tokenizer of another model, before any text is run through this one.
+
+        Raises:
+            UpcyclingError: it is damaged, or gives ids that the model has not.
+        """
+        sample_tokens(self.tokenizer_file, config)
+
     def to_json(self) -> dict[str, Any]:
         """Identity of each source model, for the record: enough to notice that it has changed."""
         return {name: _identity(given, self.local[name]) for name, given in self.given.items()}

@@ -73,7 +73,7 @@ class ExpansionOptions:
         if type(self.seed) is not int:
             raise UpcyclingError(f"seed={self.seed!r} must be a whole number.")
         check_selection(self.selection, self.max_copies)
-        if self.metric not in METRICS:
+        if self.metric not in [*METRICS]:  # also what cannot be a key
             raise unknown("metric", str(self.metric), METRICS)
         set_field = partial(object.__setattr__, self)
         set_field("expert_init", make_initialiser(self.expert_init, copy_inits(), "expert_init"))

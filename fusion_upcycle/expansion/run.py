@@ -13,6 +13,7 @@ from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.recorded import without_gone
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
@@ -104,6 +105,7 @@ def expand(
     folder = folders.source
     config = read_config(folder)
     moe_family(config.model_type)
+    folders.check_tokenizer(config)
     if state is not None:
         check_state(state, checked_config(config), folder_identity(folder))
     prepared = prepare(
@@ -140,6 +142,20 @@ def expand(
 
     # Rows that were given say nothing of themselves in the record.
     return to_folder(expansion, folders, put=put, resumable=router_rows is None)
+
+
+def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a record, also of an older version's.
+
+    Raises:
+        UpcyclingError: one that is gone changed the result.
+    """
+    gone = {"selection": ("proportional", "sampling"), "metric": ("fisher",)}
+    kept = without_gone(options, {"temperature": 1.0}, gone)
+    extension = kept.get("router_extension")
+    if isinstance(extension, Mapping) and extension.get("name") == "fit":
+        kept["router_extension"] = without_gone(extension, {"after_split": False})
+    return kept
 
 
 def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Expansion]:

@@ -5,8 +5,16 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checks import InitSpec, Registry, bare_function, describe, make_initialiser
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.checks import (
+    InitSpec,
+    Registry,
+    bare_function,
+    describe,
+    make_initialiser,
+    require_flag,
+    require_whole,
+)
+from fusion_upcycle.errors import unknown
 from fusion_upcycle.options import choice, config_group, make, same_as
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 
@@ -57,12 +65,10 @@ class MergingOptions:
     def __post_init__(self) -> None:
         if self.shared not in SHARED:
             raise unknown("shared", str(self.shared), SHARED)
-        if not isinstance(self.base_expert, bool):  # the text "false" would count as true
-            raise UpcyclingError(f"base_expert={self.base_expert!r} must be true or false.")
-        for name, least in (("experts_per_model", 1), ("calibration_tokens", 256)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UpcyclingError(f"{name}={value!r} must be a whole number, {least} or more.")
+        require_flag("base_expert", self.base_expert)
+        require_whole("experts_per_model", self.experts_per_model, at_least=1)
+        require_whole("calibration_tokens", self.calibration_tokens, at_least=256)
+        require_whole("experts_per_token", self.experts_per_token, at_least=1)
         set_field = partial(object.__setattr__, self)
         set_field("router_init", make_initialiser(self.router_init, _routers(), "router_init"))
         if self.prototype_router:  # bad options fail here, not after calibration
@@ -72,6 +78,7 @@ class MergingOptions:
 
             toy = Moments(torch.eye(2, dtype=torch.float64), torch.eye(2))
             self.router_init(toy)  # type: ignore[operator]
+        self.for_models(max(2, self.experts_per_token))  # the others, before any model is loaded
 
     @property
     def prototype_router(self) -> bool:

@@ -4,7 +4,7 @@ Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several 
 everything after the plan is what sparse upcycling does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
+    """Names of the models that give experts.
+
+    Raises:
+        UpcyclingError: fewer than two, or a missing base.
+    """
+    names = list(models)
+    experts = [name for name in names if name != BASE or options.base_expert]
+    if BASE not in names and (options.base_expert or options.shared == "base"):
+        raise UpcyclingError(
+            f"shared={options.shared}, base_expert={str(options.base_expert).lower()} need the "
+            f"base model, and there is none; the models are {names}. Name it {BASE}."
+        )
+    if len(experts) < 2:
+        raise UpcyclingError(
+            f"Merging needs two or more models that give experts, and there are {experts}. Give "
+            f"more, or set base_expert=true to take {BASE} as one."
+        )
+    return experts
+
+
 def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> Merging:
     """Decide every tensor of the merged MoE; refuse, by name, models that do not fit together.
 
@@ -34,17 +55,7 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         UpcyclingError: fewer than two experts, a missing base, or models that differ in a config
             field, a tensor or a shape; and whatever sparse upcycling refuses.
     """
-    experts = [name for name in models if name != BASE or options.base_expert]
-    if BASE not in models and (options.base_expert or options.shared == "base"):
-        raise UpcyclingError(
-            f"shared={options.shared}, base_expert={str(options.base_expert).lower()} need the "
-            f"base model, and there is none; the models are {list(models)}. Name it {BASE}."
-        )
-    if len(experts) < 2:
-        raise UpcyclingError(
-            f"Merging needs two or more models that give experts, and there are {experts}. Give "
-            f"more, or set base_expert=true to take {BASE} as one."
-        )
+    experts = expert_models(models, options)
     _check_alike(models)
     if options.dtype is None:
         _check_dtypes(models)

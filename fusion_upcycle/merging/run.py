@@ -15,7 +15,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
-from fusion_upcycle.merging.plan import plan_merging
+from fusion_upcycle.merging.plan import expert_models, plan_merging
 from fusion_upcycle.texts.documents import named_documents
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def merge_into_moe(
         ProofError: the result is not what it claims to be; nothing is left behind.
     """
     chosen = make_merging_options(**options)
+    expert_models(models, chosen)  # before any is fetched
     folders = open_folders(
         models,
         output,
@@ -80,6 +81,7 @@ def merge_into_moe(
         chosen,
     )
     check_same_tokenizer(folders.local)
+    folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)
     return to_folder(merging, folders)

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
-from fusion_upcycle.conversion.recorded import recorded_options
+from fusion_upcycle.checks import require_flag
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
@@ -24,6 +24,8 @@ from fusion_upcycle.method.pool import (
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
+from fusion_upcycle.upcycling.run import recorded_options
+from fusion_upcycle.upcycling.upcycling import Upcycling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +82,8 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
     ):
         keys, given = sort_arguments(self, options)
         super().__init__(**keys)
+        for name, flag in (("resume", resume), ("overwrite", overwrite), ("progress", progress)):
+            require_flag(name, flag)
         if not data:
             raise UpcyclingError("method.data is not set: give {name: file}, or demo.")
         self._options = make_training_options(**given)
@@ -110,7 +114,9 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         found = pooled_folder(modelpool, streaming=False)
         name = "in memory" if found is None else found.source
         model = modelpool.load_model("_pretrained_")
-        return self.train(model, tokenizer, Origin(name, _upcycling_options(Path(name))))
+        # Only a state of the dense model has to be carried over to the experts.
+        made = None if self._state is None else _upcycling_options(Path(name))
+        return self.train(model, tokenizer, Origin(name, made))
 
     def load_tokenizer(self, modelpool: Any) -> "PreTrainedTokenizerBase":
         """The tokenizer that was asked for, else the pool's.
@@ -179,7 +185,7 @@ def _upcycling_options(folder: Path) -> dict[str, Any] | None:
     """How the model of a folder was made of a dense one, where sparse upcycling made it."""
     path = folder.expanduser() / RECORD_FILE
     record = json.loads(path.read_bytes()) if path.is_file() else {}
-    made = record.get("method") == "sparse upcycling"
+    made = record.get("method") == Upcycling.method
     return recorded_options(record["options"]) if made else None
 
 

@@ -12,7 +12,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.checkpoint.source import locate, read_config
-from fusion_upcycle.checks import AUTO
+from fusion_upcycle.checks import AUTO, require_flag
 from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
 from fusion_upcycle.errors import UpcyclingError, unknown
@@ -54,6 +54,8 @@ class ConversionAlgorithm(BaseAlgorithm):
             raise unknown(f"target of {type(self).__name__}:", str(target), self._targets)
 
     def _output_options(self, overwrite: bool, max_shard_size: int | str) -> OutputOptions:
+        require_flag("return_model", self.return_model)
+        require_flag("overwrite", overwrite)
         if not self.return_model and self.save_checkpoint is None:
             raise UpcyclingError(
                 "return_model=false without save_checkpoint would throw the result away. Set "

@@ -13,6 +13,7 @@ from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
+from fusion_upcycle.merging.plan import expert_models
 from fusion_upcycle.merging.run import check_same_tokenizer, merge_into_moe, plan_models
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
@@ -70,6 +71,10 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         self._options = make_merging_options(experts_per_token=experts_per_token, **given)
         self._check_target(self._options.target)
         self._calibration: dict[str, Any] = plain(calibration) or {}
+        if not isinstance(self._calibration, Mapping):
+            raise UpcyclingError(
+                f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
+            )
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)
 
@@ -84,6 +89,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         check_same_tokenizer({name: path for name, path in local.items() if path.is_dir()})
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
+        expert_models(folders, self._options)
         dtypes = {str(folder.dtype): folder.dtype for folder in folders.values()}
         if len(dtypes) > 1 and self._options.dtype is None:
             raise UpcyclingError(

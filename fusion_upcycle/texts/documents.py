@@ -84,6 +84,8 @@ def named_documents(
     Raises:
         UpcyclingError: what cannot be read as text, by name.
     """
+    if not isinstance(specifications or {}, Mapping):
+        raise UpcyclingError(f"{where}={specifications!r} must be a mapping, {{name: documents}}.")
     return {
         name: load_documents(specification, f"{where}.{name}")
         for name, specification in (specifications or {}).items()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fusion_upcycle.checks import require_number, require_whole
+from fusion_upcycle.checks import require_flag, require_list, require_number, require_whole
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.options import choice, make
 from fusion_upcycle.training.schedule import SCHEDULES, Schedule
@@ -131,8 +131,7 @@ class TrainingOptions:
         for name in ("seed", "log_every", "checkpoint_every", "validate_every"):
             require_whole(name, getattr(self, name), at_least=0)
         for name in ("activation_checkpointing", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise UpcyclingError(f"{name}={getattr(self, name)!r} must be true or false.")
+            require_flag(name, getattr(self, name))
         for name, choices in (
             ("attention", ATTENTIONS),
             ("schedule", SCHEDULES),
@@ -142,8 +141,7 @@ class TrainingOptions:
             if getattr(self, name) not in choices:
                 raise unknown(name, str(getattr(self, name)), choices)
         self._check_numbers()
-        if isinstance(self.freeze, str):
-            raise UpcyclingError(f"freeze={self.freeze!r} must be a list: [{self.freeze}].")
+        require_list("freeze", self.freeze, str, "a list of groups, as in [embeddings, norms]")
         for group in self.freeze:
             if group not in GROUPS:
                 raise unknown("group in freeze:", str(group), GROUPS)
@@ -178,10 +176,12 @@ class TrainingOptions:
                 f"warmup_share={self.warmup_share} and decay_share={self.decay_share} together are "
                 "more than the whole budget, 1. Lower one."
             )
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise UpcyclingError(f"betas={self.betas!r} must be two numbers, as in [0.9, 0.95].")
         for beta in self.betas:
             require_number("betas", beta, below=1.0)
+        if not isinstance(self.mixture or {}, Mapping):
+            raise UpcyclingError(f"mixture={self.mixture!r} must be a mapping, {{source: weight}}.")
         for source, weight in (self.mixture or {}).items():
             require_number(f"mixture.{source}", weight, above=0.0)
 

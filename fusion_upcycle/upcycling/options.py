@@ -15,6 +15,7 @@ from fusion_upcycle.checks import (
     make_initialiser,
     parse_dtype,
     positioned,
+    require_flag,
     require_list,
     require_whole,
 )
@@ -111,10 +112,7 @@ class UpcyclingOptions:
             )
         if self.shared_expert not in SHARED_EXPERTS:
             raise unknown("shared_expert", str(self.shared_expert), SHARED_EXPERTS)
-        if not isinstance(self.normalize_topk_prob, bool):  # the text "false" would count as true
-            raise UpcyclingError(
-                f"normalize_topk_prob={self.normalize_topk_prob!r} must be true or false."
-            )
+        require_flag("normalize_topk_prob", self.normalize_topk_prob)
         require_list("ignore_config_fields", self.ignore_config_fields, str, "[FIELD, ...]")
         if not isinstance(self.moe_layers, str):
             require_list("moe_layers", self.moe_layers, int, "all, every_N, last_N or [0, 2, ...]")

@@ -9,6 +9,7 @@ from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
+from fusion_upcycle.conversion.recorded import without_gone
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
 from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 from fusion_upcycle.upcycling.plan import plan_upcycling
@@ -74,6 +75,15 @@ def plan_folder(folder: Path, options: UpcyclingOptions) -> Upcycling:
 def plan_model(dense: "PreTrainedModel", options: UpcyclingOptions) -> Upcycling:
     """Plan the conversion of a live model, for `fusion_upcycle.conversion.run.to_model`."""
     return plan_upcycling(StateDictSource(dense.state_dict()), live_config(dense), options)
+
+
+def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a record, also of an older version's.
+
+    Raises:
+        UpcyclingError: one that is gone changed the result.
+    """
+    return without_gone(options, {"scaling": "exact"})
 
 
 def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Upcycling]:
