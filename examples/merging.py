@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from fusion_upcycle.demo import DOMAINS, MODELS, demo_model, domain_text
 from fusion_upcycle.modelpool import DemoCausalLMPool
-from fusion_upcycle.progress import loading_bars
+from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
 from fusion_upcycle.texts.perplexity import perplexity

@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.checks import Registry, is_number
+from fusion_upcycle.checks import is_number
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
+from fusion_upcycle.registry import Registry
 
 ExpertInit = Callable[[Expert, Generator], Expert]
 

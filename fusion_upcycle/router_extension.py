@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.checks import Registry, is_number
+from fusion_upcycle.checks import is_number
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.registry import Registry
 
 RouterExtension = Callable[[Tensor, Sequence[int], Generator], Tensor]
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.checks import Registry, is_number
+from fusion_upcycle.checks import is_number
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.registry import Registry
 
 RouterInit = Callable[[int, Generator], Tensor]
 

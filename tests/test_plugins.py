@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from fusion_upcycle import architectures, checks
+from fusion_upcycle import architectures, registry
 from fusion_upcycle.architectures import (
     ARCHITECTURES,
     MOE_FAMILIES,
     architecture_for,
     moe_family,
 )
-from fusion_upcycle.checks import Registry, describe, make_initialiser
+from fusion_upcycle.checks import describe, make_initialiser
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.registry import Registry
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "plugin"
 
@@ -104,7 +105,7 @@ def test_help_names_what_a_package_adds(installed: Path) -> None:
 def points(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """Entry points of the group `fusion_upcycle.toys`."""
     found: list[EntryPoint] = []
-    monkeypatch.setattr(checks, "entry_points", lambda group: found if "toys" in group else [])
+    monkeypatch.setattr(registry, "entry_points", lambda group: found if "toys" in group else [])
     return found
 
 
@@ -148,7 +149,7 @@ def test_a_broken_family_of_a_package_leaves_ours_alone(
 ) -> None:
     group = "fusion_upcycle.architectures"
     broken = EntryPoint(name, "no_such_package:FAMILY", group)
-    monkeypatch.setattr(checks, "entry_points", lambda group: [broken])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
     families, ours = ARCHITECTURES.plus(), list(ARCHITECTURES)
     monkeypatch.setattr(architectures, "ARCHITECTURES", families)
     monkeypatch.setattr(architectures, "MOE_FAMILIES", families.plus(olmoe=MOE_FAMILIES["olmoe"]))
@@ -177,7 +178,7 @@ def theirs(expert: Any, generator: Any, *, size: int = 1) -> Any:
 
 def test_a_family_is_an_architecture_of_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = EntryPoint("olmo9", "fusion_upcycle.architectures.mixtral:MIXTRAL", "any")
-    monkeypatch.setattr(checks, "entry_points", lambda group: [wrong])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [wrong])
     families = ARCHITECTURES.plus()
     with pytest.raises(UpcyclingError, match="no Architecture named 'olmo9'"):
         families["olmo9"]

@@ -17,7 +17,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, find_routers, hearing_inputs
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from fusion_upcycle.analysis.similarity import similarity_to_json
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.experts import find_experts
-from fusion_upcycle.progress import loading_bars
+from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.texts.documents import load_documents
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
-from fusion_upcycle.checks import AUTO, Registry
+from fusion_upcycle.checks import AUTO
 from fusion_upcycle.errors import UpcyclingError, require_versions, unknown
+from fusion_upcycle.registry import Registry
 
 # Whatever runs a model comes through here, and older routers say something else.
 require_versions("transformers")

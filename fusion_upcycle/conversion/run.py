@@ -23,7 +23,7 @@ from fusion_upcycle.conversion.live import fill_live
 from fusion_upcycle.conversion.output import Converted, OutputOptions, write_output
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.live.tensors import LiveTensorsOnCPU
-from fusion_upcycle.progress import loading_bars
+from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.verification.function import Models, sample_tokens
 from fusion_upcycle.verification.names import check_written_config
 from fusion_upcycle.verification.proof import Proof, resolve_mode

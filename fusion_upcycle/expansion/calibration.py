@@ -24,7 +24,7 @@ from fusion_upcycle.expansion.router.inputs import RouterInputs, folder_router_i
 from fusion_upcycle.expansion.router.rows import rows_report
 from fusion_upcycle.expansion.router.split import check_split, split_rows
 from fusion_upcycle.experts import generator_for
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences, sequence_length
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checks import InitSpec, Registry, bare_function, describe, make_initialiser
+from fusion_upcycle.checks import InitSpec, bare_function, describe, make_initialiser
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.options import choice, config_group, make, registry, same_as
+from fusion_upcycle.registry import Registry
 from fusion_upcycle.upcycling.options import UpcyclingOptions, check_expert_init
 
 if TYPE_CHECKING:

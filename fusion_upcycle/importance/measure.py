@@ -24,7 +24,7 @@ from fusion_upcycle.live.identity import live_identity
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, expert_counts, find_routers
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences, sequence_length
 

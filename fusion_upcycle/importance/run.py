@@ -15,8 +15,8 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.figure import save_importance_map
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.progress import loading_bars
 from fusion_upcycle.report.drawing import require_matplotlib
+from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.texts.documents import named_documents
 
 

@@ -17,7 +17,7 @@ from fusion_upcycle.live.inputs import logits_of_last
 from fusion_upcycle.live.routers import hearing_inputs
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 from fusion_upcycle.upcycling.proof import ffn_of, streamed_dense

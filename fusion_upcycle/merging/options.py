@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checks import (
     InitSpec,
-    Registry,
     bare_function,
     describe,
     make_initialiser,
@@ -16,6 +15,7 @@ from fusion_upcycle.checks import (
 )
 from fusion_upcycle.errors import unknown
 from fusion_upcycle.options import choice, config_group, make, same_as
+from fusion_upcycle.registry import Registry
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import ProofError
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.verification.function import (
     Distance,
     Models,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 
 
 class PlannedTensors(TensorSource, Protocol):

@@ -28,7 +28,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import logits_of_last, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import find_routers, hearing_inputs
-from fusion_upcycle.progress import progress_bar
+from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences
 from fusion_upcycle.verification.streamed_model import streamed_model
