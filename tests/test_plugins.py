@@ -153,7 +153,7 @@ def test_a_broken_family_of_a_package_leaves_ours_alone(
     families, ours = ARCHITECTURES.plus(), list(ARCHITECTURES)
     monkeypatch.setattr(architectures, "ARCHITECTURES", families)
     monkeypatch.setattr(architectures, "MOE_FAMILIES", families.plus(olmoe=MOE_FAMILIES["olmoe"]))
-    monkeypatch.setattr(checks.warnings, "warn", lambda *_, **__: None)  # that a name is taken
+    monkeypatch.setattr(registry.warnings, "warn", lambda *_, **__: None)  # that a name is taken
     for architecture in ours:
         for dense in ARCHITECTURES[architecture].dense:
             assert architecture_for(dense).name in ours
