@@ -147,10 +147,10 @@ def test_two_packages_may_not_add_the_same_name(points: list[EntryPoint]) -> Non
 def test_a_broken_family_of_a_package_leaves_ours_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = "fusion_upcycle.architectures"
-    broken = EntryPoint(name, "no_such_package:FAMILY", group)
+    ours = list(ARCHITECTURES)  # which now knows its own entry points
+    broken = EntryPoint(name, "no_such_package:FAMILY", "fusion_upcycle.architectures")
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
-    families, ours = ARCHITECTURES.plus(), list(ARCHITECTURES)
+    families = ARCHITECTURES.plus()
     monkeypatch.setattr(architectures, "ARCHITECTURES", families)
     monkeypatch.setattr(architectures, "MOE_FAMILIES", families.plus(olmoe=MOE_FAMILIES["olmoe"]))
     monkeypatch.setattr(registry.warnings, "warn", lambda *_, **__: None)  # that a name is taken

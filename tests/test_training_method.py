@@ -18,7 +18,7 @@ from torch import Tensor
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
-from fusion_upcycle.checkpoint.writer import RECORD_FILE
+from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method import ContinuedPretrainingAlgorithm, UpcycleAndTrainAlgorithm
 from fusion_upcycle.training.moments import load_moments
