@@ -8,8 +8,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := .[dev,plots]
-# MkDocs has 15,000 files of icons: 10 seconds that `make demo` need not take.
+DEV_STAMP := $(VENV)/.dev
+# What only developers need, and MkDocs with its 15,000 icons: half a minute that `make demo` saves.
 DOCS_STAMP := $(VENV)/.docs
 
 # The stamp holds the folder it was written in: an environment whose checkout was moved or copied
@@ -24,10 +24,10 @@ endif
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: venv  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
+demo: $(STAMP)  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
 
-study: venv  ## train on: dense, upcycled or from nothing, at equal compute (20 minutes)
+study: $(STAMP)  ## train on: dense, upcycled or from nothing, at equal compute (20 minutes)
 	@$(BIN)/python examples/study.py
 
 test: lint docs  ## lint, documentation, types and tests: what CI runs
@@ -36,10 +36,10 @@ test: lint docs  ## lint, documentation, types and tests: what CI runs
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-full: venv  ## all tests, with the longer forms of some
+test-full: $(DEV_STAMP)  ## all tests, with the longer forms of some
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m ""
 
-lint: venv  ## check style, formatting and the import order
+lint: $(DEV_STAMP)  ## check style, formatting and the import order
 	@echo "lint: ruff"
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
@@ -52,7 +52,7 @@ docs: $(DOCS_STAMP)  ## the documentation as a site in build/site; a broken link
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "docs: build/site/index.html"
 
-format: venv  ## fix what ruff can fix, and format
+format: $(DEV_STAMP)  ## fix what ruff can fix, and format
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 
@@ -60,7 +60,7 @@ clean:  ## remove the environment, caches and build products (not ./outputs)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-venv: $(STAMP)  ## .venv with the tested versions; PYTHON=python3.12 chooses the interpreter
+venv: $(DEV_STAMP)  ## .venv with the tested versions; PYTHON=python3.12 chooses the interpreter
 
 # pip says nothing for minutes: what is being installed is said before, and every 10 seconds that it
 # goes on. The loop ends with the shell that started it, also where that is interrupted.
@@ -86,10 +86,14 @@ $(STAMP): pyproject.toml constraints.txt $(UNUSABLE)
 	@echo "venv: $$($(PYTHON) -V) in $(VENV)"
 	@$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
 	@$(call install,torch (200 MB for a CPU or up to 3 GB for CUDA),$$(grep '^torch==' constraints.txt))
-	@$(call install,fusion_upcycle and its other dependencies (a minute or more),-e '$(EXTRAS)')
+	@$(call install,fusion_upcycle and its other dependencies (half a minute or more),-e '.[plots]')
 	@echo $(CURDIR) > $@
 	@echo "venv: ready"
 
-$(DOCS_STAMP): $(STAMP)
+$(DEV_STAMP): $(STAMP)
+	@$(call install,what developers need,-e '.[dev,plots]')
+	@touch $@
+
+$(DOCS_STAMP): $(DEV_STAMP)
 	@$(call install,MkDocs,-e '.[docs]')
 	@touch $@

@@ -17,10 +17,9 @@ and the YAML what came out. The table is of test text.
 
 import argparse
 import io
-from collections.abc import Callable
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -133,29 +132,37 @@ def tune(compared: list[Way]) -> dict[str, Any]:
 
 def compare(folder: Path, compared: list[Way]) -> Path:
     """Every model and every merge on test text; one run record."""
-    pool = DemoCausalLMPool(POOL)
-    models: dict[str, Callable[[], PreTrainedModel]] = {
-        name: partial(pool.load_model, "_pretrained_" if name == "base" else name)
-        for name in MODELS
-    }
-    by_name = {way.name: way for way in compared}
-    rows = {}
-    for name, make in (models | {name: way.merged for name, way in by_name.items()}).items():
+    rows = {name: as_it_was_made(name) for name in MODELS}
+    for way in compared:
         with loading_bars(False):
-            model = make()
-        way = by_name.get(name)
-        rows[name] = {
-            "settings": {} if way is None else way.settings,
-            "method": None if way is None else way.method,
+            model = way.merged()
+        rows[way.name] = {
+            "settings": way.settings,
+            "method": way.method,
             "bits_per_byte": evaluate(model, "test", stride=CONTEXT // 2),
             "parameters": model.num_parameters(),
             "active": model.num_parameters() - idle_parameters(model),
         }
-        print(f"{name}: {rows[name]['bits_per_byte']['mean']:.4f} bits per byte", flush=True)
+        mean = rows[way.name]["bits_per_byte"]["mean"]
+        print(f"{way.name}: {mean:.4f} bits per byte", flush=True)
     comparison = {"split": "test", "stride": CONTEXT // 2, "rows": rows}
     path = write_run_record("merging", comparison, folder)
     assert path is not None  # only without a folder
     return path
+
+
+def as_it_was_made(name: str) -> dict[str, Any]:
+    """The row of a demo model, which was measured in the same way when it was made."""
+    facts = json.loads((demo_model(name) / "demo.json").read_text(encoding="utf-8"))
+    assert facts["recipe"]["context_length"] == CONTEXT
+    scores = facts["bits_per_byte"]
+    return {
+        "settings": {},
+        "method": None,
+        "bits_per_byte": scores | {"mean": sum(scores.values()) / len(scores)},
+        "parameters": facts["parameters"],
+        "active": facts["parameters"],
+    }
 
 
 def idle_parameters(model: PreTrainedModel) -> int:

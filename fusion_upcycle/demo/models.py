@@ -43,8 +43,8 @@ def demo_model(name: str, recipe: Recipe = DEFAULT_RECIPE) -> Path:
         from filelock import FileLock
 
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".lock"):
-            for needed in dict.fromkeys((BASE, name)):  # a fine-tune starts from the base
+        for needed in dict.fromkeys((BASE, name)):  # a fine-tune starts from the base
+            with FileLock(root / f".{needed}.lock"):
                 if not (root / needed).is_dir():
                     print(f"demo: training {needed!r} once, cached in {root / needed}", flush=True)
                     _build(needed, root, recipe)
