@@ -62,6 +62,7 @@ clean:  ## remove the environment, caches and build products (not ./outputs)
 
 venv: $(DEV_STAMP)  ## .venv with the tested versions; PYTHON=python3.12 chooses the interpreter
 
+# Modules are compiled as they are imported: compiling all 20,000 takes as long as unpacking them.
 # pip says nothing for minutes: what is being installed is said before, and every 10 seconds that it
 # goes on. The loop ends with the shell that started it, also where that is interrupted.
 define install
@@ -70,7 +71,7 @@ echo "venv: installing $(1)"; \
     seconds=$$((seconds + 10)); \
     echo "venv: ... $$seconds s, $$(ls $(VENV)/lib/python*/site-packages | grep -c dist-info$$) packages"; \
   done; } & beat=$$!; \
-$(BIN)/python -m pip install -qq -c constraints.txt $(2); status=$$?; \
+$(BIN)/python -m pip install -qq --no-compile -c constraints.txt $(2); status=$$?; \
 kill $$beat; exit $$status
 endef
 

@@ -16,8 +16,8 @@ import os
 import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,17 +42,13 @@ def main() -> None:
     training += ["resume=false"]
     training += ["mixture={prose: 0.4, source: 0.4, arithmetic: 0.2}"]  # as the base was trained
 
-    with two_processes() as start:
+    with two_processes() as pool:
         print(f"Dense model: {demo_model('base')}", flush=True)
-        compare(start, output, moe, trained, training)
+        compare(pool, output, moe, trained, training)
 
 
 def compare(
-    start: Callable[..., Future[None]],
-    output: Path,
-    moe: Path,
-    trained: Path,
-    training: list[str],
+    pool: ProcessPoolExecutor, output: Path, moe: Path, trained: Path, training: list[str]
 ) -> None:
     """All runs, two at a time, and what came out."""
     runs = {
@@ -80,15 +76,12 @@ def compare(
         log = output / folder_name(name)
         arguments = [*overrides, *POOL, f"path.log_dir={log}"]
         print(f"$ fusion_bench {shlex.join(arguments)}", flush=True)
-        running.append((start(fusion_bench, arguments, log), log))
-    fine_tunes = [start(make_demo_model, name) for name in MODELS]
+        running.append((pool.submit(fusion_bench, arguments, log), log))
+    fine_tunes = [pool.submit(demo_model, name) for name in MODELS]
     for run, log in running:
         failed = run.exception()
         if failed is not None:
             sys.exit(f"{(log / 'console.log').read_text()}\nfusion_bench failed, see {log}")
-    for run in fine_tunes:
-        run.result()
-
     records = {name: read_run_record(output / folder_name(name)) for name in runs}
     console = Console()
     console.print(bits_per_byte_table("Held-out demo text", records).to_rich())
@@ -104,9 +97,11 @@ def compare(
     for name in runs:
         console.print(f"Run record:       {output / folder_name(name) / 'run_record.json'}")
 
+    for fine_tune in fine_tunes:
+        fine_tune.result()
     print("\nMerging the base's three fine-tunes (settings as chosen by merging.py --tune):")
     ways = merging.ways()
-    record = merging.compare(output / "merging", ways)
+    record = merging.compare(output / "merging", ways, pool.map)
     console.print(merging.table(read_run_record(record.parent)).to_rich())
     console.print(f"Settings: {merging.settings_in_words(ways)}.", highlight=False)
     console.print(f"Run record:       {record}")
@@ -121,8 +116,8 @@ def folder_name(run: str) -> str:
 
 
 @contextmanager
-def two_processes() -> Iterator[Callable[..., Future[None]]]:
-    """Start functions in processes of their own, two at a time, with one thread each.
+def two_processes() -> Iterator[ProcessPoolExecutor]:
+    """For functions in processes of their own, two at a time, with one thread each.
 
     They are forked from a server that has imported the libraries, which takes 10 s, while the base
     is trained.
@@ -132,11 +127,7 @@ def two_processes() -> Iterator[Callable[..., Future[None]]]:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the server, and so of its children
     with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
         pool.submit(os.getpid)  # starts the server
-        yield pool.submit
-
-
-def make_demo_model(name: str) -> None:
-    demo_model(name)
+        yield pool
 
 
 def fusion_bench(arguments: list[str], log_folder: Path) -> None:

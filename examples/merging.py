@@ -130,25 +130,33 @@ def tune(compared: list[Way]) -> dict[str, Any]:
     return {"split": "validation", "stride": CONTEXT, "trials": trials, "chosen": chosen}
 
 
-def compare(folder: Path, compared: list[Way]) -> Path:
-    """Every model and every merge on test text; one run record."""
+def compare(folder: Path, compared: list[Way], run: Callable[..., Iterable[Any]] = map) -> Path:
+    """Every model and every merge on test text; one run record.
+
+    Args:
+        run: as `map`, perhaps in several processes.
+    """
     rows = {name: as_it_was_made(name) for name in MODELS}
-    for way in compared:
-        with loading_bars(False):
-            model = way.merged()
-        rows[way.name] = {
-            "settings": way.settings,
-            "method": way.method,
-            "bits_per_byte": evaluate(model, "test", stride=CONTEXT // 2),
-            "parameters": model.num_parameters(),
-            "active": model.num_parameters() - idle_parameters(model),
-        }
-        mean = rows[way.name]["bits_per_byte"]["mean"]
-        print(f"{way.name}: {mean:.4f} bits per byte", flush=True)
+    for way, row in zip(compared, run(merged_row, compared), strict=True):
+        rows[way.name] = row
+        print(f"{way.name}: {row['bits_per_byte']['mean']:.4f} bits per byte", flush=True)
     comparison = {"split": "test", "stride": CONTEXT // 2, "rows": rows}
     path = write_run_record("merging", comparison, folder)
     assert path is not None  # only without a folder
     return path
+
+
+def merged_row(way: Way) -> dict[str, Any]:
+    """Merge, and measure."""
+    with loading_bars(False):
+        model = way.merged()
+    return {
+        "settings": way.settings,
+        "method": way.method,
+        "bits_per_byte": evaluate(model, "test", stride=CONTEXT // 2),
+        "parameters": model.num_parameters(),
+        "active": model.num_parameters() - idle_parameters(model),
+    }
 
 
 def as_it_was_made(name: str) -> dict[str, Any]:
