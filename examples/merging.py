@@ -18,6 +18,7 @@ and the YAML what came out. The table is of test text.
 import argparse
 import io
 import json
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import product
