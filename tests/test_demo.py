@@ -152,7 +152,7 @@ def test_a_fine_tune_trains_the_base_first_and_both_folders_are_complete(
 
     base = demo_model("base", TINY)
     assert not capfd.readouterr().out, "the base was not cached"
-    assert {path.name for path in base.parent.iterdir()} == {".lock", "base", "prose"}
+    assert {path.name for path in base.parent.iterdir()} == {".base.lock", ".prose.lock", "base", "prose"}
     for folder in (base, prose):
         assert {path.name for path in folder.iterdir()} == {
             "README.md", "config.json", "demo.json", "generation_config.json", "model.safetensors",
@@ -253,7 +253,7 @@ def test_a_training_that_fails_leaves_no_model(
     monkeypatch.setattr(demo_models, "_model_card", fail)  # the last step
     with pytest.raises(RuntimeError, match="interrupted"):
         demo_model("base", TINY)
-    assert [path.name for path in tmp_path.glob("demo/*/*")] in ([], [".lock"])
+    assert [path.name for path in tmp_path.glob("demo/*/*")] in ([], [".base.lock"])
 
 
 def test_the_key_of_the_cache_follows_the_recipe() -> None:
