@@ -152,7 +152,12 @@ def test_a_fine_tune_trains_the_base_first_and_both_folders_are_complete(
 
     base = demo_model("base", TINY)
     assert not capfd.readouterr().out, "the base was not cached"
-    assert {path.name for path in base.parent.iterdir()} == {".base.lock", ".prose.lock", "base", "prose"}
+    assert {path.name for path in base.parent.iterdir()} == {
+        ".base.lock",
+        ".prose.lock",
+        "base",
+        "prose",
+    }
     for folder in (base, prose):
         assert {path.name for path in folder.iterdir()} == {
             "README.md", "config.json", "demo.json", "generation_config.json", "model.safetensors",
