@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.dev
+DEV_EXTRAS := .[dev,plots]
 # What only developers need, and MkDocs with its 15,000 icons: half a minute that `make demo` saves.
 DOCS_STAMP := $(VENV)/.docs
 
@@ -92,7 +93,7 @@ $(STAMP): pyproject.toml constraints.txt $(UNUSABLE)
 	@echo "venv: ready"
 
 $(DEV_STAMP): $(STAMP)
-	@$(call install,what developers need,-e '.[dev,plots]')
+	@$(call install,what developers need,-e '$(DEV_EXTRAS)')
 	@touch $@
 
 $(DOCS_STAMP): $(DEV_STAMP)
