@@ -23,10 +23,12 @@ from fusion_upcycle.errors import UpcyclingError
 #: The file by which a folder is known to be an output of ours; holds the plan and the proof.
 RECORD_FILE = "upcycling.json"
 TRAINING_RECORD_FILE = "training.json"
+#: By one of these a folder is known to be an output of ours.
+_RECORDS = (RECORD_FILE, TRAINING_RECORD_FILE)
 #: In a staging folder: what is being written there. It goes last.
 _FINGERPRINT_FILE = "conversion.json"
-#: By one of these a folder is known to be ours.
-_MARKS = (RECORD_FILE, TRAINING_RECORD_FILE, _FINGERPRINT_FILE)
+#: What is left in a folder of ours to the end, that a kill in between shows whose it is.
+_MARKS = (*_RECORDS, _FINGERPRINT_FILE)
 #: Room for config, tokenizer and file system overhead beside the tensors.
 _SPARE_BYTES = 64 * 2**20
 
@@ -108,7 +110,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (RECORD_FILE, TRAINING_RECORD_FILE))
+    return any((folder / name).is_file() for name in _RECORDS)
 
 
 def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
@@ -119,8 +121,7 @@ def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
         raise UpcyclingError(f"{staging} exists and was not made here. Remove or rename it.")
     if record.is_file() and record.read_text() != text:
         _empty(staging)
-        for mark in _MARKS[:-1]:
-            (staging / mark).unlink(missing_ok=True)
+        _remove_records(staging)
     record.write_text(text)
     for part in staging.glob("*.part"):
         part.unlink()
@@ -131,6 +132,12 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in _MARKS:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_records(staging: Path) -> None:
+    """Make a staging folder no output: its fingerprint says then whose it is."""
+    for name in _RECORDS:
+        (staging / name).unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:
@@ -195,5 +202,4 @@ def _heal(output: Path, staging: Path) -> None:
     record = staging / _FINGERPRINT_FILE
     if _is_ours(staging) and not record.exists():
         record.write_text("{}")
-        for path in (staging / RECORD_FILE, staging / TRAINING_RECORD_FILE):
-            path.unlink(missing_ok=True)
+        _remove_records(staging)

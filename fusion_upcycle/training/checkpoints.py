@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from fusion_upcycle.checkpoint.durable import sync
 from fusion_upcycle.errors import UpcyclingError
 
 _KEPT = 2
@@ -35,7 +36,7 @@ class AtomicCheckpointIO(CheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
@@ -139,12 +140,3 @@ def _differences(where: str, saved: Any, wanted: Any) -> Any:
             yield from _differences(name, saved.get(key), wanted.get(key))
     elif saved != wanted:
         yield f"{where} was {saved}, is {wanted}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
