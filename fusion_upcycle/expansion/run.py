@@ -64,10 +64,9 @@ def expand(
             it. Scores of another model are refused.
         calibration: name -> documents, as `fusion_upcycle.texts.documents` takes them: router
             rows are made of them (`router_extension` split or fit, the source runs streamed), and
-            experts
-            are scored on them where `selection` needs scores and none are given. For that the
-            source is loaded, as for training without an optimizer; the scores and their figure are
-            put into the result, in `importance/`.
+            experts are scored on them where `selection` needs scores and none are given. For that
+            the source is loaded, as for training without an optimizer; the scores and their figure
+            are put into the result, in `importance/`.
         calibration_tokens: of that, divided evenly among the texts.
         context_length: tokens of a calibration sequence; None is 1024, or the model's positions.
         router_rows: MoE layer -> router [M, D], in place of what `router_extension` makes.

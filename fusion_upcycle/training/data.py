@@ -77,8 +77,8 @@ def pack_sources(
     Args:
         sources: name -> what `fusion_upcycle.texts.documents` takes; a mapping may say
             `tokens: N` for the first N tokens only, which a data set with `streaming: true` must:
-            a stream is
-            written to disk first, so that its order is known and a run can be resumed anywhere.
+            a stream is written to disk first, so that its order is known and a run can be resumed
+            anywhere.
         cache: folder; processes that ask at the same time wait for the one that writes.
 
     Raises:
