@@ -9,7 +9,7 @@ operation whose folders can be proven again has `replan(record)` in its own `run
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -25,7 +25,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
 from fusion_upcycle.verification.function import Models, Tokens
-from fusion_upcycle.verification.names import check_names
+from fusion_upcycle.verification.names import check_names, check_shared_fields
 from fusion_upcycle.verification.proof import Findings, Proof
 from fusion_upcycle.verification.tensors import check_tensors
 
@@ -141,6 +141,11 @@ class Conversion(ABC):
     ) -> Findings:
         """The operation's own part of `prove`, for tensors and names that are right."""
 
+    @property
+    def _changed_fields(self) -> Collection[str]:
+        """The config's fields that this operation is there to change."""
+        return self.architecture.remapped_fields
+
     def record(self, sources: Mapping[str, Any]) -> dict[str, Any]:
         """The record of this conversion: what was asked for, planned and found before writing."""
         return {
@@ -163,7 +168,7 @@ class Conversion(ABC):
         models: Models,
         progress: bool = False,
     ) -> Proof:
-        """Prove a result: names and all tensors, then what the operation claims of its function.
+        """Prove a result: names and all tensors, what it claims of its function, the config.
 
         Args:
             result: the tensors that were made, from the written folder or the live model.
@@ -184,6 +189,7 @@ class Conversion(ABC):
         found = self._prove_function(
             result, mode=mode, tokens=tokens, models=models, progress=progress
         )
+        check_shared_fields(self.source_config, self.config, self._changed_fields)
         return Proof(
             mode,
             claim,

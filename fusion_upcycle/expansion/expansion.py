@@ -234,6 +234,12 @@ It has not been trained since.""",
             caveat,
         )
 
+    @property
+    def _changed_fields(self) -> set[str]:
+        aliases = self.config.attribute_map
+        names = {self.architecture.experts_field, "num_experts_per_tok"}
+        return names | {aliases[name] for name in names if name in aliases}
+
     def _prove_function(
         self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
     ) -> Findings:

@@ -23,7 +23,6 @@ from fusion_upcycle.verification.function import (
     distance,
     output_of,
 )
-from fusion_upcycle.verification.names import check_shared_fields
 from fusion_upcycle.verification.proof import (
     Findings,
     distance_in_words,
@@ -57,7 +56,6 @@ def prove_expansion(
             source.
     """
     exact = expansion.claims_exact
-    check_shared_fields(expansion.source_config, expansion.config, changed_fields(expansion))
     reference, is_logits = _outputs(expansion, expansion.source, tokens.ids, whole=False)
     restricted = None
     if not expansion.is_identity:
@@ -104,13 +102,6 @@ def reason(expansion: "Expansion") -> str:
     if expansion.options.copies_compute_the_same:
         return router
     return f"{router}, and new experts differ from those that they are copies of"
-
-
-def changed_fields(expansion: "Expansion") -> set[str]:
-    """The config's fields that an expansion is there to change."""
-    aliases = expansion.config.attribute_map
-    names = {expansion.architecture.experts_field, "num_experts_per_tok"}
-    return names | {aliases[name] for name in names if name in aliases}
 
 
 class SourceWithin:

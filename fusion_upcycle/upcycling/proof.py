@@ -26,7 +26,6 @@ from fusion_upcycle.verification.function import (
     layers_of,
     output_of,
 )
-from fusion_upcycle.verification.names import check_shared_fields
 from fusion_upcycle.verification.proof import (
     Findings,
     distance_in_words,
@@ -90,9 +89,6 @@ def prove_upcycling(
         )
     if own is not None and exact:
         _require_close(own)
-    check_shared_fields(
-        upcycling.source_config, upcycling.config, upcycling.architecture.remapped_fields
-    )
     verdict = "exact, proven" if exact else "approximate"
     if exact and rounded:
         verdict = "exact but for the rounding of scaled weights, proven in float32"
