@@ -1,8 +1,7 @@
-"""The embedded default: tiny byte-level models trained on text that every Python carries."""
+"""The embedded default: tiny byte-level models and their text, shipped with the package."""
 
 from fusion_upcycle.demo.models import demo_model, demo_reference
-from fusion_upcycle.demo.moe import demo_moe
 from fusion_upcycle.demo.recipe import MODELS
 from fusion_upcycle.demo.texts import DOMAINS, SPLITS, domain_text
 
-__all__ = ["DOMAINS", "MODELS", "SPLITS", "demo_model", "demo_moe", "demo_reference", "domain_text"]
+__all__ = ["DOMAINS", "MODELS", "SPLITS", "demo_model", "demo_reference", "domain_text"]

@@ -1,54 +1,36 @@
-"""The demo models in the user's cache: trained on first use, complete Hugging Face folders."""
+"""The demo models, shipped with the package: complete Hugging Face folders."""
 
 import gzip
-import json
 import lzma
 import math
-import os
-import platform
-import tempfile
 from collections import Counter
-from dataclasses import asdict
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.checkpoint.durable import move
-from fusion_upcycle.demo.recipe import BASE, MODELS, Recipe
-from fusion_upcycle.demo.texts import DOMAINS, domain_text, text_identity
+from fusion_upcycle.demo.recipe import MODELS
+from fusion_upcycle.demo.texts import DATA, DOMAINS, domain_text
 from fusion_upcycle.errors import unknown
 from fusion_upcycle.report.card import card_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_RECIPE = Recipe()
 
+def demo_model(name: str) -> Path:
+    """Folder of a demo model, to be read and not to be changed.
 
-def demo_model(name: str, recipe: Recipe = DEFAULT_RECIPE) -> Path:
-    """Folder of the model ``base``, ``prose``, ``source`` or ``arithmetic``, trained on first use.
-
-    Folders are below ``$FUSION_UPCYCLE_CACHE`` (default ``~/.cache/fusion_upcycle``), one set per
-    Python version, text and recipe. Processes that ask at the same time wait for the one that
-    trains. ``demo.json`` in the folder has the cost and the held-out bits per byte.
+    `base` is a Llama of 49,000 parameters that has seen 122 bytes of text for each; `trunk` is the
+    same training before the learning rate fell; `prose`, `source` and `arithmetic` are the base
+    fine-tuned on one domain; `moe` is a Mixtral of 16 experts. `demo.json` in each has the recipe
+    and the held-out bits per byte. `python -m fusion_upcycle.demo train` makes them again.
 
     Raises:
         UpcyclingError: an unknown name.
     """
     if name not in MODELS:
         raise unknown("demo model", name, MODELS)
-    root = _cache_folder() / _key(recipe)
-    if not (root / name).is_dir():
-        from filelock import FileLock
-
-        root.mkdir(parents=True, exist_ok=True)
-        for needed in dict.fromkeys((BASE, name)):  # a fine-tune starts from the base
-            with FileLock(root / f".{needed}.lock"):
-                if not (root / needed).is_dir():
-                    print(f"demo: training {needed!r} once, cached in {root / needed}", flush=True)
-                    _build(needed, root, recipe)
-    return root / name
+    return DATA / "models" / name
 
 
 @cache
@@ -72,77 +54,34 @@ def demo_reference() -> dict[str, dict[str, float]]:
     return reference
 
 
-def _cache_folder() -> Path:
-    folder = os.environ.get("FUSION_UPCYCLE_CACHE") or "~/.cache/fusion_upcycle"
-    return Path(folder).expanduser().absolute() / "demo"
-
-
-@cache
-def _key(recipe: Recipe) -> str:
-    content = json.dumps([asdict(recipe), text_identity()])
-    return f"python{platform.python_version()}-{sha256(content.encode()).hexdigest()[:12]}"
-
-
-def _build(name: str, root: Path, recipe: Recipe) -> None:
-    """Train one model and move its complete folder to its name."""
-    from transformers import GenerationConfig, LlamaForCausalLM
-
-    from fusion_upcycle.demo.tokenizer import byte_tokenizer
-    from fusion_upcycle.demo.train import new_model, train
-    from fusion_upcycle.report import Measured
-
-    model = new_model(recipe) if name == BASE else LlamaForCausalLM.from_pretrained(root / BASE)
-    with Measured() as cost:
-        train(model, name, recipe)
-    tokenizer = byte_tokenizer(recipe.context_length)
-    bits = bits_per_byte(model, tokenizer, recipe.context_length)
-    facts = {
-        "name": name,
-        "bits_per_byte": bits,
-        "reference_bits_per_byte": demo_reference(),
-        "parameters": model.num_parameters(),
-        "training": cost.as_record(),
-        "recipe": asdict(recipe),
-    }
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}.") as temporary:
-        folder = Path(temporary) / name
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        name_tokenizer_class(folder)
-        (folder / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(name, bits), encoding="utf-8")
-        move(folder, root / name)
-
-
 def bits_per_byte(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context_length: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    context_length: int,
+    split: str = "test",
+    stride: int | None = None,
 ) -> dict[str, float]:
-    """Loss of a model on the test split of each demo domain: domain -> bits per byte."""
+    """Loss of a model on a held-out split of each demo domain: domain -> bits per byte.
+
+    Args:
+        stride: of the windows; half of `context_length` by default.
+    """
     from fusion_upcycle.texts.perplexity import perplexity
 
     return {
         domain: perplexity(
             model,
             tokenizer,
-            domain_text(domain, "test"),
+            domain_text(domain, split),
             context_length=context_length,
-            stride=context_length // 2,
+            stride=stride or context_length // 2,
         )["bits_per_byte"]
         for domain in DOMAINS
     }
 
 
-def name_tokenizer_class(folder: Path) -> None:
-    """The name that transformers 4 and 5 both know; 5 writes one of its own."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _model_card(name: str, bits_per_byte: dict[str, float]) -> str:
-    training = "a mix of three domains" if name == BASE else f"`{name}`, starting from `{BASE}`"
+def model_card(name: str, what: str, bits_per_byte: dict[str, float]) -> str:
+    """README.md of a demo model."""
     rows = "\n".join(
         f"| {domain} | {bits:.3f} | "
         + " | ".join(f"{value:.3f}" for value in demo_reference()[domain].values())
@@ -151,8 +90,9 @@ def _model_card(name: str, bits_per_byte: dict[str, float]) -> str:
     )
     body = f"""# fusion_upcycle demo model: {name}
 
-A byte-level Llama for demonstrations and tests, trained on this machine by `fusion_upcycle.demo`
-on {training}, from text that every Python installation carries. `demo.json` has the recipe.
+A byte-level model for demonstrations and tests: {what}. Its text is Python's documentation and
+standard library, and generated arithmetic. `demo.json` has the recipe;
+`python -m fusion_upcycle.demo train` makes it again.
 
 Bits per byte on held-out text:
 

@@ -1,45 +1,36 @@
-"""Three text domains that every Python installation carries.
+"""Text of three domains, the same on every machine and for every version of Python.
 
-``prose`` is the language reference of ``pydoc_data.topics``, ``source`` the standard library's own
-``.py`` files, ``arithmetic`` generated sums and products with their worked steps. Every domain has
-disjoint ``train``, ``validation`` and ``test`` splits: whole documents for prose and source, whole
-problems for arithmetic, so that held-out text was never seen.
+``prose`` is Python's documentation, ``source`` its standard library, both shipped with the package
+(`examples/embedded_text.py` made them; NOTICE beside them has the licence); ``arithmetic`` is
+generated: sums and products with their worked steps. Each has four splits: ``train``, which the
+demo models are trained on; ``continued``, new text to train them on with; ``validation`` and
+``test``, held out. Splits are whole documents of prose and source, whole problems of arithmetic, so
+that held-out text was never seen.
 """
 
 import hashlib
-import os
+import json
+import lzma
 import random
-import sysconfig
 import zlib
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from fusion_upcycle.errors import unknown
 
 DOMAINS = ("prose", "source", "arithmetic")
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "continued", "validation", "test")
+DATA = Path(__file__).parent / "data"
 
-HELD_OUT_BYTES = 32_000  # of each held-out split
-SOURCE_BYTES = 3_000_000  # of all splits together
-REPEATABLE_CHARACTERS = 80  # shorter paragraphs, such as `import re`, are common language
-ARITHMETIC_DOCUMENTS = {"train": 400, "validation": 12, "test": 12}
+ARITHMETIC_DOCUMENTS = {"train": 700, "continued": 500, "validation": 25, "test": 25}
 ARITHMETIC_LINES = 40  # per document
-
-# Tests and data tables are not typical code; the other names are optional packages that
-# distributions split off, so that leaving them out gives the same text on more machines.
-_SKIPPED_FOLDERS = {
-    "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip",
-    "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
-_SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "lib-dynload")
-_DOCUMENT_BYTES = (1_000, 100_000)  # stubs and huge tables are outside
 
 
 def domain_text(domain: str, split: str) -> tuple[str, ...]:
-    """Documents of one split of one domain, always the same for the same Python version.
+    """Documents of one split of one domain.
 
-    Held-out splits have about 32 kB each.
+    About 3.3 MB of prose and of source to train on, 2.4 MB to go on with, 64 kB for each held-out
+    split; half as much arithmetic to train on.
 
     Raises:
         UpcyclingError: an unknown domain or split.
@@ -50,7 +41,7 @@ def domain_text(domain: str, split: str) -> tuple[str, ...]:
         raise unknown("split of the demo text", split, SPLITS)
     if domain == "arithmetic":
         return _arithmetic_documents(split)
-    return _document_splits(domain)[split]
+    return _shipped(domain)[split]
 
 
 def demo_documents(split: str) -> dict[str, dict[str, str]]:
@@ -71,81 +62,10 @@ def text_identity() -> str:
 
 
 @cache
-def _document_splits(domain: str) -> dict[str, tuple[str, ...]]:
-    """Test, then validation, take shorter documents until full; the rest is for training."""
-    documents = _prose_documents() if domain == "prose" else _source_documents()
-    # The order of hashed names mixes subjects and does not depend on the file system.
-    names = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
-    splits: dict[str, tuple[str, ...]] = {}
-    for split in ("test", "validation"):
-        chosen, size = [], 0
-        for name in names:
-            length = len(documents[name].encode())
-            if size < HELD_OUT_BYTES and length <= HELD_OUT_BYTES // 4:
-                chosen.append(name)
-                size += length
-        names = [name for name in names if name not in chosen]
-        splits[split] = tuple(documents[name] for name in chosen)
-    splits["train"] = tuple(documents[name] for name in names)
-    return splits
-
-
-def _prose_documents() -> dict[str, str]:
-    from pydoc_data.topics import topics
-
-    # Shorter topics first: long ones quote them in full.
-    return _without_repetition(dict(sorted(topics.items(), key=lambda t: (len(t[1]), t[0]))))
-
-
-def _source_documents() -> dict[str, str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    documents: dict[str, str] = {}
-    size = 0
-    for path in sorted(_source_files(root), key=lambda path: _path_key(path, root)):
-        if size >= SOURCE_BYTES:
-            break
-        data = path.read_bytes()
-        if _DOCUMENT_BYTES[0] <= len(data) <= _DOCUMENT_BYTES[1]:
-            documents[path.relative_to(root).as_posix()] = data.decode("utf-8")
-            size += len(data)
-    return _without_repetition(documents)
-
-
-def _without_repetition(documents: dict[str, str]) -> dict[str, str]:
-    """Each longer paragraph stays in one document only, or held-out text would be trained on too.
-
-    Topics quote each other, and modules copy methods and licences from each other.
-    """
-    seen: set[str] = set()
-    distinct = {}
-    for name, document in documents.items():
-        paragraphs = []
-        for paragraph in document.split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words not in seen:
-                paragraphs.append(paragraph)
-            if len(words) >= REPEATABLE_CHARACTERS:
-                seen.add(words)
-        if any(paragraph.strip() for paragraph in paragraphs):
-            distinct[name] = "\n\n".join(paragraphs).strip() + "\n"
-    return distinct
-
-
-def _source_files(root: Path) -> Iterable[Path]:
-    # Not rglob: it would walk through site-packages, which may hold a hundred thousand files.
-    for folder, children, files in os.walk(root):
-        children[:] = [child for child in children if not _skipped(child)]
-        yield from (
-            Path(folder, file) for file in files if file.endswith(".py") and not _skipped(file)
-        )
-
-
-def _skipped(name: str) -> bool:
-    return name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
-
-
-def _path_key(path: Path, root: Path) -> bytes:
-    return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+def _shipped(domain: str) -> dict[str, tuple[str, ...]]:
+    lines = lzma.decompress((DATA / f"{domain}.jsonl.xz").read_bytes()).decode().split("\n")[:-1]
+    documents = [json.loads(line) for line in lines]
+    return {s: tuple(d["text"] for d in documents if d["split"] == s) for s in SPLITS}
 
 
 @cache
@@ -160,7 +80,7 @@ def _arithmetic_document(split: str, index: int) -> str:
         operator = generator.choice("+*")
         digits = generator.choice((2, 3, 4)) if operator == "+" else 2
         a, b = (generator.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
-        if _problem_split(f"{a}{operator}{b}") == split:
+        if _problem_split(f"{a}{operator}{b}") == {"continued": "train"}.get(split, split):
             lines.append(_worked_sum(a, b) if operator == "+" else _worked_product(a, b))
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,153 @@
+"""What all studies share: a run is one training from one start, kept when it is done.
+
+A study is a list of runs and what it makes of their results. Runs go two at a time, one thread
+each, and a study that was stopped goes on with the next one: the result of each lies in the output
+folder under a hash of everything that decides it.
+
+Budgets are shares of the base's own training compute, so that a model which costs more per token
+gets fewer tokens. Text is `continued`, which no base has seen; every seed has another order of it
+(and other noise and router rows), the same for all arms.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WARMUP_STEPS = 50
+CURVE_POINTS = 40
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        arm: name of what is compared.
+        start: a demo model, or a name that `start_folder` knows.
+        make: what is done to it before training: {"do": "upcycle" | "expand" | "merge" | ...}, with
+            the options; empty for nothing.
+        share: budget, of the base's training compute.
+        seed: of windows, noise, and router rows.
+        options: of the training.
+        base: demo model, or name as `start`, whose compute is the unit of `share`; `start` by
+            default.
+        split: of the text.
+    """
+
+    arm: str
+    start: str
+    share: float
+    seed: int
+    make: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    split: str = "continued"
+
+    @property
+    def key(self) -> str:
+        decides = {k: v for k, v in asdict(self).items() if k != "arm"}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def main(
+    name: str,
+    document: str,
+    runs: Callable[[bool], Sequence[Run]],
+    show: Callable[[list[dict[str, Any]]], str],
+    draw: Callable[[list[dict[str, Any]], Path], Path] | None = None,
+) -> None:
+    """The command line of a study: run what is missing, write the record, print the table."""
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/studies"))
+    parser.add_argument("--record", type=Path, help="where to leave the run record (OUTPUT/NAME)")
+    parser.add_argument("--short", action="store_true", help="the rows of `make study` only")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
+    parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table")
+    arguments = parser.parse_args()
+    from fusion_upcycle.report.record import write_run_record
+    from fusion_upcycle.report.tables import read_run_record
+
+    if arguments.table:
+        print(show(read_run_record(arguments.table)[name]["runs"]))
+        return
+    rows = run_all(runs(arguments.short), arguments.output, arguments.jobs)
+    folder = arguments.record or arguments.output / name
+    record = {"runs": rows, "seconds": sum(row["cost"]["cpu_seconds"] for row in rows)}
+    print(f"Run record: {write_run_record(name, record, folder)}")
+    print(show(rows))
+    if draw is not None:
+        print(f"Figure:     {draw(rows, folder)}")
+
+
+def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]]:
+    """The rows of all runs, in their order; those that are missing are trained first."""
+    output.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs if not _result(output, run).is_file()]
+    if missing:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes: two threads each are slower
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["work"])
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            futures = {pool.submit(_execute, run, output): run for run in missing}
+            for number, done in enumerate(as_completed(futures), 1):
+                run, row = futures[done], done.result()
+                print(
+                    f"[{number}/{len(missing)}] {run.arm}, +{run.share:.0%}, seed {run.seed}: "
+                    f"{mean(row):.4f} bits per byte ({row['cost']['cpu_seconds']:.0f} s)",
+                    flush=True,
+                )
+    return [{"arm": run.arm} | json.loads(_result(output, run).read_text()) for run in runs]
+
+
+def _result(output: Path, run: Run) -> Path:
+    return output / f"{run.key}.json"
+
+
+def _execute(run: Run, output: Path) -> dict[str, Any]:
+    from work import train_run
+
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{run.key}.") as temporary:
+        row = train_run(run, output, Path(temporary))
+    part = _result(output, run).with_suffix(".part")
+    part.write_text(json.dumps(row))
+    part.replace(_result(output, run))
+    return row
+
+
+# --- what tables and figures are made of -----------------------------------------------------------
+
+
+def mean(row: Mapping[str, Any], split: str = "test") -> float:
+    """Bits per byte, mean of the domains."""
+    bits = row["bits_per_byte"][split].values()
+    return sum(bits) / len(bits)
+
+
+def select(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
+    seeds = list(seeds)
+    return [replace(run, seed=seed) for run in runs for seed in seeds]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest minus smallest."""
+    return max(values) - min(values)
+
+
+if __name__ == "__main__":
+    sys.exit("This is what the studies share; run one of the others.")

@@ -1,0 +1,142 @@
+"""One run of a study, in a process of its own: make the model, train it, score it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from lab import CURVE_POINTS, WARMUP_STEPS, Run
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fusion_upcycle import expand, merge, upcycle
+from fusion_upcycle.demo import MODELS, demo_model
+from fusion_upcycle.demo.models import bits_per_byte
+from fusion_upcycle.demo.recipe import BATCH_SIZE, CONTEXT_LENGTH, RECIPES
+from fusion_upcycle.demo.texts import demo_documents
+from fusion_upcycle.inspection.economics import TRAINING_PASSES, attention_score_flops
+from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.training.logs import read_metrics
+from fusion_upcycle.training.options import make_training_options
+from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.run import Origin, Places, train
+
+torch.set_num_threads(1)
+STEP = BATCH_SIZE * CONTEXT_LENGTH
+
+
+def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
+    """Everything that tables and figures need, JSON."""
+    base = start_folder(run.base or run.start, output)
+    folder = make(run, output, temporary)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    per_token = flops_per_token(model)
+    unit = flops_per_token(AutoModelForCausalLM.from_pretrained(base)) * tokens_of(run.base or run.start)
+    steps = max(1, round(run.share * unit / per_token / STEP))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
+    row = {
+        "start": run.start, "make": dict(run.make), "share": run.share, "seed": run.seed,
+        "options": dict(run.options), "base": run.base or run.start,
+        "parameters": count_parameters(model, find_routers(model)),
+        "flops_per_token": per_token,
+        "flops": TRAINING_PASSES * per_token * steps * STEP,
+        "bits_per_byte_before": bits_per_byte(model, tokenizer, CONTEXT_LENGTH, stride=CONTEXT_LENGTH),
+    }  # fmt: skip
+    options = {"schedule": "wsd", "decay_share": 0.5, "final_share": 0.0} | dict(run.options)
+    moments = options.pop("optimizer_state", None)
+    warmup = options.pop("warmup_steps", WARMUP_STEPS)
+    chosen = make_training_options(
+        tokens=steps * STEP,
+        context_length=CONTEXT_LENGTH,
+        batch_size=BATCH_SIZE,
+        warmup_share=min(warmup / steps, 0.5),
+        seed=run.seed,
+        checkpoint_every=0,
+        log_every=max(1, steps // CURVE_POINTS),
+        accelerator="cpu",
+        **options,
+    )
+    work = temporary / "work"
+    work.mkdir()
+    packed = output / "packed"
+    packed.mkdir(exist_ok=True)
+    (work / "data").symlink_to(packed.absolute(), target_is_directory=True)
+    trained = train(
+        model,
+        tokenizer,
+        chosen,
+        data=demo_documents(run.split),
+        places=Places(work, temporary / "log"),
+        origin=Origin(run.start),
+        optimizer_state=folder if moments == "carried" else None,
+        progress=False,
+    )
+    logged = read_metrics(temporary / "log")
+    return row | {
+        "bits_per_byte": {
+            split: bits_per_byte(trained.model, tokenizer, CONTEXT_LENGTH, split, CONTEXT_LENGTH)
+            for split in ("validation", "test")
+        },
+        "tokens": trained.record["tokens_trained"],
+        "learning_rate": chosen.learning_rate,
+        "router_learning_rate": trained.record.get("router_learning_rate"),
+        "router_warning": trained.record["router_warning"],
+        "final": trained.record["final"],
+        "cost": trained.record["cost"],
+        "curve": [
+            {name: step[name] for name in ("tokens", "lm_nats_per_token", "churn") if name in step}
+            for step in logged
+            if "lm_nats_per_token" in step
+        ],
+    }
+
+
+def make(run: Run, output: Path, temporary: Path) -> Path:
+    """The folder of the model that is trained."""
+    options = copy.deepcopy(dict(run.make))
+    what = options.pop("do", None)
+    source, made = start_folder(run.start, output), temporary / "made"
+    if what is None:
+        return source
+    if what == "upcycle":
+        upcycle(source, made, seed=run.seed, verify="none", progress=False, **options)
+    elif what == "expand":
+        expand(source, made, seed=run.seed, verify="none", progress=False, **options)
+    elif what == "merge":
+        merge(source, made, seed=run.seed, verify="none", progress=False, **options)
+    elif what == "fresh":
+        config = AutoConfig.from_pretrained(source, **options)
+        torch.manual_seed(run.seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(made)
+    else:
+        raise AssertionError(what)
+    return made
+
+
+def start_folder(name: str, output: Path) -> Path:
+    """A demo model, or one that is trained once for the studies: `trunk@2048000`, tokens of it."""
+    if name in MODELS:
+        return demo_model(name)
+    from dataclasses import replace
+
+    from fusion_upcycle.demo.train import train_model
+
+    model, _, tokens = name.partition("@")
+    folder = output / "starts" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            recipe = replace(RECIPES[model], tokens=int(tokens))
+            train_model(name, folder.parent, recipe=recipe)
+    return folder
+
+
+def tokens_of(name: str) -> int:
+    return RECIPES[name].tokens if name in MODELS else int(name.partition("@")[2])
+
+
+def flops_per_token(model: Any) -> float:
+    """Of the forward pass: active matrices but the looked-up embeddings, and attention scores."""
+    active = count_parameters(model, find_routers(model))["active"]
+    looked_up = model.get_input_embeddings().weight.numel()
+    return 2 * (active - looked_up) + attention_score_flops(model.config, CONTEXT_LENGTH)
