@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 InitSpec = str | Mapping[str, Any] | Callable[..., Any]
 
 
-#: Keyword parameters that the conversion gives to an expert initialiser that has them.
-POSITION = ("index", "num_experts")
+#: Keyword parameters that the conversion gives to an initialiser that has them: which of how many
+#: experts it makes, and how large the router's inputs are.
+TOLD = ("index", "num_experts", "input_rms")
 
 
 def make_initialiser(
@@ -59,7 +60,7 @@ def make_initialiser(
     known = [
         p.name
         for p in parameters
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in POSITION
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in TOLD
     ]
     for option in map(str, options):
         if option not in known:
@@ -72,11 +73,10 @@ def bare_function(initialiser: Callable[..., Any]) -> Callable[..., Any]:
     return initialiser.func if isinstance(initialiser, partial) else initialiser
 
 
-def positioned(initialiser: Callable[..., Any], index: int, num_experts: int) -> Callable[..., Any]:
-    """`initialiser` told which of how many experts it makes, where it wants to know."""
+def told(initialiser: Callable[..., Any], **facts: float) -> Callable[..., Any]:
+    """`initialiser` told those of `facts`, by the names in `TOLD`, that it wants to know."""
     known = inspect.signature(bare_function(initialiser)).parameters
-    position = {"index": index, "num_experts": num_experts}
-    wanted = {name: value for name, value in position.items() if name in known}
+    wanted = {name: value for name, value in facts.items() if name in known}
     return partial(initialiser, **wanted) if wanted else initialiser
 
 
@@ -89,7 +89,7 @@ def describe(
     defaults = {
         p.name: p.default
         for p in inspect.signature(function).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in POSITION
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in TOLD
     }
     given = initialiser.keywords if isinstance(initialiser, partial) else {}
     return {"name": name or _dotted_name(function)} | defaults | given

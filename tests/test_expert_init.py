@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion_upcycle.checks import positioned
+from fusion_upcycle.checks import told
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import EXPERT_INITS, copy, drop, noise, permute, svd
 from fusion_upcycle.experts import EXPERT_PARTS, Expert
@@ -56,7 +56,7 @@ def equal(a: Expert, b: Expert) -> bool:
 
 #: Expert 1 of 4, for those that want to know.
 every_init = pytest.mark.parametrize(
-    "init", [positioned(init, 1, 4) for init in EXPERT_INITS.values()], ids=EXPERT_INITS
+    "init", [told(init, index=1, num_experts=4) for init in EXPERT_INITS.values()], ids=EXPERT_INITS
 )
 
 

@@ -38,11 +38,13 @@ from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, StateDictSource
 from fusion_upcycle.cli import main
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.experts import generator_for
 from fusion_upcycle.merging.merging import BASE, DenseModel
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.plan import plan_merging
 from fusion_upcycle.merging.prototypes import Moments, prototype
 from fusion_upcycle.merging.source import MergeSource
+from fusion_upcycle.router_init import normal
 from fusion_upcycle.verification.function import Models, sample_tokens
 from fusion_upcycle.verify import verify
 
@@ -616,3 +618,16 @@ def test_a_pool_in_memory_is_checked_for_its_tokenizers(speakers: dict[str, Path
     _edit_tokenizer(speakers["two"], "normalizer", {"type": "NFC"})
     with pytest.raises(UpcyclingError, match="Model two has another tokenizer"):
         MoEMergingAlgorithm(2).run(pool(speakers))
+
+
+@pytest.mark.parametrize("shared", ["average", "base"])
+def test_the_routers_size_is_that_of_the_shared_norm(shared: str, tmp_path: Path) -> None:
+    models = folders(tmp_path, BASE, "one", "two")
+    merge(models, tmp_path / "moe", shared=shared, router_init={"name": "normal", "logit_std": 3.0})
+    made = tensors_of(tmp_path / "moe")
+    for layer in range(2):
+        norm = made[f"model.layers.{layer}.post_attention_layernorm.weight"].double()
+        std = 3.0 / norm.square().sum().sqrt().item()
+        rows = [normal(32, generator_for(0, layer, i, "router"), std=std) for i in range(2)]
+        router = made[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        assert torch.allclose(router, torch.stack(rows), rtol=1e-6)

@@ -173,7 +173,7 @@ def test_the_record_holds_every_option_with_its_default() -> None:
         "normalize_topk_prob": True,
         "shared_expert_intermediate_size": None,
         "expert_init": {"name": "drop", "drop_ratio": 0.5, "paired": True},
-        "router_init": {"name": "normal", "std": 0.02},
+        "router_init": {"name": "normal", "logit_std": 1.0, "std": None},
         "dtype": "bfloat16",
         "seed": 0,
         "ignore_config_fields": ["a"],

@@ -1,6 +1,7 @@
 """Options once: names, defaults and meanings come from the dataclasses, on every face."""
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tiny_training import TOKENIZER
 
 from fusion_upcycle import method
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.checks import DTYPES, POSITION
+from fusion_upcycle.checks import DTYPES, TOLD
 from fusion_upcycle.cli.option_flags import Command
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import ExpansionOptions, copy_inits
@@ -161,14 +162,22 @@ def flags_of(functions: Mapping[str, Callable[..., Any]]) -> set[str]:
         options = {
             p.name: p.default
             for p in inspect.signature(function).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in POSITION
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in TOLD
         }
         found.add(flag(name, options))
     return found
 
 
 def flag(name: str, options: Mapping[str, Any]) -> str:
-    return ",".join([name, *(f"{key}={str(value).lower()}" for key, value in options.items())])
+    return ",".join(
+        [
+            name,
+            *(
+                f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                for key, value in options.items()
+            ),
+        ]
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ class DenseLayout:
         zeros: tensors of a layer that the MoE has and this family has not, where zero is the same.
         zeroed_padding: whether transformers zeroes the embedding of `pad_token_id` when it loads
             the dense model, whatever the file says.
+        router_norm: weight of the RMS norm whose output the FFN is given, and so the router; None
+            where no norm stands between, as in models with norms after attention and FFN.
+        zero_centred_norms: whether norms multiply by 1 + weight.
     """
 
     ffn: Mapping[str, str] = field(default_factory=lambda: LLAMA_FFN)
@@ -50,6 +53,8 @@ class DenseLayout:
     splits: Callable[["PreTrainedConfig"], Splits] | None = None
     zeros: tuple[str, ...] = ()
     zeroed_padding: bool = False
+    router_norm: str | None = "post_attention_layernorm.weight"
+    zero_centred_norms: bool = False
 
 
 LLAMA_LAYOUT = DenseLayout()

@@ -6,7 +6,7 @@ class default is false): N copies of an expert compute that expert's function fo
 
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture, Routing
+from fusion_upcycle.architectures.base import Architecture, DenseLayout, Routing
 from fusion_upcycle.architectures.config import carry_fields
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
 
 FLEX_OLMO = Architecture(
     name="flex_olmo",
-    dense={"olmo2": LLAMA_LAYOUT},
+    dense={"olmo2": DenseLayout(router_norm=None)},
     convert_config=convert_config,
     routing=Routing(normalised="optional"),
     remapped_fields=frozenset({"intermediate_size"}),

@@ -6,7 +6,7 @@ routed experts' `down_proj` is scaled by 1/2.
 
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture
+from fusion_upcycle.architectures.base import Architecture, DenseLayout
 from fusion_upcycle.architectures.config import carry_fields
 from fusion_upcycle.architectures.qwen2_moe import GATED_SHARED_EXPERT
 
@@ -54,7 +54,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
 
 QWEN3_5_MOE = Architecture(
     name="qwen3_5_moe_text",
-    dense={"qwen3_5_text": LLAMA_LAYOUT},
+    dense={"qwen3_5_text": DenseLayout(zero_centred_norms=True)},
     convert_config=convert_config,
     shared=GATED_SHARED_EXPERT,
 )

@@ -16,7 +16,7 @@ from fusion_upcycle.checks import (
 from fusion_upcycle.errors import unknown
 from fusion_upcycle.options import choice, config_group, make, same_as
 from fusion_upcycle.registry import Registry
-from fusion_upcycle.upcycling.options import UpcyclingOptions
+from fusion_upcycle.upcycling.options import PRESET_ROUTERS, UpcyclingOptions
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class MergingOptions:
     base_expert: bool = False
     experts_per_model: int = 1
     experts_per_token: int = same_as(UpcyclingOptions, "experts_per_token")
-    router_init: InitSpec = choice("normal", config_group("router_init"))
+    router_init: InitSpec = choice("normal", config_group("router_init", PRESET_ROUTERS))
     calibration_tokens: int = 4096
     target: str = same_as(UpcyclingOptions, "target")
     moe_layers: str | Sequence[int] = same_as(UpcyclingOptions, "moe_layers")
@@ -63,6 +63,8 @@ class MergingOptions:
     ignore_config_fields: Sequence[str] = same_as(UpcyclingOptions, "ignore_config_fields")
 
     def __post_init__(self) -> None:
+        from fusion_upcycle.router_init import with_default
+
         if self.shared not in SHARED:
             raise unknown("shared", str(self.shared), SHARED)
         require_flag("base_expert", self.base_expert)
@@ -70,7 +72,8 @@ class MergingOptions:
         require_whole("calibration_tokens", self.calibration_tokens, at_least=256)
         require_whole("experts_per_token", self.experts_per_token, at_least=1)
         set_field = partial(object.__setattr__, self)
-        set_field("router_init", make_initialiser(self.router_init, _routers(), "router_init"))
+        router = make_initialiser(self.router_init, _routers(), "router_init")
+        set_field("router_init", with_default(router))
         if self.prototype_router:  # bad options fail here, not after calibration
             import torch
 

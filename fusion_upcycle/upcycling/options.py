@@ -14,10 +14,10 @@ from fusion_upcycle.checks import (
     dtype_name,
     make_initialiser,
     parse_dtype,
-    positioned,
     require_flag,
     require_list,
     require_whole,
+    told,
 )
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.options import choice, config_group, make, registry
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
 #: Router initialisers that do not draw row by row: of merging only.
 CALIBRATED_ROUTERS = ("prototype",)
+#: Files of `config/method/router_init/` that are another one's with options, for recipes.
+PRESET_ROUTERS = ("normal_0_02",)
+_NOT_LISTED = (*CALIBRATED_ROUTERS, *PRESET_ROUTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,9 @@ class UpcyclingOptions:
         moe_layers: layers that become MoE layers: `all`, `every_N`, `last_N` or a list of indices.
             `every_N` are layers N-1, 2N-1, ... The family's config must be able to say it.
         normalize_topk_prob: divide the top-k weights by their sum. Without it only a zero router is
-            exact, and it is refused where a family always does it.
+            exact: router logits of std 1 make the routed experts' output 1.5 (4 experts, top-2) to
+            4.4 times (60, top-4) too large at step 0, larger ones more. It is refused where a
+            family always does it.
         shared_expert: an expert that every token uses, for families that have one. `copy` of the
             FFN, which takes half of the function; `zero`, with a zero `down_proj`; `none`, of width
             0. `auto` is the family's choice, `none` where it has none.
@@ -60,8 +65,8 @@ class UpcyclingOptions:
             wider one repeats neurons, their columns of `down_proj` divided by how often they are
             there.
         expert_init: initialiser of the experts. `copy` and `permute` keep the function.
-        router_init: initialiser of the router's rows. `normal` is for training; `zeros` is a good
-            check of a conversion, and a poor start.
+        router_init: initialiser of the router's rows. `normal` is for training, by the size of the
+            logits at step 0; `zeros` is a good check of a conversion, and a poor start.
         dtype: of the result; by default the source's.
         seed: of every random draw.
         ignore_config_fields: unknown fields of the source's config.json that you know to be without
@@ -81,14 +86,14 @@ class UpcyclingOptions:
     shared_expert: str = choice(AUTO, SHARED_EXPERTS)
     shared_expert_intermediate_size: int | None = None
     expert_init: InitSpec = choice("copy", config_group("expert_init"))
-    router_init: InitSpec = choice("normal", config_group("router_init", CALIBRATED_ROUTERS))
+    router_init: InitSpec = choice("normal", config_group("router_init", _NOT_LISTED))
     dtype: "str | torch.dtype | None" = choice(None, DTYPES)
     seed: int = 0
     ignore_config_fields: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         from fusion_upcycle.expert_init import EXPERT_INITS
-        from fusion_upcycle.router_init import ROUTER_INITS
+        from fusion_upcycle.router_init import ROUTER_INITS, with_default
 
         for name in ("num_experts", "experts_per_token", "seed", "granularity"):
             require_whole(name, getattr(self, name))
@@ -122,18 +127,23 @@ class UpcyclingOptions:
         if not isinstance(self.moe_layers, str):
             set_field("moe_layers", tuple(self.moe_layers))
         set_field("expert_init", make_initialiser(self.expert_init, EXPERT_INITS, "expert_init"))
-        set_field("router_init", make_initialiser(self.router_init, ROUTER_INITS, "router_init"))
+        router = make_initialiser(self.router_init, ROUTER_INITS, "router_init")
+        set_field("router_init", with_default(router))
         self._rehearse()
 
     def expert_initialiser(self, index: int) -> "ExpertInit":
         """The initialiser of expert `index` of a layer."""
         assert callable(self.expert_init)
-        return positioned(self.expert_init, index, self.num_experts)
+        return told(self.expert_init, index=index, num_experts=self.num_experts)
 
-    @property
-    def initialise_router_row(self) -> "RouterInit":
+    def router_initialiser(self, input_rms: float) -> "RouterInit":
+        """The initialiser of a router's rows.
+
+        Args:
+            input_rms: root mean square of the router's inputs, over tokens and dimensions.
+        """
         assert callable(self.router_init)
-        return self.router_init
+        return told(self.router_init, input_rms=input_rms)
 
     @property
     def preserves_function(self) -> bool:
@@ -153,7 +163,7 @@ class UpcyclingOptions:
     def zero_router(self) -> bool:
         from fusion_upcycle.router_init import zeros
 
-        return bare_function(self.initialise_router_row) is zeros
+        return bare_function(self.router_init) is zeros  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to repeat the run, as plain data."""
@@ -161,13 +171,13 @@ class UpcyclingOptions:
         from fusion_upcycle.router_init import ROUTER_INITS
 
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        assert callable(self.expert_init)
+        assert callable(self.expert_init) and callable(self.router_init)
         return plain | {
             "moe_layers": self.moe_layers
             if isinstance(self.moe_layers, str)
             else list(self.moe_layers),
             "expert_init": describe(self.expert_init, EXPERT_INITS),
-            "router_init": describe(self.initialise_router_row, ROUTER_INITS),
+            "router_init": describe(self.router_init, ROUTER_INITS),
             "dtype": None if self.dtype is None else dtype_name(self.dtype),
             "ignore_config_fields": list(self.ignore_config_fields),
         }
@@ -179,7 +189,7 @@ class UpcyclingOptions:
         from fusion_upcycle.experts import generator_for
 
         check_expert_init(self.expert_initialiser(0))
-        row = self.initialise_router_row(3, generator_for(0, 0, 0, "rehearsal"))
+        row = self.router_initialiser(1.0)(3, generator_for(0, 0, 0, "rehearsal"))
         if not isinstance(row, torch.Tensor) or row.shape != (3,):
             raise UpcyclingError(
                 f"router_init {self.router_init} must return a row of shape [hidden_size]."

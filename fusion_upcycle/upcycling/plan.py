@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fusion_upcycle import expert_init
-from fusion_upcycle.architectures.base import LLAMA_FFN, SharedExpert
+from fusion_upcycle.architectures.base import LLAMA_FFN, DenseLayout, SharedExpert
 from fusion_upcycle.architectures.layout import class_name, layer_prefix
 from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
@@ -86,6 +86,7 @@ def plan_tensors(
         prefix = layer_prefix(config, layer)
         names = {part: [prefix + name] for part, name in dense.ffn.items()}
         if is_moe := layer in plan.source_experts:
+            _check_router_norm(source, config, prefix, dense)
             names = {part: list(expert_sources(name)) for part, (name,) in names.items()}
         experts = zip(*names.values(), strict=True)
         ffn_names[layer] = [dict(zip(names, expert, strict=True)) for expert in experts]
@@ -138,6 +139,19 @@ def _check_ffn(source: TensorSource, config: "PreTrainedConfig", names: Mapping[
             )
         shape = (narrow, wide) if part == "down_proj_DF" else (wide, narrow)
         check_shape(name, source.specs[name].shape, shape)
+
+
+def _check_router_norm(
+    source: TensorSource, config: "PreTrainedConfig", prefix: str, dense: DenseLayout
+) -> None:
+    """The norm that tells the size of the router's inputs is there."""
+    if dense.router_norm is None:
+        return
+    if (name := prefix + dense.router_norm) not in source.specs:
+        raise UpcyclingError(
+            f"The source lacks tensor {name}, the norm before the router. The checkpoint is "
+            f"incomplete, or the DenseLayout of {config.model_type} has another router_norm."
+        )
 
 
 def _moe_rules(

@@ -3,6 +3,7 @@
 `fusion_upcycle.upcycling.plan` makes the rules.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec, cast
 from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion, scaled
 from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, RouterRows, Rule
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
 from fusion_upcycle.upcycling.options import UpcyclingOptions
@@ -86,14 +89,32 @@ since.""",
         """[E, D], the experts of a virtual group with the same row."""
         if self.router_rows is not None:
             return self.router_rows[layer]
-        group = self.resolved.sharding.granularity
-        rows = [
-            self.options.initialise_router_row(
-                self.config.hidden_size, generator_for(self.options.seed, layer, first, "router")
-            )
-            for first in range(0, self.options.num_experts, group)
-        ]
+        group, size = self.resolved.sharding.granularity, self.config.hidden_size
+        norm, input_rms = self._router_input(layer)
+        initialise = self.options.router_initialiser(input_rms)
+        try:
+            rows = [
+                initialise(size, generator_for(self.options.seed, layer, first, "router"))
+                for first in range(0, self.options.num_experts, group)
+            ]
+        except UpcyclingError as error:
+            raise UpcyclingError(f"Router of layer {layer}, behind {norm}: {error}") from error
         return torch.stack(rows).repeat_interleave(group, dim=0)
+
+    def _router_input(self, layer: int) -> tuple[str, float]:
+        """The norm before a layer's router, and the root mean square of what it gives.
+
+        A norm gives each dimension about the mean square of its weight, whatever the tokens; where
+        there is none, the inputs are taken to have size 1.
+        """
+        dense = self.architecture.dense[self.source_config.model_type]
+        if dense.router_norm is None:
+            return "no norm", 1.0
+        name = layer_prefix(self.source_config, layer) + dense.router_norm
+        # Cast and summed exactly: the same for every source of these weights.
+        weight_D = cast(self.source.tensor(name), name, self.dtype).double()
+        factors_D = weight_D + 1.0 if dense.zero_centred_norms else weight_D
+        return name, math.sqrt(math.fsum(factors_D.square().tolist()) / len(factors_D))
 
     def _initialiser(self, expert: int) -> ExpertInit:
         return self.options.expert_initialiser(expert)
