@@ -1,6 +1,7 @@
 """One run of a study, in a process of its own: make the model, train it, score it."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,19 @@ from filelock import FileLock
 from lab import CURVE_POINTS, WARMUP_STEPS, Run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fusion_upcycle import expand, merge, upcycle
+from fusion_upcycle import expand, merge_into_moe, upcycle
 from fusion_upcycle.demo import MODELS, demo_model
 from fusion_upcycle.demo.models import bits_per_byte
-from fusion_upcycle.demo.recipe import BATCH_SIZE, CONTEXT_LENGTH, RECIPES
+from fusion_upcycle.demo.recipe import (
+    BATCH_SIZE,
+    CONTEXT_LENGTH,
+    RECIPES,
+    SHAPE,
+    TRUNK,
+    Recipe,
+)
 from fusion_upcycle.demo.texts import demo_documents
+from fusion_upcycle.demo.train import train_model
 from fusion_upcycle.inspection.economics import TRAINING_PASSES, attention_score_flops
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.training.logs import read_metrics
@@ -23,6 +32,18 @@ from fusion_upcycle.training.run import Origin, Places, train
 
 torch.set_num_threads(1)
 STEP = BATCH_SIZE * CONTEXT_LENGTH
+#: Bases of the studies that are not shipped.
+OTHERS = {
+    # Eight times the trunk's width, which is what routers see.
+    "wide": replace(
+        RECIPES[TRUNK],
+        config=SHAPE | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4,
+                        "num_key_value_heads": 4},
+        tokens=2_048_000,
+        learning_rate=2e-3,
+        moments=False,
+    ),
+}  # fmt: skip
 
 
 def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
@@ -31,7 +52,7 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     folder = make(run, output, temporary)
     model = AutoModelForCausalLM.from_pretrained(folder)
     per_token = flops_per_token(model)
-    unit = flops_per_token(AutoModelForCausalLM.from_pretrained(base)) * tokens_of(run.base or run.start)
+    unit = flops_per_token(AutoModelForCausalLM.from_pretrained(base)) * recipe_of(run.base or run.start).tokens
     steps = max(1, round(run.share * unit / per_token / STEP))
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
     row = {
@@ -103,7 +124,7 @@ def make(run: Run, output: Path, temporary: Path) -> Path:
     elif what == "expand":
         expand(source, made, seed=run.seed, verify="none", progress=False, **options)
     elif what == "merge":
-        merge(source, made, seed=run.seed, verify="none", progress=False, **options)
+        merge_into_moe(source, made, seed=run.seed, verify="none", progress=False, **options)
     elif what == "fresh":
         config = AutoConfig.from_pretrained(source, **options)
         torch.manual_seed(run.seed)
@@ -117,22 +138,19 @@ def start_folder(name: str, output: Path) -> Path:
     """A demo model, or one that is trained once for the studies: `trunk@2048000`, tokens of it."""
     if name in MODELS:
         return demo_model(name)
-    from dataclasses import replace
-
-    from fusion_upcycle.demo.train import train_model
-
-    model, _, tokens = name.partition("@")
     folder = output / "starts" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            recipe = replace(RECIPES[model], tokens=int(tokens))
-            train_model(name, folder.parent, recipe=recipe)
+            train_model(name, folder.parent, recipe=recipe_of(name))
     return folder
 
 
-def tokens_of(name: str) -> int:
-    return RECIPES[name].tokens if name in MODELS else int(name.partition("@")[2])
+def recipe_of(name: str) -> Recipe:
+    """Of a demo model, of one of `OTHERS`, or of either with another budget."""
+    model, _, tokens = name.partition("@")
+    recipe = OTHERS[model] if model in OTHERS else RECIPES[model]
+    return replace(recipe, tokens=int(tokens)) if tokens else recipe
 
 
 def flops_per_token(model: Any) -> float:
