@@ -46,8 +46,15 @@ def print_inspection(
         console.print(published_in_words(recipe), highlight=False)
     console.print(_plan_in_words(upcycling), highlight=False)
     console.print(economics_table(upcycling, tokens, context_length).to_rich())
-    for note in _NOTES:
+    for note in notes(upcycling):
         console.print(note, highlight=False)
+
+
+def notes(upcycling: "Upcycling") -> list[str]:
+    """What the numbers are and are not, and what is to be known of this model."""
+    asked = upcycling.options
+    untaught = asked.experts_per_token == 1 and asked.normalize_topk_prob
+    return [*_NOTES, *([_UNTAUGHT] if untaught else [])]
 
 
 def inspection_table(upcycling: "Upcycling", title: str) -> Table:
@@ -127,6 +134,11 @@ _NOTES = (
     "A fresh MoE costs the same per token but starts from nothing: trained from scratch it needs "
     "about 120 % of the dense model's whole pre-training compute to catch up with the upcycled one "
     "(Komatsuzaki et al., arXiv 2212.05055).",
+)
+
+_UNTAUGHT = (
+    "With one expert per token and top-k weights divided by their sum, that weight is always 1: "
+    "the language model's loss teaches the router nothing, only the balance loss moves it."
 )
 
 
