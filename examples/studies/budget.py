@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab import LEARNING_RATE, MOE_LEARNING_RATE, Run, main, mean, select, spread, upcycled, with_seeds
+from lab import (
+    LEARNING_RATE,
+    MOE_LEARNING_RATE,
+    Run,
+    main,
+    mean,
+    select,
+    spread,
+    upcycled,
+    with_seeds,
+)
 
 from fusion_upcycle.report.tables import Table
 

@@ -91,7 +91,9 @@ def step0(row: Any) -> float:
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     from figures import lines_over_budget
 
-    return lines_over_budget(rows, [arm for arm in ARMS if arm[0] != "+"], None, folder / "growing.svg")
+    return lines_over_budget(
+        rows, [arm for arm in ARMS if arm[0] != "+"], None, folder / "growing.svg"
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         before = select(rows, arm=arm, share=0.1, seed=1)[0]["before"].values()
         cells = [cell([mean(row) for row in select(rows, arm=arm, share=s)]) for s in SHARES]
         lines.append([arm, f"{sum(before) / len(before):.4f}", *cells])
-    return Table("", ["8 experts, top-1", "step 0", *(f"+{s:.0%}" for s in SHARES)], lines).to_markdown()
+    return Table(
+        "", ["8 experts, top-1", "step 0", *(f"+{s:.0%}" for s in SHARES)], lines
+    ).to_markdown()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,16 @@ def runs(short: bool) -> list[Run]:
         for share in SHARES[1:]:
             for seed in (1, 2, 3) if share == 1.0 else (1,):
                 found.append(
-                    Run(arm, "moe", share, seed, make, RATE | {"warmup_steps": 100}, "trunk", "train")
+                    Run(
+                        arm,
+                        "moe",
+                        share,
+                        seed,
+                        make,
+                        RATE | {"warmup_steps": 100},
+                        "trunk",
+                        "train",
+                    )
                 )
     return found
 

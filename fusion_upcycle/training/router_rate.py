@@ -13,7 +13,8 @@ import torch
 from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
 
-#: Largest ratio of the routers' learning rate to the root mean square of their weights at step 0.
+#: Largest ratio of the routers' learning rate to the root mean square of a router's weights at
+#: step 0.
 LARGEST_RATIO = 0.005
 
 
@@ -22,17 +23,20 @@ def fitting_rate(learning_rate: float, row_std: float) -> float:
 
     Args:
         learning_rate: of all else, which it never exceeds.
-        row_std: root mean square of the routers' weights at step 0. All-zero rows have no size that
-            could bound it: then it is `learning_rate`.
+        row_std: root mean square of the routers' weights at step 0, see `row_std`. Zero rows have
+            no size that could bound it: then it is `learning_rate`.
     """
     return min(learning_rate, LARGEST_RATIO * row_std) if row_std else learning_rate
 
 
 def row_std(routers: Routers) -> float:
-    """Root mean square of all router weights of a model, which must not be sharded yet."""
+    """Root mean square of the router weights of a model, which must not be sharded yet.
+
+    That of the layer where it is smallest, as one rate has to fit all; layers of zeros have none.
+    """
     weights: list[Any] = [module.weight for module in routers.modules.values()]
-    squares = sum(float(weight.detach().double().square().sum()) for weight in weights)
-    return math.sqrt(squares / sum(weight.numel() for weight in weights))
+    sizes = [math.sqrt(float(weight.detach().double().square().mean())) for weight in weights]
+    return min((size for size in sizes if size), default=0.0)
 
 
 @dataclass(frozen=True)
