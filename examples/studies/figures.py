@@ -1,15 +1,15 @@
-"""Figures of the studies, as SVG: colours that colour-blind people can tell apart, labels at lines."""
+"""Figures of the studies, as SVG, in colours that colour-blind people can tell apart."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 from lab import mean, select
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "fusion_upcycle"  # the same file for the same numbers
-import matplotlib.pyplot as plt
 
 # Okabe and Ito's.
 COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
@@ -20,7 +20,7 @@ def lines_over_budget(
 ) -> Path:
     """Bits per byte over training FLOPs of the continuation: a line per arm, a point per seed."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, colour in zip(arms, COLOURS):
+    for arm, colour in zip(arms, COLOURS, strict=False):
         of_arm = [r for r in select(rows, arm=arm) if start is None or r["start"] == start]
         shares = sorted({row["share"] for row in of_arm})
         means = []

@@ -6,7 +6,7 @@ Command:  python examples/studies/growing.py [--output FOLDER] [--record FOLDER]
           python examples/studies/growing.py --table examples/studies/results/growing
 Needs:    two cores, 45 minutes; no download. A study that was stopped goes on.
 Expected: `split` alone pays, from between 5 and 15 %; under copies with noise, concentrating them
-          on few experts helps, but which ones these are hardly matters; see docs/studies/growing.md.
+          on few experts helps, but which ones these are hardly matters; docs/studies/growing.md.
 
 Moments are carried, learning rates fall to zero over the last half. `concentrated` arms put 16
 copies on six experts (max_copies=4): the most important by grad_squared, ones that are drawn

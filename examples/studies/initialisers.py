@@ -27,7 +27,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "svd": upcycled(8, 1, expert_init="svd"),
     "subset": upcycled(8, 1, expert_init="subset"),
     "16 halves, top-2": upcycled(16, 2, granularity=2),
+    "16 halves, top-2, rows tied": upcycled(16, 2, granularity=2),
 }
+TIED = {"tie_groups": 2}
 SHARES = (0.1, 0.5)
 
 
@@ -35,7 +37,20 @@ def runs(short: bool) -> list[Run]:
     def all_of(share: float) -> list[Run]:
         options = {"learning_rate": MOE_LEARNING_RATE}
         dense = Run("dense", "trunk", share, 1, {}, {"learning_rate": LEARNING_RATE})
-        return [dense, *(Run(arm, "trunk", share, 1, make, options) for arm, make in ARMS.items())]
+        return [
+            dense,
+            *(
+                Run(
+                    arm,
+                    "trunk",
+                    share,
+                    1,
+                    make,
+                    options | TIED if arm.endswith("tied") else options,
+                )
+                for arm, make in ARMS.items()
+            ),
+        ]
 
     return with_seeds(all_of(0.1), (1, 2, 3)) + all_of(0.5)
 

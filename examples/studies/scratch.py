@@ -29,7 +29,7 @@ SCRATCH = {
     "from scratch, 8 half experts, top-2": {"intermediate_size": 64, "num_experts_per_tok": 2},
 }
 UPCYCLED = "8 experts, top-1"
-RATE = {"learning_rate": 8e-3, "router_learning_rate": 8e-3}
+OPTIONS = {"learning_rate": 8e-3, "router_learning_rate": 8e-3, "warmup_steps": 100}
 
 
 def runs(short: bool) -> list[Run]:

@@ -16,9 +16,9 @@ from fusion_upcycle.demo.models import bits_per_byte
 from fusion_upcycle.demo.recipe import (
     BATCH_SIZE,
     CONTEXT_LENGTH,
-    RECIPES,
     MOE,
     MOE_SHAPE,
+    RECIPES,
     SHAPE,
     TRUNK,
     Recipe,
@@ -71,6 +71,8 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     options = {"schedule": "wsd", "decay_share": 0.5, "final_share": 0.0} | dict(run.options)
     moments = options.pop("optimizer_state", None)
     warmup = options.pop("warmup_steps", WARMUP_STEPS)
+    if group := options.pop("tie_groups", None):
+        tie_groups(model, group)
     chosen = make_training_options(
         tokens=steps * STEP,
         context_length=CONTEXT_LENGTH,
@@ -115,6 +117,17 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
             if "lm_nats_per_token" in step
         ],
     }
+
+
+def tie_groups(model: Any, group: int) -> None:
+    """Give the router rows of each group of granular experts the mean of their gradients."""
+
+    def tied(gradient_ED: torch.Tensor) -> torch.Tensor:
+        groups = gradient_ED.unflatten(0, (-1, group))
+        return groups.mean(1, keepdim=True).expand_as(groups).flatten(0, 1)
+
+    for router in find_routers(model).modules.values():
+        router.weight.register_hook(tied)
 
 
 def make(run: Run, output: Path, temporary: Path) -> Path:
