@@ -35,22 +35,12 @@ SHARES = (0.1, 0.5)
 
 def runs(short: bool) -> list[Run]:
     def all_of(share: float) -> list[Run]:
-        options = {"learning_rate": MOE_LEARNING_RATE}
-        dense = Run("dense", "trunk", share, 1, {}, {"learning_rate": LEARNING_RATE})
-        return [
-            dense,
-            *(
-                Run(
-                    arm,
-                    "trunk",
-                    share,
-                    1,
-                    make,
-                    options | TIED if arm.endswith("tied") else options,
-                )
-                for arm, make in ARMS.items()
-            ),
-        ]
+        found = [Run("dense", "trunk", share, 1, {}, {"learning_rate": LEARNING_RATE})]
+        for arm, make in ARMS.items():
+            tied = TIED if arm.endswith("tied") else {}
+            options = {"learning_rate": MOE_LEARNING_RATE} | tied
+            found.append(Run(arm, "trunk", share, 1, make, options))
+        return found
 
     return with_seeds(all_of(0.1), (1, 2, 3)) + all_of(0.5)
 

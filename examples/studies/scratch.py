@@ -42,18 +42,7 @@ def runs(short: bool) -> list[Run]:
         make = {"do": "fresh", "num_local_experts": 8} | shape
         for share in SHARES[1:]:
             for seed in (1, 2, 3) if share == 1.0 else (1,):
-                found.append(
-                    Run(
-                        arm,
-                        "moe",
-                        share,
-                        seed,
-                        make,
-                        RATE | {"warmup_steps": 100},
-                        "trunk",
-                        "train",
-                    )
-                )
+                found.append(Run(arm, "moe", share, seed, make, OPTIONS, "trunk", "train"))
     return found
 
 
