@@ -8,7 +8,7 @@ Needs:    two cores; no download. A study that was stopped goes on with the next
 Expected: upcycled ahead of dense at every budget from +10 %, more at larger ones; see
           docs/studies/budget.md.
 
-Both arms take the learning rate that was best of three for them (examples/studies/lever.py).
+Both arms take the learning rate that was the best of four for each (examples/studies/lever.py).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from typing import Any
 
 from lab import (
     LEARNING_RATE,
-    MOE_LEARNING_RATE,
     Run,
     main,
     mean,
@@ -43,8 +42,7 @@ SEEDS = (1, 2, 3)
 
 def run(arm: str, base: str, share: float, seed: int = 1) -> Run:
     make = ARMS[arm]
-    rate = MOE_LEARNING_RATE if make else LEARNING_RATE
-    return Run(arm, base, share, seed, make, {"learning_rate": rate})
+    return Run(arm, base, share, seed, make, {"learning_rate": LEARNING_RATE})
 
 
 def runs(short: bool) -> list[Run]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from budget import cell
-from lab import LEARNING_RATE, MOE_LEARNING_RATE, Run, main, mean, select, upcycled, with_seeds
+from lab import LEARNING_RATE, Run, main, mean, select, upcycled, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
@@ -38,7 +38,7 @@ def runs(short: bool) -> list[Run]:
         found = [Run("dense", "trunk", share, 1, {}, {"learning_rate": LEARNING_RATE})]
         for arm, make in ARMS.items():
             tied = TIED if arm.endswith("tied") else {}
-            options = {"learning_rate": MOE_LEARNING_RATE} | tied
+            options = {"learning_rate": LEARNING_RATE} | tied
             found.append(Run(arm, "trunk", share, 1, make, options))
         return found
 

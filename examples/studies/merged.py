@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from budget import cell
-from lab import LEARNING_RATE, MOE_LEARNING_RATE, Run, main, mean, select, upcycled, with_seeds
+from lab import LEARNING_RATE, Run, main, mean, select, upcycled, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
@@ -40,7 +40,7 @@ def runs(short: bool) -> list[Run]:
     found = [
         Run(
             arm, "base", share, 1, make,
-            {"learning_rate": MOE_LEARNING_RATE if make else LEARNING_RATE},
+            {"learning_rate": LEARNING_RATE},
         )
         for share in SHARES
         for arm, make in ARMS.items()

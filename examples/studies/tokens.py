@@ -29,7 +29,7 @@ BASES = {
     8_192_000: "trunk@8192000",
 }
 PARAMETERS = 32_928
-RATES = (4e-3, 8e-3)
+RATES = (2e-3, 8e-3)
 SHARE = 0.5
 SEEDS = (1, 2, 3)
 ARMS: dict[str, dict[str, Any]] = {"dense": {}, "8 experts, top-1": upcycled(8, 1)}
