@@ -74,6 +74,7 @@ def main(
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/studies"))
     parser.add_argument("--record", type=Path, help="where to leave the run record (OUTPUT/NAME)")
+    parser.add_argument("--figures", type=Path, help="where to leave the figure (RECORD)")
     parser.add_argument("--short", action="store_true", help="the rows of `make study` only")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
     parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table")
@@ -86,11 +87,11 @@ def main(
         return
     rows = run_all(runs(arguments.short), arguments.output, arguments.jobs)
     folder = arguments.record or arguments.output / name
-    record = {"runs": rows, "seconds": sum(row["cost"]["cpu_seconds"] for row in rows)}
+    record = {"runs": rows, "cpu_seconds": sum(row["cost"]["cpu_seconds"] for row in rows)}
     print(f"Run record: {write_run_record(name, record, folder)}")
     print(show(rows))
     if draw is not None:
-        print(f"Figure:     {draw(rows, folder)}")
+        print(f"Figure:     {draw(rows, arguments.figures or folder)}")
 
 
 def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]]:

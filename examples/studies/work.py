@@ -51,7 +51,7 @@ CALIBRATION_TOKENS = 65_536
 
 
 def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
-    """Everything that tables and figures need, JSON."""
+    """Everything that tables and figures need, JSON; `curve`: tokens, nats per token, churn."""
     base = run.base or run.start
     dense = AutoModelForCausalLM.from_pretrained(start_folder(base, output))
     folder = make(run, output, temporary)
@@ -112,7 +112,10 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         "final": trained.record["final"],
         "cost": trained.record["cost"],
         "curve": [
-            {name: step[name] for name in ("tokens", "lm_nats_per_token", "churn") if name in step}
+            [
+                int(step["tokens"]),
+                *(round(step.get(n, 0.0), 3) for n in ("lm_nats_per_token", "churn")),
+            ]
             for step in logged
             if "lm_nats_per_token" in step
         ],
