@@ -174,7 +174,7 @@ def _verdict(choices: Sequence[Choice]) -> str:
     dense, _, scratch = choices
     for choice in (scratch, dense):
         if _ahead(choice) and not _behind(choice):
-            return f"{choice.name}: {_who(_ahead(choice))} ahead of upcycling."
+            return f"{choice.name}: {_who(_ahead(choice))} it ahead of upcycling."
     if any(_ahead(choice) and _behind(choice) for choice in (dense, scratch)):
         return "open: our studies and the law disagree. Try both at a small size of yours."
     if _behind(dense):

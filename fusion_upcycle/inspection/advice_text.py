@@ -19,12 +19,10 @@ def advice_table(advice: Advice) -> Table:
     for choice in advice.choices:
         name = choice.name
         if name == UPCYCLE:
-            name = f"{UPCYCLE} ({case.num_experts} experts top-{case.experts_per_token})"
+            name = f"{UPCYCLE}, {case.num_experts} top-{case.experts_per_token}"
         rows.append((name, short_count(choice.tokens), *_cells(choice)))
-    title = (
-        f"{short_count(case.budget_tokens)} tokens more: loss over the upcycled model's, + is worse"
-    )
-    headers = ["at the same compute", "tokens", "our studies, bits/byte", "the law, nats/token"]
+    title = f"{short_count(case.budget_tokens)} tokens more: loss minus the upcycled model's (+ is worse)"
+    headers = ["at the same compute", "tokens", "studies, bits/byte", "law, nats/token"]
     return Table(title, headers, rows)
 
 

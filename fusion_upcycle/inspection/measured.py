@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+#: Numbers within 2 % are the same number: what users give is rounded.
+SAME = 1.02
+
 
 @dataclass(frozen=True)
 class Row:
@@ -140,14 +143,17 @@ def interval_of(near: Sequence[Row], share: float, spread: float, below: float) 
     for row in near:
         tokens = row.tokens_per_parameter
         smallest[tokens] = min(row.share, smallest.get(tokens, row.share))
-    if any(share < measured for measured in smallest.values()):
+    if any(share * SAME < measured for measured in smallest.values()):
         ends.append(below)
     return Interval(min(ends), max(ends))
 
 
 def _beside(values: Iterable[float], wanted: float) -> set[float]:
-    """The nearest value on either side of `wanted`, or `wanted` alone if it is there."""
+    """The nearest value on either side of `wanted`, or the one that is `wanted`."""
     known = sorted(set(values))
+    nearest = min(known, key=lambda value: abs(value - wanted))
+    if max(nearest / wanted, wanted / nearest) < SAME:
+        return {nearest}
     below = [value for value in known if value <= wanted]
     above = [value for value in known if value >= wanted]
     return {*below[-1:], *above[:1]}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fusion_upcycle.inspection import scaling_law
-from fusion_upcycle.inspection.measured import Row
+from fusion_upcycle.inspection.measured import SAME, Row
 from fusion_upcycle.inspection.numbers import short_count
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def outside_studies(case: "Case", rows: Sequence[Row]) -> tuple[str, ...]:
         ),
     ):
         low, high = min(known), max(known)
-        if value > high:
+        if value > high * SAME:
             found.append(f"{name} {_times(value / high)} x the largest measured ({unit(high)})")
-        elif value < low:
+        elif value * SAME < low:
             found.append(f"{name} 1/{_times(low / value)} of the smallest measured ({unit(low)})")
     return tuple(found)
 
@@ -49,7 +49,7 @@ def outside_law(case: "Case") -> tuple[str, ...]:
     found = []
     if (case.num_experts, case.experts_per_token) != (law.NUM_EXPERTS, law.EXPERTS_PER_TOKEN):
         found.append(f"it is of {law.NUM_EXPERTS} experts top-{law.EXPERTS_PER_TOKEN} only")
-    if case.parameters > law.LARGEST_MODEL:
+    if case.parameters > law.LARGEST_MODEL * SAME:
         times = _times(case.parameters / law.LARGEST_MODEL)
         found.append(f"parameters {times} x its largest dense model (1B)")
     if case.parameters < law.LARGEST_MODEL / 10:
