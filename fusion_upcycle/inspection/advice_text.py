@@ -21,7 +21,8 @@ def advice_table(advice: Advice) -> Table:
         if name == UPCYCLE:
             name = f"{UPCYCLE}, {case.num_experts} top-{case.experts_per_token}"
         rows.append((name, short_count(choice.tokens), *_cells(choice)))
-    title = f"{short_count(case.budget_tokens)} tokens more: loss minus the upcycled model's (+ is worse)"
+    budget = short_count(case.budget_tokens)
+    title = f"{budget} tokens more: loss minus the upcycled model's (+ is worse)"
     headers = ["at the same compute", "tokens", "studies, bits/byte", "law, nats/token"]
     return Table(title, headers, rows)
 
