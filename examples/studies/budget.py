@@ -82,6 +82,27 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+def costs(rows: Sequence[dict[str, Any]], share: float = 0.5) -> str:
+    """What each arm was trained with at one budget, mean of the seeds, and how fast it was."""
+    lines = []
+    for arm in ARMS:
+        found = select(rows, arm=arm, share=share, start="trunk")
+        seconds = sum(row["cost"]["cpu_seconds"] for row in found) / len(found)
+        parameters, first = found[0]["parameters"], found[0]
+        lines.append(
+            [
+                arm,
+                f"{parameters['total']:,}",
+                f"{parameters['active']:,}",
+                f"{first['tokens'] / 1e6:.2f}M",
+                f"{first['flops'] / 1e12:.3f}T",
+                f"{seconds:.0f}",
+            ]
+        )
+    headers = [f"+{share:.0%}", "parameters", "active", "tokens", "FLOPs", "CPU seconds"]
+    return Table("", headers, lines).to_markdown()
+
+
 def cell(values: Sequence[float]) -> str:
     if not values:
         return ""

@@ -22,7 +22,7 @@ from lab import Run, main, mean, select, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
-NOT_GROWN, FIXED = "not grown", "32 experts from the start"
+NOT_GROWN, SPLIT, FIXED = "not grown", "split of all", "32 experts from the start"
 
 
 def grown(**options: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "copies, concentrated, least important": grown(
         selection="greedy", scores="least", max_copies=4, **NOISY
     ),
-    "split of all": grown(router_extension="split"),
+    SPLIT: grown(router_extension="split"),
     "+4, fit, most important": grown(selection="greedy", **FEW),
     "+4, fit, drawn": grown(selection="control", **FEW),
     "+4, fit, least important": grown(selection="greedy", scores="least", **FEW),
@@ -47,7 +47,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SHARES = (0.05, 0.15, 0.5)
 RATES = {0.05: 4e-3, 0.15: 4e-3, 0.5: 8e-3}
-LONG = (NOT_GROWN, "split of all", FIXED)
 
 
 def run(arm: str, share: float) -> Run:
@@ -58,17 +57,19 @@ def run(arm: str, share: float) -> Run:
         "optimizer_state": "carried",
         "warmup_steps": 0,
     }
-    return Run(arm, start, share, 1, ARMS[arm], options, "moe")
+    return Run(arm, start, share, 1, ARMS[arm], options, "moe" if start != "moe" else None)
 
 
 def runs(short: bool) -> list[Run]:
-    first = [run(arm, 0.05) for arm in ARMS if arm != FIXED]
-    second = [run(arm, 0.15) for arm in ARMS if arm != FIXED and not arm.startswith("+4")]
-    rest = [run(arm, 0.15) for arm in ARMS if arm.startswith("+4") or arm == FIXED]
+    seeds = (1, 2, 3)
+    judged = [arm for arm in ARMS if arm != FIXED and not arm.startswith("+")]
+    others = [arm for arm in ARMS if arm not in judged]
     return (
-        with_seeds(first + second, (1, 2, 3))
-        + rest
-        + [run(FIXED, 0.05), *(run(arm, 0.5) for arm in LONG)]
+        with_seeds([run(arm, 0.05) for arm in (NOT_GROWN, "copies of all", SPLIT)], seeds)
+        + with_seeds([run(arm, 0.15) for arm in judged], seeds)
+        + [run(arm, 0.05) for arm in ARMS if arm not in (NOT_GROWN, "copies of all", SPLIT)]
+        + [run(arm, 0.15) for arm in others]
+        + [run(arm, 0.5) for arm in (NOT_GROWN, SPLIT)]
     )
 
 

@@ -61,6 +61,13 @@ class Run:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def of_row(row: Mapping[str, Any]) -> Run:
+    """The run that a row of a record is of."""
+    base = None if row["base"] == row["start"] else row["base"]
+    names = ("arm", "start", "share", "seed", "make", "options", "split")
+    return Run(base=base, **{name: row[name] for name in names})
+
+
 def main(
     name: str,
     document: str,
@@ -111,7 +118,7 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]
                     f"{mean(row):.4f} bits per byte ({row['cost']['cpu_seconds']:.0f} s)",
                     flush=True,
                 )
-    return [{"arm": run.arm} | json.loads(_result(output, run).read_text()) for run in runs]
+    return [asdict(run) | json.loads(_result(output, run).read_text()) for run in runs]
 
 
 def _result(output: Path, run: Run) -> Path:

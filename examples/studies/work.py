@@ -61,8 +61,7 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     steps = max(1, round(run.share * unit / per_token / STEP))
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
     row = {
-        "start": run.start, "make": dict(run.make), "share": run.share, "seed": run.seed,
-        "options": dict(run.options), "base": base,
+        "base": base,
         "parameters": count_parameters(model, find_routers(model)),
         "flops_per_token": per_token,
         "flops": TRAINING_PASSES * per_token * steps * STEP,
@@ -162,7 +161,7 @@ def make(run: Run, output: Path, temporary: Path) -> Path:
             {"_pretrained_": source} | {domain: demo_model(domain) for domain in DOMAINS},
             made,
             seed=run.seed,
-            calibration=demo_documents("train"),
+            calibration=demo_documents("train") if options["router_init"] == "prototype" else None,
             verify="none",
             progress=False,
             **options,
