@@ -4,6 +4,8 @@ Command:  python examples/tables.py     (after a record was made again, or an op
 Expected: a page changes only where a record, the script that made it, or an option did;
           tests/test_readme.py holds that every table is what this writes.
 
+What `inspect` knows of the studies, fusion_upcycle/inspection/measured.json, is written too.
+
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is one of TABLES.
 """
 
@@ -34,6 +36,7 @@ def main() -> None:
         if (new := with_tables(old)) != old:
             page.write_text(new, encoding="utf-8")
             print(f"changed: {page.relative_to(ROOT)}")
+    script("studies/measured.py").write()
 
 
 def with_tables(text: str) -> str:

@@ -92,3 +92,8 @@ def test_a_study_goes_on_where_it_was_stopped(
     (tmp_path / f"{run.key}.json").write_text('{"flops": 1}')
     monkeypatch.setattr(lab, "ProcessPoolExecutor", None)  # there is nothing to run
     assert lab.run_all([run], tmp_path, 2) == [asdict(run) | {"flops": 1}]
+
+
+def test_what_inspect_knows_is_of_the_records(lab: ModuleType) -> None:
+    measured = study("measured")
+    assert measured.FILE.read_text(encoding="utf-8") == measured.text()

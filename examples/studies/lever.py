@@ -14,7 +14,7 @@ Every trial is judged on validation text. Experts are copies with noise 0.01 unl
 from collections.abc import Sequence
 from typing import Any
 
-from lab import Run, main, mean, upcycled
+from lab import Run, main, mean, select, upcycled
 
 from fusion_upcycle.report.tables import Table
 
@@ -60,21 +60,49 @@ def runs(short: bool) -> list[Run]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """Every trial, in the order of what it was made from, arm, budget and settings."""
-    lines = [
-        [
-            row["start"],
-            row["arm"],
-            f"+{row['share']:.0%}",
-            f"{row['learning_rate']:g}",
-            f"{row['make']['router_init']['logit_std']:g}" if row["make"] else "",
-            f"{row['options']['router_learning_rate']:g}" if row["make"] else "",
-            f"{mean(row, 'validation'):.4f}",
-            f"{mean(row):.4f}",
-        ]
-        for row in rows
-    ]
-    headers = ["base", "arm", "budget", "LR", "logit std", "router LR", "validation", "test"]
+    return f"{of_rates(rows)}\n\n{of_routers(rows)}"
+
+
+def of_rates(rows: Sequence[dict[str, Any]]) -> str:
+    """Both arms at each learning rate."""
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    lines = []
+    for share in (0.1, 0.5):
+        for arm in ("dense", "8 top-1"):
+            found = {
+                row["learning_rate"]: mean(row, "validation")
+                for row in select(rows, start=TRUNK, arm=arm, share=share)
+                if arm == "dense" or is_main(row)
+            }
+            lines.append([f"{arm}, +{share:.0%}", *(f"{found[rate]:.4f}" for rate in rates)])
+    return Table("", ["learning rate", *(f"{rate:g}" for rate in rates)], lines).to_markdown()
+
+
+def is_main(row: dict[str, Any]) -> bool:
+    """Whether a trial has the router that the learning rates were compared with."""
+    return bool(
+        row["make"]["router_init"]["logit_std"] == 1.0
+        and abs(row["options"]["router_learning_rate"] - 4e-4) < 1e-9
+    )
+
+
+def of_routers(rows: Sequence[dict[str, Any]]) -> str:
+    """Each first router at each router learning rate, at +10 %."""
+    lines = []
+    for row in rows:
+        rate = row["options"].get("router_learning_rate")
+        if row["make"] and row["share"] == 0.1 and row["learning_rate"] == RATE[row["start"]]:
+            lines.append(
+                [
+                    f"{row['start']}, {row['arm']}",
+                    f"{row['make']['router_init']['logit_std']:g}",
+                    f"{rate:.0e}",
+                    f"{rate / row['router_row_std']:.4f}",
+                    f"{mean(row, 'validation'):.4f}",
+                ]
+            )
+    lines.sort(key=lambda line: (line[0], float(line[1]), -float(line[2])))
+    headers = ["+10 %", "logit std", "router LR", "router LR / row std", "bits per byte"]
     return Table("", headers, lines).to_markdown()
 
 

@@ -31,6 +31,7 @@ from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.router_rate import row_std
 from fusion_upcycle.training.run import Origin, Places, train
 
 torch.set_num_threads(1)
@@ -63,6 +64,7 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     row = {
         "base": base,
         "parameters": count_parameters(model, find_routers(model)),
+        "router_row_std": row_std(find_routers(model)),
         "flops_per_token": per_token,
         "flops": TRAINING_PASSES * per_token * steps * STEP,
         "before": bits_per_byte(model, tokenizer, CONTEXT_LENGTH, stride=CONTEXT_LENGTH),
