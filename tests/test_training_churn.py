@@ -127,7 +127,7 @@ def test_a_router_that_stands_still_has_no_churn(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_has_neither_churn_nor_figure(tmp_path: Path) -> None:
-    run(dense_model(vocab_size=257), tmp_path, 3)
+    run(dense_model(vocab_size=257), tmp_path, 3, figure=True)
     assert not any("churn" in row for row in read_metrics(tmp_path / "log"))
     assert not (tmp_path / "log" / "routing.png").exists()
 
@@ -138,7 +138,7 @@ def test_a_dense_model_has_neither_churn_nor_figure(tmp_path: Path) -> None:
 def test_the_figure_lies_beside_the_log_and_is_announced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(moe_model(), tmp_path, 4, progress=True)
+    run(moe_model(), tmp_path, 4, progress=True, figure=True)
     path = tmp_path / "log" / "routing.png"
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.with_suffix(".svg").is_file()
@@ -163,9 +163,9 @@ def test_the_figure_shows_mean_and_largest_of_the_layers() -> None:
 def test_no_figure_of_one_entry_or_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(moe_model(), tmp_path / "one", 3, log_every=0)
+    run(moe_model(), tmp_path / "one", 3, log_every=0, figure=True)
     assert not (tmp_path / "one" / "log" / "routing.png").exists()
     monkeypatch.setattr(figure, "has_matplotlib", lambda: False)
-    run(moe_model(), tmp_path / "two", 2)
+    run(moe_model(), tmp_path / "two", 2, figure=True)
     assert not (tmp_path / "two" / "log" / "routing.png").exists()
     assert drawing.has_matplotlib() and save_routing(tmp_path / "one" / "log") is None

@@ -1,7 +1,9 @@
 """Tiny training runs: a byte-level model of 25,000 parameters on a few kilobytes of text."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tiny import dense_model
 from transformers import PreTrainedModel
@@ -49,9 +51,18 @@ def options_for(steps: int, **options: Any) -> dict[str, Any]:
 
 
 def run(
-    model: PreTrainedModel, folder: Path, steps: int = 4, *, data: Any = None, **options: Any
+    model: PreTrainedModel,
+    folder: Path,
+    steps: int = 4,
+    *,
+    data: Any = None,
+    figure: bool = False,
+    **options: Any,
 ) -> Trained:
-    """Train for some steps; options of `Places` and of `train` itself are taken too."""
+    """Train for some steps; options of `Places` and of `train` itself are taken too.
+
+    Without the figure of the routing, which takes longer than the steps, unless it is asked for.
+    """
     names = ("output", "overwrite", "resume")  # of `Places`
     places = {name: options.pop(name) for name in names if name in options}
     more = {
@@ -60,12 +71,14 @@ def run(
     if "optimizer_state" in more:
         more["optimizer_state"] = Path(more["optimizer_state"])
     origin = options.pop("origin", Origin("tiny"))
-    return train(
-        model,
-        TOKENIZER,
-        make_training_options(**options_for(steps, **options)),
-        data=data or DATA,
-        places=Places(folder / "work", folder / "log", **places),
-        origin=origin,
-        **{"progress": False} | more,
-    )
+    undrawn = patch("fusion_upcycle.training.run.save_routing", lambda log: None)
+    with nullcontext() if figure else undrawn:
+        return train(
+            model,
+            TOKENIZER,
+            make_training_options(**options_for(steps, **options)),
+            data=data or DATA,
+            places=Places(folder / "work", folder / "log", **places),
+            origin=origin,
+            **{"progress": False} | more,
+        )
