@@ -100,7 +100,7 @@ def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
         help="calibration text: a .txt (one document), .jsonl or .parquet (column `text`) file, or "
         "a folder of such files; once for each text",
     )
-    texts.add_argument("--demo", action="store_true", help="the shipped demo text: what no demo base was trained on")
+    texts.add_argument("--demo", action="store_true", help="shipped text, unseen by the demo base")
     parser.add_argument(
         "--tokens",
         type=int,

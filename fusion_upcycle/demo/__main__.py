@@ -1,4 +1,4 @@
-"""``python -m fusion_upcycle.demo``: how good the shipped demo models are; `train` makes them again."""
+"""``python -m fusion_upcycle.demo``: how good the demo models are; `train` makes them again."""
 
 import argparse
 import json

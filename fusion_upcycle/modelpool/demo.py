@@ -12,7 +12,7 @@ from fusion_upcycle.errors import UpcyclingError
 
 @auto_register_config
 class DemoCausalLMPool(CausalLMPool):
-    """A ``CausalLMPool`` whose ``models`` are names of demo models, as `fusion_upcycle.demo` has them.
+    """A ``CausalLMPool`` whose ``models`` are names of demo models, see `fusion_upcycle.demo`.
 
     They become the folders of these models, so that methods which read checkpoints from disk work
     as with any local path, and the tokenizer is theirs.
