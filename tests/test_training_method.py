@@ -85,7 +85,7 @@ def test_the_demo_base_is_trained_and_evaluated_from_the_command_line(
         "method.data=demo",
         "method.tokens=4096",
         *(f"method.{option}" for option in SMALL if "context" not in option),
-        "method.context_length=256",
+        "method.context_length=128",
         f"method.save_checkpoint={tmp_path / 'out'}",
         "method.mixture={prose: 0.5, source: 0.3, arithmetic: 0.2}",
         "taskpool=CausalLMPerplexityTaskPool/local_files",
