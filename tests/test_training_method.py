@@ -139,6 +139,13 @@ def test_every_option_is_in_the_yaml_with_its_default(tmp_path: Path) -> None:
         assert name in cfg
 
 
+def test_the_demo_text_is_new_to_the_demo_models_and_held_out_for_validation() -> None:
+    method = ContinuedPretrainingAlgorithm("demo", tokens=8192, validation="demo")
+    assert {text["split"] for text in method._data.values()} == {"continued"}
+    assert method._validation is not None
+    assert {text["split"] for text in method._validation.values()} == {"validation"}
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
