@@ -25,7 +25,7 @@ endif
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## train a tiny model, upcycle it, compare it with merging (no download, no GPU)
+demo: $(STAMP)  ## upcycle a tiny model, train it on, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
 
 study: $(STAMP)  ## dense or upcycled, at equal compute, three seeds (under 25 minutes)

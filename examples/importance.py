@@ -1,19 +1,18 @@
-"""Which importance score says what an expert is worth? Scores against the truth, on trained MoEs.
+"""Which importance score says what an expert is worth? Scores against the truth.
 
 Question: silence one expert (its output is zero) and the loss rises: does a score that is cheaper
           than trying each expert put them in the same order?
 Command:  python examples/importance.py --record examples/results/importance    (about 5 minutes)
           python examples/importance.py --table examples/results/importance
-Needs:    two cores; no download; trains two demo MoEs on first use (minutes, cached).
+Needs:    two cores; no download.
 Expected: Spearman's rank correlation of each score with the rise of the loss on validation text:
           mean over layers, and over all experts of all layers at once.
 
-Scores are measured on training text. The interval is that of the correlation over all experts, 95 %
-by resampling them: there are few.
+Scores are measured on the demo's `continued` text. The interval is that of the correlation over all
+experts, 95 % by resampling them: there are few.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from fusion_upcycle.demo import DOMAINS, demo_moe, domain_text
-from fusion_upcycle.demo.recipe import MoERecipe
+from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
+from fusion_upcycle.demo.recipe import CONTEXT_LENGTH
 from fusion_upcycle.importance.figure import save_importance_map
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.scores import METRICS
@@ -31,9 +30,9 @@ from fusion_upcycle.report.tables import Table, read_run_record
 from fusion_upcycle.texts.windows import calibration_sequences
 
 SECTION = "importance"
-CONTEXT, JUDGED_TOKENS = 256, 12_288
-BUDGETS = (3_072, 49_152)  # tokens of training text
-MODELS = {"demo MoE, 4 experts": 4, "demo MoE, 8 experts": 8}
+JUDGED_TOKENS = 12_288
+BUDGETS = (3_072, 49_152)  # tokens of calibration text
+MODELS = {"demo MoE, 16 experts": "moe"}
 RESAMPLED = 2000
 
 
@@ -47,17 +46,17 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.table or arguments.record or arguments.output
     if not arguments.table:
-        found = {name: judge(name, experts, folder) for name, experts in MODELS.items()}
+        found = {name: judge(name, demo, folder) for name, demo in MODELS.items()}
         record = {"budgets": BUDGETS, "judged_tokens": JUDGED_TOKENS, "models": found}
         print(f"Run record: {write_run_record(SECTION, record, folder)}")
     print(table(read_run_record(folder)).to_markdown())
 
 
-def judge(name: str, experts: int, output: Path) -> dict[str, Any]:
+def judge(name: str, demo: str, output: Path) -> dict[str, Any]:
     """All scores of a model, and the truth."""
-    folder = demo_moe(replace(MoERecipe(), num_experts=experts))
+    folder = demo_model(demo)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    texts = {domain: domain_text(domain, "train") for domain in DOMAINS}
+    texts = {domain: domain_text(domain, "continued") for domain in DOMAINS}
     scores = {}
     for tokens in BUDGETS:
         importance = measure_importance(
@@ -65,11 +64,11 @@ def judge(name: str, experts: int, output: Path) -> dict[str, Any]:
             texts,
             folder / "tokenizer.json",
             tokens=tokens,
-            context_length=CONTEXT,
+            context_length=CONTEXT_LENGTH,
             progress=True,
         )
         scores[str(tokens)] = importance.to_json()["metrics"]
-    (figures := output / f"{experts}_experts").mkdir(parents=True, exist_ok=True)
+    (figures := output / demo).mkdir(parents=True, exist_ok=True)
     drawn = save_importance_map(importance, figures)
     print(f"{name}: {drawn[0]}", flush=True)
     truth = silenced(model, folder)
@@ -83,7 +82,7 @@ def silenced(model: Any, folder: Path) -> dict[int, list[float]]:
         {domain: domain_text(domain, "validation") for domain in DOMAINS},
         folder / "tokenizer.json",
         tokens=JUDGED_TOKENS,
-        context_length=CONTEXT,
+        context_length=CONTEXT_LENGTH,
     )
     ids_WT = torch.cat(list(sequences.ids.values()))
 

@@ -4,7 +4,7 @@ Question: without any training, does a merged MoE whose router is made from each
           (`router_init=prototype`) beat FusionBench's ways to merge into one dense model?
 Command:  python examples/merging.py [--record FOLDER]    (1 minute on two cores; part of make demo)
           python examples/merging.py --tune --record examples/results/merging     (4 minutes)
-Needs:    the demo models (2 minutes of training on first use, cached).
+Needs:    the demo models, which are shipped.
 Expected: the prototype router has the lowest mean of bits per byte over the three domains, lower
           than the base and every merge into a dense model; a random router is no better than the
           best of these.
@@ -30,14 +30,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fusion_upcycle.demo import DOMAINS, MODELS, demo_model, domain_text
+from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
+from fusion_upcycle.demo.recipe import CONTEXT_LENGTH
 from fusion_upcycle.modelpool import DemoCausalLMPool
 from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
 from fusion_upcycle.texts.perplexity import perplexity
 
-CONTEXT = 256
 POOL = {"_pretrained_": "base"} | {domain: domain for domain in DOMAINS}
 MERGES = Path(__file__).resolve().parent / "merges"
 
@@ -121,14 +121,14 @@ def tune(compared: list[Way]) -> dict[str, Any]:
         mine = []
         for settings in way.all_settings():
             model = way.with_settings(settings).merged()
-            scores = evaluate(model, "validation", stride=CONTEXT)
+            scores = evaluate(model, "validation", stride=CONTEXT_LENGTH)
             mine.append({"method": way.name, "settings": settings, "bits_per_byte": scores})
             print(f"{way.name} {settings}: {scores['mean']:.4f}", flush=True)
         trials += mine
         if mine:
             best = min(mine, key=lambda trial: trial["bits_per_byte"]["mean"])
             chosen[way.name] = best["settings"]
-    return {"split": "validation", "stride": CONTEXT, "trials": trials, "chosen": chosen}
+    return {"split": "validation", "stride": CONTEXT_LENGTH, "trials": trials, "chosen": chosen}
 
 
 def compare(folder: Path, compared: list[Way], run: Callable[..., Iterable[Any]] = map) -> Path:
@@ -137,11 +137,11 @@ def compare(folder: Path, compared: list[Way], run: Callable[..., Iterable[Any]]
     Args:
         run: as `map`, perhaps in several processes.
     """
-    rows = {name: as_it_was_made(name) for name in MODELS}
+    rows = {name: as_it_was_made(name) for name in POOL.values()}
     for way, row in zip(compared, run(merged_row, compared), strict=True):
         rows[way.name] = row
         print(f"{way.name}: {row['bits_per_byte']['mean']:.4f} bits per byte", flush=True)
-    comparison = {"split": "test", "stride": CONTEXT // 2, "rows": rows}
+    comparison = {"split": "test", "stride": CONTEXT_LENGTH // 2, "rows": rows}
     path = write_run_record("merging", comparison, folder)
     assert path is not None  # only without a folder
     return path
@@ -154,7 +154,7 @@ def merged_row(way: Way) -> dict[str, Any]:
     return {
         "settings": way.settings,
         "method": way.method,
-        "bits_per_byte": evaluate(model, "test", stride=CONTEXT // 2),
+        "bits_per_byte": evaluate(model, "test", stride=CONTEXT_LENGTH // 2),
         "parameters": model.num_parameters(),
         "active": model.num_parameters() - idle_parameters(model),
     }
@@ -163,7 +163,6 @@ def merged_row(way: Way) -> dict[str, Any]:
 def as_it_was_made(name: str) -> dict[str, Any]:
     """The row of a demo model, which was measured in the same way when it was made."""
     facts = json.loads((demo_model(name) / "demo.json").read_text(encoding="utf-8"))
-    assert facts["recipe"]["context_length"] == CONTEXT
     scores = facts["bits_per_byte"]
     return {
         "settings": {},
@@ -185,7 +184,11 @@ def evaluate(model: PreTrainedModel, split: str, stride: int) -> dict[str, float
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
     scores = {
         domain: perplexity(
-            model, tokenizer, domain_text(domain, split), context_length=CONTEXT, stride=stride
+            model,
+            tokenizer,
+            domain_text(domain, split),
+            context_length=CONTEXT_LENGTH,
+            stride=stride,
         )["bits_per_byte"]
         for domain in DOMAINS
     }

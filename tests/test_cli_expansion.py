@@ -14,9 +14,11 @@ from tiny import assert_same_bits, dense_folder, files_of, load, tensors_of
 from fusion_upcycle import expand
 from fusion_upcycle.checkpoint.moments import read_moments
 from fusion_upcycle.cli import main
+from fusion_upcycle.demo import DOMAINS, domain_text
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.importance.scores import METRICS, Importance
+from fusion_upcycle.texts.windows import calibration_sequences
 
 
 @pytest.fixture
@@ -93,7 +95,14 @@ def test_demo_text_is_at_hand(source: Path, tmp_path: Path) -> None:
     flags = ["--demo", "--tokens=600", "--router-extension=split,mixed_share=0.2", "--quiet"]
     main(["expand", str(source), str(tmp_path / "out"), *flags])
     record = json.loads((tmp_path / "out" / "upcycling.json").read_text())
-    assert record["router"]["calibration"]["texts"].keys() == {"prose", "source", "arithmetic"}
+    texts = record["router"]["calibration"]["texts"]
+    new_to_the_demo_models = calibration_sequences(
+        {domain: domain_text(domain, "continued") for domain in DOMAINS},
+        source / "tokenizer.json",
+        tokens=600,
+        context_length=texts["prose"]["context_length"],
+    )
+    assert texts == new_to_the_demo_models.to_json()["texts"]
     assert record["options"]["router_extension"]["mixed_share"] == 0.2
 
 

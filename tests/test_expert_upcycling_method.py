@@ -23,7 +23,7 @@ from fusion_upcycle import ExpertUpcyclingAlgorithm
 from fusion_upcycle.checkpoint.moments import read_moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import make_expansion_options
-from fusion_upcycle.modelpool import DemoCausalLMPool, demo
+from fusion_upcycle.modelpool import DemoCausalLMPool
 
 
 @pytest.fixture
@@ -190,9 +190,9 @@ def test_every_choice_of_the_config_makes_an_algorithm(
     assert made._inputs == defaults._inputs
 
 
-def test_the_demo_text_is_training_text() -> None:
+def test_the_demo_text_is_new_to_the_demo_models() -> None:
     made = ExpertUpcyclingAlgorithm(calibration={"data": "demo"})
-    assert {spec["split"] for spec in made._inputs["calibration"].values()} == {"train"}
+    assert {spec["split"] for spec in made._inputs["calibration"].values()} == {"continued"}
 
 
 @pytest.mark.parametrize(
@@ -238,12 +238,9 @@ def test_a_pool_in_half_precision_grows_in_memory(source: Path) -> None:
     assert made is not None and made.dtype == torch.bfloat16
 
 
-def test_the_demo_pool_has_the_demo_moe(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "demo_moe", lambda: source)
+def test_the_demo_pool_has_the_demo_moe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = instantiate(compose("modelpool=CausalLMPool/demo_moe").modelpool, _recursive_=False)
     assert isinstance(made, DemoCausalLMPool)
-    assert made.load_model("_pretrained_").config.num_local_experts == 4
+    assert made.load_model("_pretrained_").config.num_local_experts == 16
     assert made.load_tokenizer()("a")["input_ids"]

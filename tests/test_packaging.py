@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from tiny import dense_folder
 
+from fusion_upcycle.demo import MODELS
 from fusion_upcycle.errors import REQUIRED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -92,6 +93,20 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     # Nothing else at the top of site-packages: a `config/` there would replace FusionBench's own.
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"fusion_upcycle", "hydra_plugins"}
+
+
+def test_wheel_brings_text_models_and_their_licence_and_stays_small(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    data = "fusion_upcycle/demo/data"
+    assert {f"{data}/{domain}.jsonl.xz" for domain in ("prose", "source")} <= names
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "demo.json", "README.md"):
+        assert {f"{data}/models/{name}/{file}" for name in MODELS} <= names
+    assert f"{data}/NOTICE" in names
+    (licence,) = (n for n in names if ".dist-info/" in n and n.endswith("/demo/data/NOTICE"))
+    notice = zipfile.ZipFile(wheel).read(licence).decode()
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in notice
+    assert "2023 Python Software Foundation" in notice
+    assert wheel.stat().st_size < 12e6
 
 
 COMPOSED = """

@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 
 from fusion_upcycle.architectures import ARCHITECTURES
-from fusion_upcycle.demo import MODELS
 from fusion_upcycle.report.tables import read_run_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +50,7 @@ def test_the_merging_settings_are_the_best_of_equally_many_trials() -> None:
     record = read_run_record(ROOT / "examples" / "results" / "merging")
     trials = record["tuning"]["trials"]
     ways = {way.name: way for way in merging.ways()}
-    assert [*MODELS, *ways] == list(record["merging"]["rows"])
+    assert [*merging.POOL.values(), *ways] == list(record["merging"]["rows"])
     tried = {name: way for name, way in ways.items() if way.trials}
     assert record["tuning"]["chosen"] == {name: way.settings for name, way in tried.items()}
     for name, way in tried.items():

@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import fusion_upcycle.modelpool.demo as demo_pool
 import fusion_upcycle.taskpool.causal_lm_perplexity as pool_module
 from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
-from fusion_upcycle.demo.recipe import Recipe
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.modelpool import DemoCausalLMPool
@@ -116,12 +113,7 @@ def test_a_merging_baseline_is_scored_by_our_pool(folders: dict[str, Path], tmp_
     assert record["config"]["texts"]["file"] == str(text)
 
 
-def test_demo_pools_run_together(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = Recipe(8, 8, 1, 1, 1, context_length=256, base_steps=2, finetune_steps=2)
-    monkeypatch.setenv("FUSION_UPCYCLE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo_pool, "demo_model", partial(demo_model, recipe=tiny))
+def test_demo_pools_run_together(tmp_path: Path) -> None:
     result = run(
         tmp_path / "run",
         "method=task_arithmetic",
@@ -134,20 +126,16 @@ def test_demo_pools_run_together(
         assert result["report"][domain]["bytes"] == size
 
 
-def test_the_demo_pool_gives_folders(
-    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
-) -> None:
-    monkeypatch.setattr(
-        demo_pool, "demo_model", {"base": folders["a"], "prose": folders["b"]}.__getitem__
-    )
+def test_the_demo_pool_gives_folders() -> None:
+    prose = demo_model("prose")
     pool = DemoCausalLMPool({"_pretrained_": "base", "mine": "prose"}, model_kwargs=None)
     assert isinstance(pool, CausalLMPool)
-    assert pool.get_model_path("mine") == str(folders["b"])
+    assert pool.get_model_path("mine") == str(prose)
     assert pool.model_names == ["mine"]
-    weight = AutoModelForCausalLM.from_pretrained(folders["b"]).lm_head.weight
+    weight = AutoModelForCausalLM.from_pretrained(prose).lm_head.weight
     assert torch.equal(pool.load_model("mine").lm_head.weight, weight)
     assert pool.load_tokenizer()("ab")["input_ids"] == byte_tokenizer(64)("ab")["input_ids"]
-    assert pool.config.models["mine"] == str(folders["b"])
+    assert pool.config.models["mine"] == str(prose)
 
 
 def test_the_demo_pool_refuses_unknown_models() -> None:

@@ -85,7 +85,7 @@ def test_the_demo_base_is_trained_and_evaluated_from_the_command_line(
         "method.data=demo",
         "method.tokens=4096",
         *(f"method.{option}" for option in SMALL if "context" not in option),
-        "method.context_length=256",
+        "method.context_length=128",
         f"method.save_checkpoint={tmp_path / 'out'}",
         "method.mixture={prose: 0.5, source: 0.3, arithmetic: 0.2}",
         "taskpool=CausalLMPerplexityTaskPool/local_files",
@@ -137,6 +137,13 @@ def test_every_option_is_in_the_yaml_with_its_default(tmp_path: Path) -> None:
     assert method._options == TrainingOptions(tokens=8192)
     for name in TrainingOptions.__dataclass_fields__:
         assert name in cfg
+
+
+def test_the_demo_text_is_new_to_the_demo_models_and_held_out_for_validation() -> None:
+    method = ContinuedPretrainingAlgorithm("demo", tokens=8192, validation="demo")
+    assert {text["split"] for text in method._data.values()} == {"continued"}
+    assert method._validation is not None
+    assert {text["split"] for text in method._validation.values()} == {"validation"}
 
 
 @pytest.mark.parametrize(

@@ -280,9 +280,9 @@ def _first_to_be_killed() -> None:
 
 
 def _options() -> argparse.Namespace:
-    cache = os.environ.get("FUSION_UPCYCLE_CACHE") or "~/.cache/fusion_upcycle"
+    work = Path("~/.cache/fusion_upcycle/benchmark").expanduser()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(cache).expanduser() / "benchmark")
+    parser.add_argument("--work", type=Path, default=work)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--mergekit", default=shutil.which("mergekit-moe"), metavar="PROGRAM")
     parser.add_argument("--skip-in-memory", action="store_true")

@@ -8,7 +8,8 @@ Command:  python examples/expert_upcycling/router.py [--output FOLDER]       (ab
           ... --table examples/expert_upcycling/results/router
 Needs:    two cores; no download. What was stopped goes on with the next row.
 Expected: a table of jumps in nats per byte with the smallest copy share, and one of losses after
-          training. Calibration and training read training text, all losses are on validation text.
+          training. Calibration and training read the demo's `continued` text, losses are on
+          validation text.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fusion_upcycle.demo import DOMAINS, demo_moe, domain_text
-from fusion_upcycle.demo.recipe import MoERecipe
+from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
+from fusion_upcycle.demo.recipe import BATCH_SIZE, CONTEXT_LENGTH, RECIPES
+from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.expansion.router.fit import fit_rows
 from fusion_upcycle.expansion.router.inputs import RouterInputs, live_router_inputs
 from fusion_upcycle.expansion.router.rows import rows_report
@@ -41,12 +43,12 @@ from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.run import Origin, Places, train
 
 SECTION = "router"
-CONTEXT, CALIBRATION_TOKENS = 256, 49_152
+CALIBRATION_TOKENS = 49_152
 #: Selections, and how many times as many experts.
 PLANS = (("uniform", 2), ("uniform", 4), ("greedy", 1.5), ("greedy", 1.75))
 #: Extension -> options; `split+fit` is `split`, polished.
 EXTENSIONS = ("copy", "noise", "split", "fit", "split+fit")
-#: What is trained on: name -> extension and options, all of them uniform 4 -> 8.
+#: What is trained on: name -> extension and options, all of them uniform, twice the experts.
 TRIALS: dict[str, tuple[str, dict[str, float]] | None] = {
     "not grown": None,
     "noise": ("noise", {}),
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="where to leave the run record (OUTPUT)")
     arguments = parser.parse_args()
     if not arguments.table:
-        source = arguments.source or demo_moe()
+        source = arguments.source or demo_model("moe")
         parts = {"jumps": lambda: jumps(source, arguments.output)}
         parts["trials"] = lambda: trials(source, arguments.output, arguments.tokens)
         found = {name: part() for name, part in parts.items() if arguments.only in (None, name)}
@@ -120,7 +122,7 @@ def one_jump(
     started = time.perf_counter()
     rows = {
         layer: extended(layer, seen, plan, extension, options)
-        for layer, seen in router_inputs(source, "train").items()
+        for layer, seen in router_inputs(source, "continued").items()
     }
     seconds = time.perf_counter() - started
     expand(
@@ -176,27 +178,23 @@ def one_trial(
     start: dict[str, Any] = losses(source)
     step0 = source
     if trial is not None:
-        start, step0 = one_jump(source, folder, "uniform", 8, *trial), folder / "step0"
-    recipe = MoERecipe()
+        twice = 2 * load(source).config.num_local_experts
+        start, step0 = one_jump(source, folder, "uniform", twice, *trial), folder / "step0"
     options = make_training_options(
         tokens=tokens,
-        context_length=CONTEXT,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        balance_weight=recipe.balance_weight,
+        context_length=CONTEXT_LENGTH,
+        batch_size=BATCH_SIZE,
+        learning_rate=RECIPES["moe"].learning_rate,
         schedule="cosine",
         warmup_share=0.05,
         final_share=0.0,
         log_every=5,
     )
-    function = "fusion_upcycle.demo.domain_text"
-    data = {d: {"_target_": function, "domain": d, "split": "train"} for d in DOMAINS}
     trained = train(
         load(step0),
         AutoTokenizer.from_pretrained(source),
         options,
-        data=data,
+        data=demo_documents("continued"),
         places=Places(folder / "work", folder / "logs", folder / "model", overwrite=True),
         origin=Origin(source.name),
         progress=False,
@@ -216,9 +214,9 @@ def load(folder: Path) -> PreTrainedModel:
 
 @cache
 def scores(source: Path) -> Importance:
-    texts = {domain: domain_text(domain, "train") for domain in DOMAINS}
+    texts = {domain: domain_text(domain, "continued") for domain in DOMAINS}
     return measure_importance(
-        load(source), texts, source / "tokenizer.json", tokens=24_576, context_length=CONTEXT
+        load(source), texts, source / "tokenizer.json", tokens=24_576, context_length=CONTEXT_LENGTH
     )
 
 
@@ -228,7 +226,7 @@ def router_inputs(source: Path, split: str) -> dict[int, RouterInputs]:
         {domain: domain_text(domain, split) for domain in DOMAINS},
         source / "tokenizer.json",
         tokens=CALIBRATION_TOKENS,
-        context_length=CONTEXT,
+        context_length=CONTEXT_LENGTH,
     )
     return live_router_inputs(load(source), sequences)
 
@@ -242,8 +240,8 @@ def losses(folder: Path) -> dict[str, Any]:
                 model,
                 tokenizer,
                 domain_text(domain, "validation"),
-                context_length=CONTEXT,
-                stride=CONTEXT // 2,
+                context_length=CONTEXT_LENGTH,
+                stride=CONTEXT_LENGTH // 2,
             )["loss_nats_per_token"]
             for domain in DOMAINS
         }
@@ -294,7 +292,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
             ]
             for row in record["trials"]["rows"]
         ]
-        headers = ["uniform 4 -> 8, trained on", "at the start", *DOMAINS, "mean"]
+        headers = ["twice the experts, trained on", "at the start", *DOMAINS, "mean"]
         tokens = record["trials"]["tokens"]
         made.append(Table(f"Nats per byte after {tokens / 1e6:.2f}M tokens", headers, rows))
     return made

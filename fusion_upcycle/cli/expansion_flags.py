@@ -100,7 +100,7 @@ def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
         help="calibration text: a .txt (one document), .jsonl or .parquet (column `text`) file, or "
         "a folder of such files; once for each text",
     )
-    texts.add_argument("--demo", action="store_true", help="the embedded training text")
+    texts.add_argument("--demo", action="store_true", help="shipped text, unseen by the demo base")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -122,7 +122,7 @@ def _calibration(parsed: argparse.Namespace) -> dict[str, Any]:
     from fusion_upcycle.demo.texts import demo_documents
 
     if parsed.demo:
-        return demo_documents("train")
+        return demo_documents("continued")
     return {name: text_files(path) for name, path in pairs("--data", parsed.data).items()}
 
 

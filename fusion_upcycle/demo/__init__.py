@@ -1,4 +1,4 @@
-"""The embedded default: tiny byte-level models and their text, shipped with the package."""
+"""The shipped default: tiny byte-level models and their text, in the package."""
 
 from fusion_upcycle.demo.models import demo_model, demo_reference
 from fusion_upcycle.demo.recipe import MODELS

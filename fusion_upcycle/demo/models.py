@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def demo_model(name: str) -> Path:
     """Folder of a demo model, to be read and not to be changed.
 
-    `base` is a Llama of 49,000 parameters that has seen 122 bytes of text for each; `trunk` is the
+    `base` is a Llama of 49,000 parameters that has seen 83 bytes of text for each; `trunk` is the
     same training before the learning rate fell; `prose`, `source` and `arithmetic` are the base
     fine-tuned on one domain; `moe` is a Mixtral of 16 experts. `demo.json` in each has the recipe
     and the held-out bits per byte. `python -m fusion_upcycle.demo train` makes them again.

@@ -42,7 +42,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
 
     Args:
         data: name of a source -> documents, see `fusion_upcycle.texts.documents`; a mapping may say
-            `tokens: N` for the first N tokens only. `demo` is the embedded text.
+            `tokens: N` for the first N tokens only. `demo` is the shipped text.
         save_checkpoint: folder to write; None keeps the result in memory only.
         validation: held-out texts, likewise.
         tokenizer: path or Hub id; None is the pool's.
@@ -87,7 +87,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         if not data:
             raise UpcyclingError("method.data is not set: give {name: file}, or demo.")
         self._options = make_training_options(**given)
-        self._data = named_texts(data, "train", "method.data") or {}
+        self._data = named_texts(data, "continued", "method.data") or {}
         self._validation = named_texts(validation, "validation", "method.validation")
         self._output, self._state, self._work = (
             None if path is None else Path(path).expanduser()

@@ -96,7 +96,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         )
         self._inputs = {
             "scores": by["scores"],
-            "calibration": named_texts(text["data"], "train", "method.calibration.data"),
+            "calibration": named_texts(text["data"], "continued", "method.calibration.data"),
             "calibration_tokens": text["tokens"],
             "context_length": text["context_length"],
             "optimizer_state": optimizer_state,

@@ -90,7 +90,7 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
 
 
 def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
-    """Texts by name, as `texts.documents` takes them; those of the embedded text for `demo`.
+    """Texts by name, as `texts.documents` takes them; the shipped ones for `demo`.
 
     Raises:
         UpcyclingError: something else than a mapping or `demo`.
@@ -100,7 +100,7 @@ def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
         return demo_documents(split)
     if data is not None and not isinstance(data, Mapping):
         raise UpcyclingError(
-            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the embedded text."
+            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the shipped text."
         )
     return None if data is None else dict(data)
 

@@ -1,4 +1,4 @@
-"""FusionBench model pool of the embedded demo models: no download, trained on first use."""
+"""FusionBench model pool of the demo models: shipped with the package, no download."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,16 +6,13 @@ from typing import Any
 from fusion_bench import auto_register_config
 from fusion_bench.modelpool import CausalLMPool
 
-from fusion_upcycle.demo import demo_model, demo_moe
+from fusion_upcycle.demo import demo_model
 from fusion_upcycle.errors import UpcyclingError
-
-#: The demo model that is an MoE.
-MOE = "moe"
 
 
 @auto_register_config
 class DemoCausalLMPool(CausalLMPool):
-    """A ``CausalLMPool`` whose ``models`` are demo names: base, prose, source, arithmetic; moe.
+    """A ``CausalLMPool`` whose ``models`` are names of demo models, see `fusion_upcycle.demo`.
 
     They become the folders of these models, so that methods which read checkpoints from disk work
     as with any local path, and the tokenizer is theirs.
@@ -29,10 +26,7 @@ class DemoCausalLMPool(CausalLMPool):
     ) -> None:
         if not models:
             raise UpcyclingError("modelpool.models is empty: give {name: demo model}, e.g. base.")
-        folders = {
-            name: str(demo_moe() if demo == MOE else demo_model(demo))
-            for name, demo in models.items()
-        }
+        folders = {name: str(demo_model(demo)) for name, demo in models.items()}
         super().__init__(
             folders,
             tokenizer=next(iter(folders.values())),  # all demo models have the same
