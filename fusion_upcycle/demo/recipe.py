@@ -81,7 +81,7 @@ RECIPES = {
     **{
         domain: Recipe(
             f"the base, fine-tuned on {domain}",
-            BASE, None, "continued", (domain,), 409_600, 2e-3, 20, 0.5,
+            BASE, None, "continued", (domain,), 409_600, 5e-4, 20, 0.5,
         )
         for domain in DOMAINS
     },

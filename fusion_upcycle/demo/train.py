@@ -77,7 +77,9 @@ def train_model(
         )
         model = trained.model
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        if not recipe.moments:
+        if recipe.moments:
+            _forget_log(folder / TRAINING_RECORD_FILE)
+        else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _name_tokenizer_class(folder)
@@ -98,6 +100,13 @@ def train_model(
         (folder / "README.md").write_text(model_card(name, recipe.what, bits), encoding="utf-8")
         move(folder, output / name)
     return output / name
+
+
+def _forget_log(file: Path) -> None:
+    """The record without the folder of the logs, which is gone."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    del record["log"]
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _name_tokenizer_class(folder: Path) -> None:
