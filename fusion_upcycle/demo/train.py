@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from fusion_upcycle.checkpoint.durable import move
+from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE
 from fusion_upcycle.demo.models import bits_per_byte, demo_reference, model_card
 from fusion_upcycle.demo.recipe import CONTEXT_LENGTH, RECIPES, Recipe
 from fusion_upcycle.demo.texts import demo_documents, text_identity
