@@ -18,7 +18,9 @@ from fusion_upcycle.verification.function import TOLERANCE
 
 EXAMPLES = Path(__file__).resolve().parent
 RESULTS = EXAMPLES / "results"
-GROWING = EXAMPLES / "expert_upcycling" / "results"
+GROWING = EXAMPLES / "expert_upcycling" / "results" / "router"
+STUDIES = EXAMPLES / "studies" / "results"
+BITS = "bits per byte, mean of three domains"
 
 
 def main() -> None:
@@ -80,31 +82,29 @@ def merging() -> list[str]:
     ours = {name: found for name, found in bits.items() if name.startswith("MoE")}
     return [
         "[merged](docs/merging.md), three fine-tunes, no training",
-        "bits per byte, mean of three domains",
+        BITS,
         lowest(ours),
         lowest({name: bits[name] for name in bits.keys() - ours.keys() - {*MODELS}}),
     ]
 
 
 def growing() -> list[list[str]]:
-    """From 4 to 8 experts: the jump without training, and the loss after the longest training."""
-    record = read_run_record(GROWING / "router")["router"]["jumps"]
+    """Twice the experts: the jump without training, and the loss after some of it."""
+    record = read_run_record(GROWING)["router"]["jumps"]
     before = mean(record["before"]["losses"].values())
+    plans = [row["plan"] for row in record["rows"]]
     jumps = {
         row["extension"]: mean(row["losses"].values()) - before
         for row in record["rows"]
-        if row["plan"] == "uniform 4 -> 8" and row["extension"] in {*ROUTER_EXTENSIONS, *CALIBRATED}
+        if row["plan"] == plans[0] and row["extension"] in {*ROUTER_EXTENSIONS, *CALIBRATED}
     }
-    runs = read_run_record(GROWING / "study")["expert_upcycling"]["runs"]
-    longest = max(run["budget"] for run in runs)
-    losses: dict[str, list[float]] = {}
-    for run in runs:
-        if run["budget"] == longest:
-            losses.setdefault(run["arm"], []).append(mean(run["losses"].values()))
-    seeds = max(map(len, losses.values()))
-    ends = {arm: mean(found) for arm, found in losses.items() if len(found) == seeds}
-    kept, full = "not grown", "from the start"
-    what = "[grown](docs/growing.md), 4 to 8 experts, "
+    share = 0.15
+    kept, fixed = "not grown", "32 experts from the start"
+    ends = {arm: mean(seeds) for arm, seeds in losses("growing", share=share).items()}
+    grown = repeated(losses("growing", share=share))
+    del grown[kept]
+    plan = plans[0].removeprefix("uniform ").replace("->", "to")
+    what = f"[grown](docs/growing.md), {plan} experts, "
     return [
         [
             what + "no training",
@@ -113,38 +113,39 @@ def growing() -> list[list[str]]:
             f"{jumps['copy']:.4f}: copy",
         ],
         [
-            what + f"{longest / 1e6:.1f}M tokens, {seeds} seeds",
-            "loss, nats per byte",
-            lowest({arm: ends[arm] for arm in ends.keys() - {kept, full}}),
-            f"{ends[kept]:.4f}: {kept}; {ends[full]:.4f}: 8 {full}",
+            what + f"[+{share:.0%}](docs/studies/growing.md)",
+            BITS,
+            lowest(grown),
+            f"{ends[kept]:.4f}: {kept}; {ends[fixed]:.4f}: {fixed}",
         ],
     ]
 
 
 def training() -> list[list[str]]:
-    """Upcycled against dense, at the same tokens and at the same compute."""
-    arms = read_run_record(RESULTS / "study")["study"]["arms"]
+    """Upcycled against dense, at the same compute, of the base's share."""
     rows = []
-    for same, ending in (("tokens", ""), ("compute", ", same FLOPs")):
-        dense = f"dense, same {ending.removeprefix(', same ') or same}"
-        ours = {
-            name.removesuffix(", same FLOPs"): bits(arm)
-            for name, arm in arms.items()
-            if name.startswith("upcycled") and name.endswith("same FLOPs") == bool(ending)
-        }
-        rows.append(
-            [
-                f"[trained on](docs/training.md), same {same}",
-                "bits per byte, mean of three domains",
-                lowest(ours),
-                f"{bits(arms[dense]):.4f}: dense",
-            ]
-        )
+    for share in (0.1, 0.5):
+        ends = repeated(losses("budget", share=share, start="trunk"))
+        dense = ends.pop("dense")
+        what = f"[trained on](docs/studies/budget.md), same compute, +{share:.0%}"
+        rows.append([what, BITS, lowest(ends), f"{dense:.4f}: dense"])
     return rows
 
 
-def bits(arm: dict[str, Any]) -> float:
-    return mean(arm["bits_per_byte"]["test"].values())
+def losses(study: str, **wanted: Any) -> dict[str, list[float]]:
+    """Arm of a study -> bits per byte of each seed, mean of the domains."""
+    found: dict[str, list[float]] = {}
+    for row in read_run_record(STUDIES / study)[study]["runs"]:
+        if all(row[name] == value for name, value in wanted.items()):
+            bits = mean(row["bits_per_byte"]["test"].values())
+            found.setdefault(row["arm"], []).append(bits)
+    return found
+
+
+def repeated(found: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each arm that has all seeds."""
+    most = max(map(len, found.values()))
+    return {arm: mean(seeds) for arm, seeds in found.items() if len(seeds) == most}
 
 
 def lowest(found: dict[str, float]) -> str:
