@@ -81,7 +81,7 @@ def test_a_run_is_trained_and_scored(lab: ModuleType, run: dict[str, Any], tmp_p
     row = asdict(one) | importlib.import_module("work").train_run(one, tmp_path, tmp_path)
     assert lab.of_row(row) == one
     assert 0 < row["bits_per_byte"]["test"]["prose"] < 8.1  # log2(257) = 8.006 untrained
-    assert row["tokens"] == row["curve"][-1][0]
+    assert row["tokens"] == row["final"]["tokens"]
     assert row["flops"] > 0
 
 

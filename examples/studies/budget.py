@@ -112,9 +112,8 @@ def cell(values: Sequence[float]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Loss over budget, of every arm, and what upcycling gains over dense."""
-    from figures import lines_over_budget, training_curves
+    from figures import lines_over_budget
 
-    training_curves(rows, list(ARMS)[:2], 0.5, folder / "curves.svg")
     return lines_over_budget(rows, list(ARMS), "trunk", folder / "budget.svg")
 
 

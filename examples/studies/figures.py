@@ -1,7 +1,6 @@
 """Figures of the studies, as SVG, in colours that colour-blind people can tell apart."""
 
 from collections.abc import Mapping, Sequence
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +36,6 @@ def lines_over_budget(
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
     return finished(figure, axes, file)
-
-
-def training_curves(
-    rows: Sequence[dict[str, Any]], arms: Sequence[str], share: float, file: Path
-) -> Path:
-    """Training loss over tokens, of the first seed, and how many tokens change expert."""
-    figure, (losses, churns) = plt.subplots(
-        2, 1, figsize=(7, 6), height_ratios=(2, 1), sharex=True, layout="constrained"
-    )
-    for arm, colour in zip(arms, COLOURS, strict=False):
-        (row,) = select(rows, arm=arm, share=share, seed=1, start="trunk")
-        tokens, nats, churn = zip(*row["curve"], strict=True)
-        losses.plot([t / 1e6 for t in tokens], [n / log(2) for n in nats], color=colour, label=arm)
-        if any(churn):
-            churns.plot([t / 1e6 for t in tokens], [100 * c for c in churn], color=colour)
-    losses.set_ylabel("training loss, bits per byte")
-    churns.set_ylabel("tokens that changed\nexpert, %")
-    churns.set_xlabel(f"tokens of the continuation, millions (+{share:.0%})")
-    churns.spines[["top", "right"]].set_visible(False)
-    return finished(figure, losses, file)
 
 
 def gain_over(points: Mapping[float, Sequence[float]], label: str, file: Path) -> Path:

@@ -24,11 +24,8 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WARMUP_STEPS = 50
-#: Studies whose figure shows training itself, of the first seed.
-WITH_CURVES = ("budget",)
 #: The best of four for dense and for MoE, at +10 and at +50 %, on validation text (lever.py).
 LEARNING_RATE = 2e-3
-CURVE_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -95,9 +92,6 @@ def main(
         print(show(read_run_record(arguments.table)[name]["runs"]))
         return
     rows = run_all(runs(arguments.short), arguments.output, arguments.jobs)
-    for row in rows:
-        if name not in WITH_CURVES or row["seed"] != 1:
-            del row["curve"]
     folder = arguments.record or arguments.output / name
     record = {"runs": rows, "cpu_seconds": sum(row["cost"]["cpu_seconds"] for row in rows)}
     print(f"Run record: {write_run_record(name, record, folder)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from lab import CURVE_POINTS, WARMUP_STEPS, Run
+from lab import WARMUP_STEPS, Run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusion_upcycle import expand, folder_importance, merge_into_moe, upcycle
@@ -28,7 +28,6 @@ from fusion_upcycle.demo.train import train_model
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.inspection.economics import TRAINING_PASSES, attention_score_flops
 from fusion_upcycle.live.routers import find_routers
-from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.router_rate import row_std
@@ -52,7 +51,7 @@ CALIBRATION_TOKENS = 65_536
 
 
 def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
-    """Everything that tables and figures need, JSON; `curve`: tokens, nats per token, churn."""
+    """Everything that tables and figures need, JSON."""
     base = run.base or run.start
     dense = AutoModelForCausalLM.from_pretrained(start_folder(base, output))
     folder = make(run, output, temporary)
@@ -81,7 +80,7 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         warmup_share=min(warmup / steps, 0.5),
         seed=run.seed,
         checkpoint_every=0,
-        log_every=max(1, steps // CURVE_POINTS),
+        log_every=0,
         accelerator="cpu",
         **options,
     )
@@ -100,7 +99,6 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         optimizer_state=folder if moments == "carried" else None,
         progress=False,
     )
-    logged = read_metrics(temporary / "log")
     return row | {
         "bits_per_byte": {
             split: bits_per_byte(trained.model, tokenizer, CONTEXT_LENGTH, split, CONTEXT_LENGTH)
@@ -112,14 +110,6 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         "router_warning": trained.record["router_warning"],
         "final": trained.record["final"],
         "cost": trained.record["cost"],
-        "curve": [
-            [
-                int(step["tokens"]),
-                *(round(step.get(n, 0.0), 3) for n in ("lm_nats_per_token", "churn")),
-            ]
-            for step in logged
-            if "lm_nats_per_token" in step
-        ],
     }
 
 
