@@ -23,7 +23,8 @@ from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
 EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 RESULTS = EXAMPLES / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
@@ -83,9 +84,14 @@ def train() -> str:
     return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
 
 
-def growing(name: str, section: str) -> str:
-    record = read_run_record(EXAMPLES / "expert_upcycling" / "results" / name)[section]
-    tables = script(f"expert_upcycling/{name}.py").tables(record)
+def study(name: str, maker: str = "show") -> str:
+    record = read_run_record(EXAMPLES / "studies" / "results" / name)[name]
+    return getattr(script(f"studies/{name}.py"), maker)(record["runs"])
+
+
+def router() -> str:
+    record = read_run_record(EXAMPLES / "expert_upcycling" / "results" / "router")["router"]
+    tables = script("expert_upcycling/router.py").tables(record)
     return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
 
 
@@ -113,10 +119,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),
     "merge": merge,
     "train": train,
-    "study": partial(of_record, "study.py", RESULTS / "study"),
+    **{f"study {name}": partial(study, name) for name in STUDIES},
+    "study budget, costs": partial(study, "budget", "costs"),
     "importance": partial(of_record, "importance.py", RESULTS / "importance"),
-    "router": partial(growing, "router", "router"),
-    "growing": partial(growing, "study", "expert_upcycling"),
+    "router": router,
     "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
     "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
 }

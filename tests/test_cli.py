@@ -270,6 +270,15 @@ def test_inspect_shows_source_and_result(source: Path, capsys: pytest.CaptureFix
         assert shown in out
 
 
+@pytest.mark.parametrize(("experts_per_token", "said"), [(1, True), (2, False)])
+def test_inspect_says_that_renormalised_top_1_teaches_the_router_nothing(
+    experts_per_token: int, said: bool, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(source), "--experts-per-token", str(experts_per_token)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("the language model's loss teaches the router nothing" in out) == said
+
+
 def test_inspect_counts_what_is_then_written(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,7 @@ def run_of(strategy: str, folder: Path) -> Run:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    names = ("step", "lm_nats_per_token", "balance", "z", "total", "gradient_norm")
+    names = ("step", "lm_nats_per_token", "balance", "z", "total", "gradient_norm", "churn")
     return [{name: row[name] for name in names} for row in read_metrics(folder / "log")]
 
 
@@ -97,6 +97,8 @@ def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert_close(losses(folder / name), expected)
             assert_same_model(folder / name / "out", whole)
         record = json.loads((folder / "one, then two" / "out" / "training.json").read_text())
+        assert record["router_learning_rate"] == whole.record["router_learning_rate"]
+        assert record["router_learning_rate"]["value"] < OPTIONS["learning_rate"]
         assert record["resumed_from"] == f"step-{CUT:09d}.ckpt"
         assert_one_goes_on(strategy, folder / "two", expected)
 

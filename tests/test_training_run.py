@@ -24,7 +24,8 @@ from fusion_upcycle.training.fit import document_positions
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.options import GROUPS, make_training_options
-from fusion_upcycle.training.parameters import group_of_parameters
+from fusion_upcycle.training.parameters import group_of_parameters, optimizer_groups
+from fusion_upcycle.training.router_rate import RouterRate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
 
@@ -333,11 +334,11 @@ def test_selection_biases_are_held_still_at_first(
 
 
 def test_learning_rates_of_routers_and_decay_of_matrices_only() -> None:
-    from fusion_upcycle.training.parameters import optimizer_groups
-
     model = moe_model("qwen2_moe")
     options = make_training_options(tokens=9999, batch_size=1, router_learning_rate=0.5)
-    groups = optimizer_groups(model, group_of_parameters(model, find_routers(model)), options)
+    routers = find_routers(model)
+    kinds, rate = group_of_parameters(model, routers), RouterRate.of(routers, options)
+    groups = optimizer_groups(model, kinds, options, rate)
     sizes = dict(model.named_parameters())
     for group in groups:
         is_router = [name.endswith("mlp.gate.weight") for name in group["names"]]

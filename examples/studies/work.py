@@ -10,12 +10,14 @@ from filelock import FileLock
 from lab import CURVE_POINTS, WARMUP_STEPS, Run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fusion_upcycle import expand, merge_into_moe, upcycle
-from fusion_upcycle.demo import MODELS, demo_model
+from fusion_upcycle import expand, folder_importance, merge_into_moe, upcycle
+from fusion_upcycle.demo import DOMAINS, MODELS, demo_model
 from fusion_upcycle.demo.models import bits_per_byte
 from fusion_upcycle.demo.recipe import (
     BATCH_SIZE,
     CONTEXT_LENGTH,
+    MOE,
+    MOE_SHAPE,
     RECIPES,
     SHAPE,
     TRUNK,
@@ -23,6 +25,7 @@ from fusion_upcycle.demo.recipe import (
 )
 from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.demo.train import train_model
+from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.inspection.economics import TRAINING_PASSES, attention_score_flops
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.training.logs import read_metrics
@@ -41,31 +44,34 @@ OTHERS = {
                         "num_key_value_heads": 4},
         tokens=2_048_000,
         learning_rate=2e-3,
-        moments=False,
     ),
+    "moe32": replace(RECIPES[MOE], config=MOE_SHAPE | {"num_local_experts": 32}),
 }  # fmt: skip
+CALIBRATION_TOKENS = 65_536
 
 
 def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
-    """Everything that tables and figures need, JSON."""
-    base = start_folder(run.base or run.start, output)
+    """Everything that tables and figures need, JSON; `curve`: tokens, nats per token, churn."""
+    base = run.base or run.start
+    dense = AutoModelForCausalLM.from_pretrained(start_folder(base, output))
     folder = make(run, output, temporary)
     model = AutoModelForCausalLM.from_pretrained(folder)
     per_token = flops_per_token(model)
-    unit = flops_per_token(AutoModelForCausalLM.from_pretrained(base)) * recipe_of(run.base or run.start).tokens
+    unit = flops_per_token(dense) * recipe_of(base).tokens
     steps = max(1, round(run.share * unit / per_token / STEP))
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
     row = {
-        "start": run.start, "make": dict(run.make), "share": run.share, "seed": run.seed,
-        "options": dict(run.options), "base": run.base or run.start,
+        "base": base,
         "parameters": count_parameters(model, find_routers(model)),
         "flops_per_token": per_token,
         "flops": TRAINING_PASSES * per_token * steps * STEP,
-        "bits_per_byte_before": bits_per_byte(model, tokenizer, CONTEXT_LENGTH, stride=CONTEXT_LENGTH),
+        "before": bits_per_byte(model, tokenizer, CONTEXT_LENGTH, stride=CONTEXT_LENGTH),
     }  # fmt: skip
     options = {"schedule": "wsd", "decay_share": 0.5, "final_share": 0.0} | dict(run.options)
     moments = options.pop("optimizer_state", None)
     warmup = options.pop("warmup_steps", WARMUP_STEPS)
+    if group := options.pop("tie_groups", None):
+        tie_groups(model, group)
     chosen = make_training_options(
         tokens=steps * STEP,
         context_length=CONTEXT_LENGTH,
@@ -105,11 +111,25 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         "final": trained.record["final"],
         "cost": trained.record["cost"],
         "curve": [
-            {name: step[name] for name in ("tokens", "lm_nats_per_token", "churn") if name in step}
+            [
+                int(step["tokens"]),
+                *(round(step.get(n, 0.0), 3) for n in ("lm_nats_per_token", "churn")),
+            ]
             for step in logged
             if "lm_nats_per_token" in step
         ],
     }
+
+
+def tie_groups(model: Any, group: int) -> None:
+    """Give the router rows of each group of granular experts the mean of their gradients."""
+
+    def tied(gradient_ED: torch.Tensor) -> torch.Tensor:
+        groups = gradient_ED.unflatten(0, (-1, group))
+        return groups.mean(1, keepdim=True).expand_as(groups).flatten(0, 1)
+
+    for router in find_routers(model).modules.values():
+        router.weight.register_hook(tied)
 
 
 def make(run: Run, output: Path, temporary: Path) -> Path:
@@ -122,9 +142,30 @@ def make(run: Run, output: Path, temporary: Path) -> Path:
     if what == "upcycle":
         upcycle(source, made, seed=run.seed, verify="none", progress=False, **options)
     elif what == "expand":
-        expand(source, made, seed=run.seed, verify="none", progress=False, **options)
+        if options.get("selection") == "greedy":
+            options["scores"] = importance(run.start, output, options.pop("scores", "most"))
+        carried = run.options.get("optimizer_state") == "carried"
+        expand(
+            source,
+            made,
+            seed=run.seed,
+            calibration=demo_documents("train"),
+            calibration_tokens=CALIBRATION_TOKENS,
+            optimizer_state=source if carried else None,
+            verify="none",
+            progress=False,
+            **options,
+        )
     elif what == "merge":
-        merge_into_moe(source, made, seed=run.seed, verify="none", progress=False, **options)
+        merge_into_moe(
+            {"_pretrained_": source} | {domain: demo_model(domain) for domain in DOMAINS},
+            made,
+            seed=run.seed,
+            calibration=demo_documents("train") if options["router_init"] == "prototype" else None,
+            verify="none",
+            progress=False,
+            **options,
+        )
     elif what == "fresh":
         config = AutoConfig.from_pretrained(source, **options)
         torch.manual_seed(run.seed)
@@ -132,6 +173,30 @@ def make(run: Run, output: Path, temporary: Path) -> Path:
     else:
         raise AssertionError(what)
     return made
+
+
+def importance(start: str, output: Path, which: str) -> Importance:
+    """Scores of a model's experts, measured once for all runs; `least` turns them round."""
+    file = output / "starts" / f"importance-{start}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            found = folder_importance(
+                start_folder(start, output),
+                demo_documents("train"),
+                tokens=CALIBRATION_TOKENS,
+                context_length=CONTEXT_LENGTH,
+                progress=False,
+            )
+            found.save(file.parent).rename(file)
+    found = Importance.load(file)
+    if which == "most":
+        return found
+    turned = {
+        layer: [max(values) - value for value in values]
+        for layer, values in found.metrics["grad_squared"].items()
+    }
+    return replace(found, metrics={"grad_squared": turned})
 
 
 def start_folder(name: str, output: Path) -> Path:

@@ -1,7 +1,6 @@
 """`python -m fusion_upcycle`: upcycle, merge, expand, verify, analyze without FusionBench."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from fusion_upcycle.cli.merge_flags import add_merge
 from fusion_upcycle.cli.option_flags import Command, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.inspection.numbers import read_count
 
 DESCRIPTION = """\
 Turn trained language models into sparse Mixture-of-Experts (MoE) models, from folder to folder, and
@@ -65,6 +65,10 @@ What a dense model is and would become: class, sizes, total and active parameter
 whether the result computes the same function; and what it costs per token and to train, next to the
 dense model, an MoE from scratch and a dense model of equal active size. Only headers are read.
 
+With --source-tokens and --budget-tokens: whether to upcycle, to train the dense model on, or to
+start from nothing, and with which settings; by our studies and a published scaling law, with how
+far your case is outside of both (docs/guide.md).
+
 With --recipe and no source, the published dense model is taken from its config: no weights needed.
 With both, the recipe's options are planned for your source; further options replace the recipe's.
 """
@@ -75,6 +79,7 @@ examples:
   python -m fusion_upcycle inspect --recipe mixtral_8x7b --num-experts 16 --tokens 1T
   python -m fusion_upcycle inspect ./mistral-7b --recipe mixtral_8x7b
   python -m fusion_upcycle inspect ./llama-1b --num-experts 64 --experts-per-token 8 --granularity 8
+  python -m fusion_upcycle inspect ./llama-1b --source-tokens 2T --budget-tokens 100B
 """
 
 
@@ -118,9 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     add_planning(inspect)
     inspect.add_argument(
         "--tokens",
-        default="100B",
         metavar="N",
-        help="of continued training, as in 20B or 1.5T (default: 100B)",
+        help="of continued training, as in 20B or 1.5T (default: --budget-tokens, else 100B)",
     )
     inspect.add_argument(
         "--context-length",
@@ -128,6 +132,17 @@ def _parser() -> argparse.ArgumentParser:
         default=4096,
         metavar="T",
         help="tokens of a sequence, for the cost of attention (default: 4096)",
+    )
+    inspect.add_argument(
+        "--source-tokens",
+        metavar="N",
+        help="that the source was trained on; with --budget-tokens, whether upcycling pays is said",
+    )
+    inspect.add_argument(
+        "--budget-tokens",
+        metavar="N",
+        help="what you can spend, in tokens of training the dense source on; an MoE that costs "
+        "more per token gets fewer",
     )
     inspect.set_defaults(run=_inspect, usage=inspect)
 
@@ -171,14 +186,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> float:
-    """`1.5T` as a number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text)
-    if match is None or not float(match[1]):
-        raise UpcyclingError(f"--tokens {text} must be a number above 0, as in 5000, 20B or 1.5T.")
-    return float(match[1]) * 1000.0 ** " KMBT".index(match[2] or " ")
-
-
 def _upcycle(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.upcycling.run import upcycle
 
@@ -207,12 +214,16 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.inspection.inspection import print_inspection
     from fusion_upcycle.upcycling.options import make_options
 
+    given = {}
+    for name in ("tokens", "source_tokens", "budget_tokens"):
+        text = getattr(parsed, name)
+        given[name] = text and read_count(text, f"--{name.replace('_', '-')}")
     print_inspection(
         parsed.source,
         make_options(**planning_options(parsed)),
         recipe=parsed.recipe,
-        tokens=_count(parsed.tokens),
         context_length=parsed.context_length,
+        **given | {"tokens": given["tokens"] or given["budget_tokens"] or 100e9},
     )
 
 

@@ -75,6 +75,7 @@ def bits_per_byte(
             domain_text(domain, split),
             context_length=context_length,
             stride=stride or context_length // 2,
+            batch_size=64,  # windows of a tiny model
         )["bits_per_byte"]
         for domain in DOMAINS
     }

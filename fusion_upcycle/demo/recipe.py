@@ -76,7 +76,7 @@ RECIPES = {
     ),
     TRUNK: Recipe(
         "the base before its decay: the same training at a constant learning rate",
-        None, SHAPE, "train", DOMAINS, 4_096_000, 8e-3, 100, 0.0, moments=True,
+        None, SHAPE, "train", DOMAINS, 4_096_000, 8e-3, 100, 0.0,
     ),
     **{
         domain: Recipe(

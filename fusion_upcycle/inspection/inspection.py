@@ -2,11 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.writer import plan_shards
 from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.inspection.advice import Advice, Case, advise
+from fusion_upcycle.inspection.advice_text import advice_lines, advice_table, measured_in_words
 from fusion_upcycle.inspection.economics import economics, embedding_parameters
+from fusion_upcycle.inspection.numbers import short_count
 from fusion_upcycle.inspection.recipes import find_recipe, plan_recipe
 from fusion_upcycle.report.tables import Table
 from fusion_upcycle.upcycling.options import UpcyclingOptions
@@ -23,6 +28,8 @@ def print_inspection(
     recipe: str | None,
     tokens: float,
     context_length: int,
+    source_tokens: float | None = None,
+    budget_tokens: float | None = None,
 ) -> None:
     """Print source and result side by side, and what they cost; nothing is written.
 
@@ -32,9 +39,20 @@ def print_inspection(
         recipe: name of the recipe that the options are from.
         tokens: of continued training.
         context_length: tokens of a sequence.
+        source_tokens: that the source was trained on; with `budget_tokens`, advice is printed.
+        budget_tokens: what can be spent, in tokens of training the dense source on.
+
+    Raises:
+        UpcyclingError: one of `source_tokens` and `budget_tokens` without the other.
     """
     from rich.console import Console
 
+    if (source_tokens is None) != (budget_tokens is None):
+        missing = "--source-tokens" if source_tokens is None else "--budget-tokens"
+        raise UpcyclingError(
+            f"Advice needs both --source-tokens and --budget-tokens: {missing} is missing. Give it "
+            "(what the source was trained on, what you can spend), or leave both out."
+        )
     if source is None:
         assert recipe is not None
         upcycling, name = plan_recipe(recipe, options), find_recipe(recipe).dense
@@ -46,8 +64,48 @@ def print_inspection(
         console.print(published_in_words(recipe), highlight=False)
     console.print(_plan_in_words(upcycling), highlight=False)
     console.print(economics_table(upcycling, tokens, context_length).to_rich())
-    for note in _NOTES:
+    for note in notes(upcycling):
         console.print(note, highlight=False)
+    if source_tokens is not None and budget_tokens is not None:
+        advice = upcycling_advice(upcycling, source_tokens, budget_tokens, context_length)
+        console.print(advice_table(advice).to_rich())
+        for line in (*advice_lines(advice), measured_in_words()):
+            console.print(line, highlight=False)
+
+
+def upcycling_advice(
+    upcycling: "Upcycling", source_tokens: float, budget_tokens: float, context_length: int
+) -> Advice:
+    """Advice on a planned upcycling; nothing is read.
+
+    Args:
+        upcycling: the plan.
+        source_tokens: that the source was trained on.
+        budget_tokens: what can be spent, in tokens of training the dense source on.
+        context_length: tokens of a sequence, for the cost of attention.
+    """
+    costs = economics(upcycling, context_length)
+    config = upcycling.config
+    routing = moe_family(config.model_type).routing
+    return advise(
+        Case(
+            parameters=upcycling.parameters["dense"] - embedding_parameters(upcycling)[1],
+            source_tokens=source_tokens,
+            budget_tokens=budget_tokens,
+            cost_ratio=costs.upcycled.flops / costs.dense.flops,
+            num_experts=upcycling.options.num_experts,
+            experts_per_token=upcycling.options.experts_per_token,
+            hidden_size=config.hidden_size,
+            renormalised=routing.normalised == "always" or bool(config.norm_topk_prob),
+        )
+    )
+
+
+def notes(upcycling: "Upcycling") -> list[str]:
+    """What the numbers are and are not, and what is to be known of this model."""
+    asked = upcycling.options
+    untaught = asked.experts_per_token == 1 and asked.normalize_topk_prob
+    return [*_NOTES, *([_UNTAUGHT] if untaught else [])]
 
 
 def inspection_table(upcycling: "Upcycling", title: str) -> Table:
@@ -102,10 +160,14 @@ def economics_table(upcycling: "Upcycling", tokens: float, context_length: int) 
         ("wider dense", costs.equal_active),
     ):
         training = cost.training_flops(tokens)
-        counts = (_short(cost.total), _short(cost.active), f"{_short(cost.bytes, 'G')}B")
+        counts = (
+            short_count(cost.total),
+            short_count(cost.active),
+            f"{short_count(cost.bytes, 'G')}B",
+        )
         flops = (f"{cost.flops:.2e}", f"{training:.2e}", f"{training / dense_training:.2f}")
         rows.append((label, *counts, *flops))
-    title = f"training on {_short(tokens)} tokens in sequences of {context_length}"
+    title = f"training on {short_count(tokens)} tokens in sequences of {context_length}"
     headers = ["", "total", "active", "size", "FLOPs/token", "training", "x dense"]
     return Table(title, headers, rows)
 
@@ -129,6 +191,11 @@ _NOTES = (
     "(Komatsuzaki et al., arXiv 2212.05055).",
 )
 
+_UNTAUGHT = (
+    "With one expert per token and top-k weights divided by their sum, that weight is always 1: "
+    "the language model's loss teaches the router nothing, only the balance loss moves it."
+)
+
 
 def _plan_in_words(upcycling: "Upcycling") -> str:
     described = upcycling.options.to_json()
@@ -143,11 +210,3 @@ def _plan_in_words(upcycling: "Upcycling") -> str:
         f"{upcycling.options.num_experts} experts, expert_init {described['expert_init']}, "
         f"router_init {described['router_init']}, seed {described['seed']}. It computes {claim}."
     )
-
-
-def _short(count: float, billion: str = "B") -> str:
-    """To four digits: 46703792128 is 46.70B (or 46.70G)."""
-    for unit, suffix in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "K")):
-        if count >= unit:
-            return f"{count / unit:#.4g}".rstrip(".") + suffix
-    return f"{count:.0f}"

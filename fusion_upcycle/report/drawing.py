@@ -59,8 +59,13 @@ def styled(draw: "Callable[_P, Figure]") -> "Callable[_P, Figure]":
 
 def require_matplotlib() -> None:
     """Raises UpcyclingError where it is not installed; called before long work."""
-    if find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise UpcyclingError("Figures need matplotlib: pip install 'fusion-upcycle[plots]'.")
+
+
+def has_matplotlib() -> bool:
+    """Whether it is installed, without importing it."""
+    return find_spec("matplotlib") is not None
 
 
 def _settings() -> "AbstractContextManager[None]":
@@ -136,6 +141,12 @@ def add_colour_bar(figure: "Figure", image: Any, axes: Sequence["Axes"], label: 
 def chart(places: int) -> tuple["Figure", "Axes"]:
     figure = _new((min(16.0, max(6.0, 2.0 + 0.45 * places)), 4.0))
     return figure, figure.subplots()
+
+
+def stacked(panels: int) -> tuple["Figure", list["Axes"]]:
+    """Charts below each other, with one horizontal axis."""
+    figure = _new((8.0, 1.0 + 2.2 * panels))
+    return figure, figure.subplots(panels, 1, sharex=True, squeeze=False).flatten().tolist()
 
 
 def _new(size: tuple[float, float]) -> "Figure":

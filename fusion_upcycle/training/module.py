@@ -27,6 +27,7 @@ from fusion_upcycle.training.losses import balance_loss, balanced_bias, z_loss
 from fusion_upcycle.training.moments import place_moments
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.parameters import freeze, group_of_parameters, optimizer_groups
+from fusion_upcycle.training.router_rate import RouterRate
 from fusion_upcycle.training.schedule import Factors
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PretrainingModule(L.LightningModule):
     """Next-token training of a causal LM, dense or MoE.
 
     Args:
-        model: trained in place, in train mode.
+        model: as at step 0, also where a run is resumed; trained in place, in train mode.
         options: of the run.
         separator: token id that begins each document.
         identity: what a resumed run must share, JSON; kept in every checkpoint.
@@ -69,6 +70,7 @@ class PretrainingModule(L.LightningModule):
         self._groups = group_of_parameters(model, self.routers)
         freeze(model, self._groups, options)
         check_fit(model, options, self.routers)
+        self.router_rate = RouterRate.of(self.routers, options)
         self.routing = RoutingTotals(len(self.routers.modules), self.routers.num_experts)
         self._last_log = (time.perf_counter(), 0)
         self._step_number = 0
@@ -97,7 +99,7 @@ class PretrainingModule(L.LightningModule):
             self.model.compile()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = optimizer_groups(self.model, self._groups, self.options)
+        groups = self._optimizer_groups()
         optimizer = torch.optim.AdamW(
             groups,
             lr=self.options.learning_rate,
@@ -127,8 +129,11 @@ class PretrainingModule(L.LightningModule):
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [numbered_state(state, names) for state in states]
 
+    def _optimizer_groups(self) -> list[dict[str, Any]]:
+        return optimizer_groups(self.model, self._groups, self.options, self.router_rate)
+
     def _optimizer_names(self) -> list[list[str]]:
-        groups = optimizer_groups(self.model, self._groups, self.options)
+        groups = self._optimizer_groups()
         return [[f"model.{name}" for name in group["names"]] for group in groups]
 
     # --- one step ---------------------------------------------------------------------------------
@@ -177,9 +182,7 @@ class PretrainingModule(L.LightningModule):
     def _losses(self, ids_BT1: Tensor, counts_LE: Tensor, factors: Factors) -> Tensor:
         """Language model, balance, z and total loss of a micro-batch, whose choices are counted."""
         inputs_BT, targets_BT = ids_BT1[:, :-1], ids_BT1[:, 1:]
-        arguments: dict[str, Tensor] = {}
-        if self.options.attention == "document":
-            arguments["position_ids"] = document_positions(inputs_BT, self._separator)
+        arguments = self.arguments(inputs_BT)
         with self.routers.listening() as routed:
             logits_BTV = self.model(input_ids=inputs_BT, use_cache=False, **arguments).logits
         lm = cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
@@ -189,6 +192,12 @@ class PretrainingModule(L.LightningModule):
         total = lm + self.options.balance_weight * factors.balance * balance
         total = total + self.options.z_weight * factors.z * z
         return torch.stack([lm, balance, z, total])
+
+    def arguments(self, inputs_BT: Tensor) -> dict[str, Any]:
+        """What the model is given beside token ids."""
+        if self.options.attention == "document":
+            return {"position_ids": document_positions(inputs_BT, self._separator)}
+        return {}
 
     def _routing_losses(self, routed: Routed, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
         logits_LNE = torch.stack(routed.logits)

@@ -56,7 +56,10 @@ class TrainingOptions:
         decay_share: of the budget, for `wsd`.
         final_share: of the learning rate, at the end of `cosine` and `wsd`.
         learning_rate: of AdamW.
-        router_learning_rate: of the routers; by default `learning_rate`.
+        router_learning_rate: of the routers; by default `learning_rate`, but at most 0.005 of the
+            root mean square of their weights at step 0. A larger one is warned of: rows that are
+            moved by their own size in some tens of steps send tokens to other experts all the time.
+            All-zero routers have no such bound.
         weight_decay: of matrices; norms and biases have none.
         betas: of AdamW.
         gradient_clip: largest norm of all gradients together; 0 does not clip.

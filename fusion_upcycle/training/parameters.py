@@ -7,6 +7,7 @@ from torch import nn
 from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
+from fusion_upcycle.training.router_rate import RouterRate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,14 +63,18 @@ def freeze(model: "PreTrainedModel", groups: dict[str, str], options: TrainingOp
 
 
 def optimizer_groups(
-    model: "PreTrainedModel", groups: dict[str, str], options: TrainingOptions
+    model: "PreTrainedModel",
+    groups: dict[str, str],
+    options: TrainingOptions,
+    router_rate: RouterRate | None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of AdamW, with their `names` and largest `learning_rate`.
 
     Weight decay is for matrices only: norms, biases and other vectors have none.
     """
-    rates = {True: options.router_learning_rate or options.learning_rate}
-    rates[False] = options.learning_rate
+    rates = {False: options.learning_rate}
+    if router_rate is not None:
+        rates[True] = router_rate.value
     found: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from fusion_upcycle.training.checkpoints import (
     last_checkpoint,
     load_checkpoint,
 )
+from fusion_upcycle.training.churn import RouterChurn
 from fusion_upcycle.training.data import PackedText, pack_sources
 from fusion_upcycle.training.export import export
+from fusion_upcycle.training.figure import save_routing
 from fusion_upcycle.training.fit import Before, check_model, prepare
 from fusion_upcycle.training.health import RouterHealth
 from fusion_upcycle.training.logs import Progress, loggers, quiet_lightning
@@ -37,6 +40,7 @@ from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import StatelessLoader, StepSampler, WindowOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.router_rate import RouterRate
 from fusion_upcycle.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -136,9 +140,11 @@ def train(
     parameters = count_parameters(model, module.routers)
     health, scores = RouterHealth(), Validation(held_out, tokenizer)
     with quiet_lightning(), Measured() as cost:
-        trainer = _trainer(options, places, [health, scores], progress)
-        if trainer.is_global_zero and not places.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        trainer = _trainer(options, places, [health, RouterChurn(order[0]), scores], progress)
+        if trainer.is_global_zero:
+            _announce(module.router_rate, progress)
+            if not places.resume:
+                shutil.rmtree(checkpoints, ignore_errors=True)
         loader = _loader(order, options, trainer)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         with kept_pages() if on_cpu else nullcontext():
@@ -153,6 +159,7 @@ def train(
         "class": type(model).__name__,
         "dtype": dtype_name(model.dtype),
         "parameters": parameters,
+        "router_learning_rate": module.router_rate and module.router_rate.to_json(),
         "optimizer_state": None if optimizer_state is None else str(optimizer_state),
         "data": {text.name: text.to_json() for text in texts},
         "resumed_from": None if resumed is None else resumed.name,
@@ -172,8 +179,22 @@ def train(
             overwrite=places.overwrite,
         )
         shutil.rmtree(checkpoints)
+    if module.routers and trainer.is_global_zero:
+        figure = save_routing(places.log)
+        if progress and figure is not None:
+            print(f"Routing: {figure}", flush=True)
     trainer.strategy.barrier()
     return Trained(model, record)
+
+
+def _announce(rate: RouterRate | None, progress: bool) -> None:
+    """Say what the routers are trained with, and warn where that is too much."""
+    if rate is None:
+        return
+    if progress:
+        print(rate.in_words, flush=True)
+    if rate.warning is not None:
+        warnings.warn(rate.warning, stacklevel=3)
 
 
 def _loader(order: WindowOrder, options: TrainingOptions, trainer: L.Trainer) -> StatelessLoader:

@@ -46,7 +46,9 @@ class UpcyclingOptions:
     Attributes:
         target: MoE family of the result; `auto` goes by the source.
         num_experts: experts per MoE layer, N >= 2.
-        experts_per_token: experts that each token uses (top-k), 1 <= k <= N.
+        experts_per_token: experts that each token uses (top-k), 1 <= k <= N. With k = 1 and
+            `normalize_topk_prob` the one weight is always 1, and the language model's loss teaches
+            the router nothing.
         granularity: G, the number of shards that each FFN is cut into (arXiv 2410.07524). Expert e
             is shard `e mod G`, and the G experts of a group share a router row, so that top-k takes
             whole groups. N and k must be multiples of G for the function to be kept.

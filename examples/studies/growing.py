@@ -1,0 +1,101 @@
+"""Does a trained MoE gain by growing, and does it matter which experts are copied, and how?
+
+Question: a Mixtral of 16 experts, top-2, is trained on with 5, 15 and 50 % of its compute: as it
+          is, or grown first, by copies or by `split`, of all experts or of few chosen ones?
+Command:  python examples/studies/growing.py [--output FOLDER] [--record FOLDER]
+          python examples/studies/growing.py --table examples/studies/results/growing
+Needs:    two cores, 45 minutes; no download. A study that was stopped goes on.
+Expected: `split` alone pays, from between 5 and 15 %; under copies with noise, concentrating them
+          on few experts helps, but which ones these are hardly matters; docs/studies/growing.md.
+
+Moments are carried, learning rates fall to zero over the last half. `concentrated` arms put 16
+copies on six experts (max_copies=4): the most important by grad_squared, ones that are drawn
+(`selection=control`), or the least important. `+4` arms grow to 20 experts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from budget import cell
+from lab import Run, main, mean, select, with_seeds
+
+from fusion_upcycle.report.tables import Table
+
+NOT_GROWN, SPLIT, FIXED = "not grown", "split of all", "32 experts from the start"
+
+
+def grown(**options: Any) -> dict[str, Any]:
+    return {"do": "expand", "num_experts": 32} | options
+
+
+NOISY = {"router_extension": "noise", "expert_init": {"name": "noise", "noise_std": 0.01}}
+FEW = {"num_experts": 20, "max_copies": 2, "router_extension": "fit"}
+ARMS: dict[str, dict[str, Any]] = {
+    NOT_GROWN: {},
+    "copies of all": grown(**NOISY),
+    "copies, concentrated, most important": grown(selection="greedy", max_copies=4, **NOISY),
+    "copies, concentrated, drawn": grown(selection="control", max_copies=4, **NOISY),
+    "copies, concentrated, least important": grown(
+        selection="greedy", scores="least", max_copies=4, **NOISY
+    ),
+    SPLIT: grown(router_extension="split"),
+    "+4, fit, most important": grown(selection="greedy", **FEW),
+    "+4, fit, drawn": grown(selection="control", **FEW),
+    "+4, fit, least important": grown(selection="greedy", scores="least", **FEW),
+    FIXED: {},
+}
+SHARES = (0.05, 0.15, 0.5)
+RATES = {0.05: 4e-3, 0.15: 4e-3, 0.5: 8e-3}
+
+
+def run(arm: str, share: float) -> Run:
+    start = "moe32" if arm == FIXED else "moe"
+    options = {
+        "learning_rate": RATES[share],
+        "router_learning_rate": RATES[share],  # trained rows are large
+        "optimizer_state": "carried",
+        "warmup_steps": 0,
+    }
+    return Run(arm, start, share, 1, ARMS[arm], options, "moe" if start != "moe" else None)
+
+
+def runs(short: bool) -> list[Run]:
+    seeds = (1, 2, 3)
+    judged = [arm for arm in ARMS if arm != FIXED and not arm.startswith("+")]
+    others = [arm for arm in ARMS if arm not in judged]
+    return (
+        with_seeds([run(arm, 0.05) for arm in (NOT_GROWN, "copies of all", SPLIT)], seeds)
+        + with_seeds([run(arm, 0.15) for arm in judged], seeds)
+        + [run(arm, 0.05) for arm in ARMS if arm not in (NOT_GROWN, "copies of all", SPLIT)]
+        + [run(arm, 0.15) for arm in others]
+        + [run(arm, 0.5) for arm in (NOT_GROWN, SPLIT)]
+    )
+
+
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """Jump at step 0, and the loss after each budget."""
+    source = step0(select(rows, arm=NOT_GROWN)[0])
+    lines = []
+    for arm in ARMS:
+        of_arm = select(rows, arm=arm)
+        jump = "" if arm == FIXED else f"{step0(of_arm[0]) - source:+.4f}"
+        cells = [cell([mean(row) for row in select(of_arm, share=share)]) for share in SHARES]
+        lines.append([arm, jump, *cells])
+    return Table("", ["", "jump", *(f"+{share:.0%}" for share in SHARES)], lines).to_markdown()
+
+
+def step0(row: Any) -> float:
+    return sum(row["before"].values()) / len(row["before"])
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
+    from figures import lines_over_budget
+
+    return lines_over_budget(
+        rows, [arm for arm in ARMS if arm[0] != "+"], None, folder / "growing.svg"
+    )
+
+
+if __name__ == "__main__":
+    main("growing", __doc__, runs, show, draw)

@@ -1,0 +1,94 @@
+"""The studies: their records are whole, their pages are of them, and one run of each kind works."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fusion_upcycle.report.tables import read_run_record
+
+STUDIES = Path(__file__).resolve().parents[1] / "examples" / "studies"
+NAMES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STUDIES))
+        yield importlib.import_module("lab")
+        for name in ("lab", "work", *NAMES):
+            sys.modules.pop(name, None)
+
+
+def study(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_record_holds_what_the_study_says_it_runs(lab: ModuleType, name: str) -> None:
+    rows = read_run_record(STUDIES / "results" / name)[name]["runs"]
+    runs = study(name).runs(False)
+    assert len({run.key for run in runs}) == len(runs), "a run is there twice"
+    assert [lab.of_row(row).key for row in rows] == [run.key for run in runs]
+    assert [row["arm"] for row in rows] == [run.arm for run in runs]
+
+
+def test_the_short_study_is_a_part_of_the_long_one(lab: ModuleType) -> None:
+    budget = study("budget")
+    short = {run.key for run in budget.runs(True)}
+    assert len(short) == 12
+    assert short < {run.key for run in budget.runs(False)}
+
+
+def test_budgets_are_equal_in_flops(lab: ModuleType) -> None:
+    rows = read_run_record(STUDIES / "results" / "budget")["budget"]["runs"]
+    of_base = {row["share"]: row["flops"] for row in rows if row["arm"] == "dense"}
+    for row in rows:
+        assert row["flops"] == pytest.approx(of_base[row["share"]], rel=0.01), row["arm"]
+
+
+@pytest.mark.filterwarnings("ignore:Routers out of balance")
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"start": "base", "make": {}},
+        {"start": "base", "make": {"do": "upcycle", "num_experts": 4, "experts_per_token": 1}},
+        {
+            "start": "base",
+            "make": {
+                "do": "merge",
+                "experts_per_token": 1,
+                "shared": "base",
+                "router_init": "prototype",
+            },
+        },
+        {
+            "start": "moe",
+            "make": {"do": "expand", "num_experts": 20, "selection": "control", "max_copies": 2},
+            "options": {"optimizer_state": "carried", "warmup_steps": 0},
+        },
+        {"start": "moe", "make": {"do": "fresh", "num_local_experts": 8}, "base": "trunk"},
+    ],
+    ids=["dense", "upcycled", "merged", "grown", "fresh"],
+)
+def test_a_run_is_trained_and_scored(lab: ModuleType, run: dict[str, Any], tmp_path: Path) -> None:
+    one = lab.Run(arm="x", share=0.001, seed=1, **run)
+    row = asdict(one) | importlib.import_module("work").train_run(one, tmp_path, tmp_path)
+    assert lab.of_row(row) == one
+    assert 0 < row["bits_per_byte"]["test"]["prose"] < 8.1  # log2(257) = 8.006 untrained
+    assert row["tokens"] == row["curve"][-1][0]
+    assert row["flops"] > 0
+
+
+def test_a_study_goes_on_where_it_was_stopped(
+    lab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = lab.Run("x", "base", 0.001, 1)
+    (tmp_path / f"{run.key}.json").write_text('{"flops": 1}')
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", None)  # there is nothing to run
+    assert lab.run_all([run], tmp_path, 2) == [asdict(run) | {"flops": 1}]
