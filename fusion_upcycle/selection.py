@@ -30,11 +30,12 @@ def select(
     """Choose the source expert of each of `num_experts` = M experts, layer by layer.
 
     Args:
-        scores: MoE layer -> importance of each of its E experts, >= 0, in any unit. `uniform` and
-            `random` look at their number only.
+        scores: MoE layer -> importance of each of its E experts, >= 0, in any unit. Only `greedy`
+            looks at more than their number.
         selection: `uniform`: M // E places each, the rest round robin, and no cap. `greedy`: the
             best expert gets as many places as `max_copies` lets it, then the second best, ...
-            `random`: drawn with equal probability, the baseline.
+            `control`: as many places as `greedy` gives, to experts in a random order. `random`:
+            each copy is drawn with equal probability.
         max_copies: most places of one expert, its original among them.
         seed: of the draws.
 
@@ -100,10 +101,11 @@ def _uniform(scores: Tensor, count: int, room: int, generator: Generator) -> lis
 
 
 def _greedy(scores: Tensor, count: int, room: int, generator: Generator) -> list[int]:
-    copies = [0] * len(scores)
-    for expert in _best_first(scores):
-        copies[expert] = min(room, count - sum(copies))
-    return copies
+    return _filled(_best_first(scores), count, room)
+
+
+def _control(scores: Tensor, count: int, room: int, generator: Generator) -> list[int]:
+    return _filled(torch.randperm(len(scores), generator=generator).tolist(), count, room)
 
 
 def _random(scores: Tensor, count: int, room: int, generator: Generator) -> list[int]:
@@ -111,6 +113,14 @@ def _random(scores: Tensor, count: int, room: int, generator: Generator) -> list
     for _ in range(count):
         has_room = torch.tensor([c < room for c in copies]).double()
         copies[int(torch.multinomial(has_room, 1, generator=generator))] += 1
+    return copies
+
+
+def _filled(order: Sequence[int], count: int, room: int) -> list[int]:
+    """Copies [E]: as many as there is room for, expert after expert."""
+    copies = [0] * len(order)
+    for expert in order:
+        copies[expert] = min(room, count - sum(copies))
     return copies
 
 
@@ -123,8 +133,15 @@ def _best_first(scores: Tensor) -> list[int]:
 SELECTIONS: dict[str, _Chooser] = {
     "uniform": _uniform,
     "greedy": _greedy,
+    "control": _control,
     "random": _random,
 }
 
 #: Selections that look at the scores.
 NEEDS_SCORES = frozenset({"greedy"})
+
+#: What is said where one of these was used.
+CONTROL_ADVICE = (
+    "selection=control copies as many experts as often, but random ones: the gain of "
+    "selection=greedy over it is what importance brings; the rest is mere concentration."
+)

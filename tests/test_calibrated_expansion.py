@@ -37,6 +37,12 @@ def data(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fit within `split`, which has no option for them."""
+    monkeypatch.setattr("fusion_upcycle.expansion.router.neutral._STEPS", 20)
+
+
 def byte_moe(folder: Path, family: str = "mixtral", **kwargs: Any) -> Path:
     """A tiny MoE that reads bytes."""
     moe_folder(folder, family, **{"vocab_size": 257} | kwargs)
@@ -74,6 +80,8 @@ KINDS = ("mixtral", "deepseek_v3", "ernie4_5_moe")
         ),
         ("mixtral", {"multiplier": 2, "router_extension": "split"}),
         ("granitemoe", {"multiplier": 3, "router_extension": "split"}),
+        ("glm4_moe", {"multiplier": 3, "router_extension": "split"}),
+        ("ernie4_5_moe", {"multiplier": 2, "router_extension": "split"}),
         ("olmoe", {"num_experts": 6, "router_extension": FIT, "selection": "greedy"}),
     ],
     ids=str,
@@ -128,6 +136,26 @@ def test_routers_made_of_text_are_proven_again_too(
             verify(output, progress=False)
     save_file(tensors, output / "model.safetensors")
     verify(output, progress=False)
+
+
+def test_a_split_sigmoid_router_is_proven_with_its_biases(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    source, output = byte_moe(tmp_path / "moe", "glm4_moe"), tmp_path / "out"
+    made = grow(source, output, router_extension="split", verify="auto", **data)
+    assert all(0 < layer["score_scale"] < 1 for layer in made.record["router"]["layers"].values())
+    tensors = tensors_of(output)
+    biases = [name for name in tensors if name.endswith("correction_bias")]
+    assert len(biases) == 1 and not any(tensors[name].any() for name in biases)
+    assert verify(output, progress=False).function == made.proof.function
+    perturbed = [name for name in tensors if ".experts." in name or ".gate." in name]
+    assert len(perturbed) == 8 * 3 + 2  # every expert of the MoE layer, router and bias
+    for name in perturbed:
+        changed = tensors[name].clone()
+        changed.view(-1)[-1] += 0.01
+        save_file(tensors | {name: changed}, output / "model.safetensors")
+        with pytest.raises(ProofError):
+            verify(output, progress=False)
 
 
 def test_a_copy_that_is_hardly_in_use_is_warned_of(
@@ -280,13 +308,14 @@ def test_split_of_a_plan_of_unequal_copies_names_the_remedy(
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_split_of_a_sigmoid_router_names_the_remedy(data: dict[str, Any], tmp_path: Path) -> None:
-    for family, what in {"glm4_moe": "sigmoid scores", "ernie4_5_moe": "softmax scores"}.items():
-        source = byte_moe(tmp_path / family / "moe", family)
-        match = f"{what} and a selection bias.*Choose router_extension=fit"
-        refuses(source, match, router_extension="split", **data)
-        scores = {"selection": "greedy", "max_copies": 2, "router_extension": "split"}
-        refuses(source, match, **scores, **data)
+def test_split_of_plain_sigmoid_scores_names_the_remedy(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    source = byte_moe(tmp_path / "moe", "glm4_moe", norm_topk_prob=False)
+    match = r"sigmoid scores that are not divided.*Choose router_extension=fit"
+    refuses(source, match, router_extension="split", **data)
+    scores = {"selection": "greedy", "max_copies": 2, "router_extension": "split"}
+    refuses(source, match, **scores, **data)
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -88,7 +88,20 @@ def test_scores_that_were_measured_are_announced(
 ) -> None:
     output = tmp_path / "out"
     main(["expand", str(source), str(output), "--selection=greedy", *size_flags(texts)])
-    assert f"Importance: {output / 'importance'}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Importance: {output / 'importance'}" in shown
+    assert "is what importance brings" in shown
+
+
+def test_the_control_needs_no_scores(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    main(["expand", str(source), str(output), "--selection=control", "--num-experts=6", "--quiet"])
+    assert "is what importance brings" not in capsys.readouterr().out
+    record = json.loads((output / "upcycling.json").read_text())
+    counts = {tuple(sorted(map(plan.count, range(4)))) for plan in record["plan"].values()}
+    assert counts == {(1, 1, 1, 3)}
 
 
 def test_demo_text_is_at_hand(source: Path, tmp_path: Path) -> None:

@@ -69,6 +69,26 @@ def test_greedy_fills_the_best_expert_first() -> None:
     assert plan.source_experts == {0: (0, 1, 2, 3, 1, 2, 1)}  # two more of 1, one more of 2
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 4), st.data())
+def test_the_control_has_the_copy_counts_of_greedy(
+    experts: int, max_copies: int, data: st.DataObject
+) -> None:
+    total = data.draw(st.integers(experts, experts * max_copies))
+    greedy, control = (
+        select({0: [float(i) for i in range(experts)]}, total, selection=s, max_copies=max_copies)
+        for s in ("greedy", "control")
+    )
+    counts = [sorted(Counter(p.source_experts[0]).values()) for p in (greedy, control)]
+    assert counts[0] == counts[1]
+
+
+def test_the_control_copies_all_experts_alike() -> None:
+    plan = select({layer: [0.0, 9.0, 1.0] for layer in range(900)}, 5, selection="control")
+    found = Counter(experts[3] for experts in plan.source_experts.values())
+    assert all(abs(found[expert] / 900 - 1 / 3) < 0.06 for expert in range(3))
+
+
 def test_random_draws_all_experts_alike() -> None:
     plan = select({layer: [1.0, 3.0] for layer in range(600)}, 3, selection="random")
     share_of_the_second = sum(experts[2] for experts in plan.source_experts.values()) / 600

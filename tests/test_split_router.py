@@ -15,7 +15,8 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.router.fit import fit_rows
 from fusion_upcycle.expansion.router.groups import find_groups
 from fusion_upcycle.expansion.router.inputs import folder_router_inputs, live_router_inputs
-from fusion_upcycle.expansion.router.rows import copy_shares, rows_report
+from fusion_upcycle.expansion.router.neutral import lowered, neutral_rows, neutral_rule
+from fusion_upcycle.expansion.router.rows import copy_shares, rows_report, weight_error
 from fusion_upcycle.expansion.router.split import split_rows
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.texts.windows import Sequences
@@ -203,11 +204,48 @@ def test_copy_shares() -> None:
     assert copy_shares(chosen_NK[:10], (0, 1, 0)).isnan().all()  # too few tokens to say
 
 
-@pytest.mark.parametrize(
-    "rule", [RoutingRule(2, "sigmoid"), RoutingRule(2, selection_bias_E=torch.ones(4))]
-)
-def test_split_refuses_routers_that_feel_a_shift(rule: RoutingRule) -> None:
-    with pytest.raises(UpcyclingError, match="router_extension=fit"):
+#: Sigmoid scores, a selection bias, both.
+FEEL_SHIFTS = [
+    RoutingRule(2, "sigmoid"),
+    RoutingRule(2, "softmax", selection_bias_E=torch.tensor([0.05, 0.0, -0.05, 0.0])),
+    RoutingRule(2, "sigmoid", scale=2.5, selection_bias_E=torch.tensor([0.1, 0.0, -0.1, 0.0])),
+]
+
+
+@pytest.mark.parametrize("rule", FEEL_SHIFTS, ids=["sigmoid", "ernie", "deepseek"])
+def test_split_of_routers_that_feel_a_shift(
+    inputs_ND: Tensor, weight_ED: Tensor, rule: RoutingRule
+) -> None:
+    split = split_rows(weight_ED, inputs_ND, 2, rule, generator())
+    plan, bias_M = (*range(E), *range(E)), split.selection_bias_M
+    assert (bias_M is None) == (rule.selection_bias_E is None)
+    assert bias_M is None or torch.equal(bias_M, torch.zeros(2 * E))
+    new_rule = replace(rule, selection_bias_E=bias_M)
+    report = rows_report(weight_ED, split.rows_MD, inputs_ND, plan, rule, new_rule)
+    copied = rows_report(weight_ED, weight_ED.repeat(2, 1), inputs_ND, plan, rule)
+    assert report.weight_error < 0.15 * copied.weight_error
+    assert report.one_group_share is not None and report.one_group_share > 0.95
+    assert report.smallest_copy_share is not None and report.smallest_copy_share > 0.4
+    # Scores become small only where they are sigmoids, and no smaller than they have to be.
+    if rule.scores == "softmax":
+        assert split.score_scale is None
+    else:
+        assert split.score_scale is not None and 1e-4 < split.score_scale < 0.5
+
+
+def test_rows_that_are_lowered_route_as_softmax_does(inputs_ND: Tensor, weight_ED: Tensor) -> None:
+    rule = RoutingRule(2, "sigmoid", selection_bias_E=torch.tensor([0.1, 0.0, -0.1, 0.0]))
+    rows_ED = neutral_rows(weight_ED, inputs_ND, rule, generator()).rows_MD
+    low = lowered(rows_ED, inputs_ND, weight_ED, rule, range(E))
+    weights_NK, chosen_NK = neutral_rule(rule).route(inputs_ND @ rows_ED.T)
+    found = RoutingRule(2, "sigmoid").route(inputs_ND @ low.rows_MD.T)
+    assert weight_error((weights_NK, chosen_NK), found, range(E), E) < 0.01
+    assert weight_error(rule.route(inputs_ND @ weight_ED.T), found, range(E), E) < 0.05
+
+
+def test_split_refuses_weights_that_are_scores_as_they_are() -> None:
+    rule = RoutingRule(2, "sigmoid", normalised=False)
+    with pytest.raises(UpcyclingError, match=r"norm_topk_prob=false.*router_extension=fit"):
         split_rows(torch.ones(4, D), torch.ones(8, D), 2, rule, generator())
 
 

@@ -311,6 +311,28 @@ def test_selection_biases_move_by_the_load_and_stay_float32(tmp_path: Path) -> N
             assert 0 < thousandths.abs().max() < 3.5
 
 
+def biases_of(model: Any) -> list[Tensor]:
+    return [bias.clone() for bias in find_routers(model).selection_biases()]
+
+
+def test_selection_biases_are_held_still_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"bias_update_rate": 0.01, "bias_update_after": 0.5}
+    whole = run(moe_model("glm4_moe"), tmp_path / "whole", 6, **options).model
+    for bias in biases_of(whole):  # moved in steps 4, 5 and 6
+        assert 0.01 < bias.abs().max() < 0.035
+    for step in (3, 4):
+        folder, model = tmp_path / str(step), moe_model("glm4_moe")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dying_at(patch, step)
+            run(model, folder, 6, checkpoint_every=1, **options)
+        assert [bool(bias.any()) for bias in biases_of(model)] == [step == 4] * 2
+        resumed = run(moe_model("glm4_moe"), folder, 6, checkpoint_every=1, **options)
+        assert resumed.record["resumed_from"] == f"step-{step:09d}.ckpt"
+        assert_same_bits(resumed.model.state_dict(), whole.state_dict())
+
+
 def test_learning_rates_of_routers_and_decay_of_matrices_only() -> None:
     model = moe_model("qwen2_moe")
     options = make_training_options(tokens=9999, batch_size=1, router_learning_rate=0.5)
@@ -497,6 +519,8 @@ def test_the_progress_bar_shows_loss_and_speed(
         ({"betas": [0.9]}, "two numbers"),
         ({"betas": [0.9, 1.0]}, "below 1"),
         ({"warmup_share": 0.9, "schedule": "wsd"}, "more than the whole budget"),
+        ({"bias_update_after": 0.5}, "Set bias_update_rate"),
+        ({"bias_update_after": 1.5, "bias_update_rate": 0.001}, "bias_update_after=1.5"),
         ({"final_share": 1.5}, "at most 1"),
         ({"mixture": {"a": 0}}, r"mixture\.a=0"),
         ({"compile": "yes"}, "true or false"),

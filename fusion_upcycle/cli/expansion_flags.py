@@ -145,9 +145,11 @@ def _importance(parsed: argparse.Namespace) -> None:
 
 
 def _expand(parsed: argparse.Namespace) -> None:
+    from fusion_upcycle.expansion.options import make_expansion_options
     from fusion_upcycle.expansion.preparation import IMPORTANCE_FOLDER
     from fusion_upcycle.expansion.run import expand
 
+    options = make_expansion_options(**given_options(parsed))
     made = expand(
         parsed.source,
         parsed.output,
@@ -161,7 +163,7 @@ def _expand(parsed: argparse.Namespace) -> None:
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
         progress=not parsed.quiet,
-        **given_options(parsed),
+        **vars(options),
     )
     counts = made.record["parameters"]
     print(made.proof)
@@ -177,4 +179,6 @@ def _expand(parsed: argparse.Namespace) -> None:
             print(f"Least used copy, on the calibration text: {min(shares):.2f} of its fair share")
     if (scores := made.output / IMPORTANCE_FOLDER).is_dir():
         print(f"Importance: {scores}")
+    if (advice := options.advice) is not None:
+        print(advice)
     print(f"Output: {made.output}")

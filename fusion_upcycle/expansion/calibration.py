@@ -9,7 +9,7 @@ Shapes: N tokens, E experts, M experts after, D hidden size.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def check_calibrated(expansion: Expansion) -> None:
 
     Raises:
         UpcyclingError: `split` of a plan in which experts have different numbers of copies, or of
-            routers that feel a shift of all logits.
+            routers whose weights are sigmoid scores as they are.
     """
     calibrated, experts = expansion.options.calibrated, expansion.num_experts
     if calibrated is None or expansion.router_rows is not None or expansion.is_identity:
@@ -188,6 +188,7 @@ def calibrate_router(
         progress=progress,
     )
     rows: dict[int, Tensor] = {}
+    biases: dict[int, Tensor] = {}
     layers: dict[str, Any] = {}
     with progress_bar("Finding router rows", len(inputs), progress, unit="layer") as bar:
         for layer in expansion.layers:
@@ -200,15 +201,20 @@ def calibrate_router(
                     f"No router rows can be made for layer {layer}: what its router sees and says "
                     "of the calibration text is not finite, or all zero. The source is damaged."
                 )
-            made, found = _rows(expansion, layer, seen)
+            made, bias_M, found = _rows(expansion, layer, seen)
             # Reported is what is written.
             rows[layer] = made.to(expansion.specs[expansion.router_name(layer)].dtype)
+            plan, new_rule = expansion.plan.source_experts[layer], None
+            if bias_M is not None:
+                biases[layer] = bias_M
+                new_rule = replace(seen.rule, selection_bias_E=bias_M)
             report = rows_report(
                 seen.weight_ED,
                 rows[layer],
                 seen.inputs_ND,
-                expansion.plan.source_experts[layer],
+                plan,
                 seen.rule,
+                new_rule,
             )
             layers[str(layer)] = found | report.to_json()
             bar.update()
@@ -218,7 +224,7 @@ def calibrate_router(
         "calibration": text.sequences.to_json(),
         "layers": layers,
     }
-    return expansion.with_router(rows, details={"router": about})
+    return expansion.with_router(rows, biases or None, details={"router": about})
 
 
 def _warn(layers: Mapping[str, Any], few: float) -> None:
@@ -239,8 +245,10 @@ def _warn(layers: Mapping[str, Any], few: float) -> None:
         )
 
 
-def _rows(expansion: Expansion, layer: int, seen: RouterInputs) -> tuple[Tensor, dict[str, Any]]:
-    """Router [M, D] of a layer, and what is to be said of it."""
+def _rows(
+    expansion: Expansion, layer: int, seen: RouterInputs
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Router [M, D] of a layer, its new selection bias [M] if any, and what is to be said."""
     calibrated = expansion.options.calibrated
     assert calibrated is not None
     generator = generator_for(expansion.options.seed, layer, 0, "router_extension")
@@ -249,7 +257,10 @@ def _rows(expansion: Expansion, layer: int, seen: RouterInputs) -> tuple[Tensor,
         made = split_rows(
             seen.weight_ED, seen.inputs_ND, copies, seen.rule, generator, **calibrated.options
         )
-        return made.rows_MD, {"margin": made.margin, "residual": made.residual}
+        said = {"margin": made.margin, "residual": made.residual}
+        if made.score_scale is not None:
+            said["score_scale"] = made.score_scale
+        return made.rows_MD, made.selection_bias_M, said
     fitted = fit_rows(
         seen.weight_ED,
         seen.inputs_ND,
@@ -258,4 +269,4 @@ def _rows(expansion: Expansion, layer: int, seen: RouterInputs) -> tuple[Tensor,
         generator,
         **calibrated.options,
     )
-    return fitted.rows_MD, {"fit_step": fitted.step}
+    return fitted.rows_MD, None, {"fit_step": fitted.step}

@@ -31,8 +31,9 @@ class ExpansionOptions:
             least as many as there are.
         multiplier: m, M = m * E where `num_experts` is not given; by default 2.
         selection: which experts are duplicated, and how often. `uniform`: all, as equally as M
-            allows; `greedy`: the best by `metric`, up to `max_copies`; `random`: drawn with equal
-            probability, the baseline.
+            allows; `greedy`: the best by `metric`, up to `max_copies`; `control`: the copy counts
+            of `greedy` on random experts, what it is to be compared with; `random`: each copy drawn
+            with equal probability.
         metric: importance score that `greedy` goes by: `grad_squared`, `saliency`, `weight_norm` or
             `load`.
         max_copies: most places of one expert, its original among them; not of `uniform`.
@@ -90,6 +91,13 @@ class ExpansionOptions:
         from fusion_upcycle.selection import NEEDS_SCORES
 
         return self.selection in NEEDS_SCORES
+
+    @property
+    def advice(self) -> str | None:
+        """What a user of this selection is told with the result."""
+        from fusion_upcycle.selection import CONTROL_ADVICE
+
+        return CONTROL_ADVICE if self.needs_scores else None
 
     @property
     def initialise_copy(self) -> "ExpertInit":

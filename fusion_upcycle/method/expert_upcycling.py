@@ -128,6 +128,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         )
         if (measured := converted.output / IMPORTANCE_FOLDER).is_dir():
             log.info("Importance scores: %s", measured)
+        self._advise()
         return converted
 
     def _convert(
@@ -157,7 +158,12 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         run = hydra_output_folder()
         if self.save_checkpoint is None and made.measured is not None and run is not None:
             log.info("Importance scores: %s", write_importance(made.measured, Path(run))[0])
+        self._advise()
         return InMemory(made.model, expansion, made.proof, put)
+
+    def _advise(self) -> None:
+        if (advice := self._options.advice) is not None:
+            log.info(advice)
 
 
 def _node(name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:

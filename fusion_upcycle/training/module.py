@@ -166,7 +166,8 @@ class PretrainingModule(L.LightningModule):
         self._require_finite(losses, norm, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self._move_selection_biases(counts)
+        if tokens > options.bias_update_after * options.steps * options.tokens_per_step:
+            self._move_selection_biases(counts)
         self.routing.add_counts(counts)
         if self.due(options.log_every):
             metrics = dict(zip(_LOSSES, losses.tolist(), strict=True))

@@ -68,6 +68,9 @@ class TrainingOptions:
         z_weight: of the router z-loss.
         bias_update_rate: of loss-free balancing (0.001 in its paper), for families with a selection
             bias; 0 is off.
+        bias_update_after: share of the budget in which loss-free balancing holds the selection bias
+            still. An MoE that was grown starts balanced, and its copies learn before they are
+            forced to full load.
         freeze: groups of parameters that are not trained: `routers`, `experts`, `ffn`, `attention`,
             `embeddings`, `norms`, `others`. Experts only is `[routers, ffn, attention, embeddings,
             norms, others]`.
@@ -113,6 +116,7 @@ class TrainingOptions:
     balance_weight: float = 0.01
     z_weight: float = 0.001
     bias_update_rate: float = 0.0
+    bias_update_after: float = 0.0
     freeze: Sequence[str] = choice((), GROUPS)
     precision: str = choice("32-true", PRECISIONS)
     activation_checkpointing: bool = False
@@ -172,12 +176,18 @@ class TrainingOptions:
         for name in ("weight_decay", "gradient_clip", "balance_weight", "z_weight"):
             require_number(name, getattr(self, name))
         require_number("bias_update_rate", self.bias_update_rate)
-        for name in ("warmup_share", "decay_share", "final_share"):
+        for name in ("warmup_share", "decay_share", "final_share", "bias_update_after"):
             require_number(name, getattr(self, name), at_most=1.0)
         if self.warmup_share + (self.decay_share if self.schedule == "wsd" else 0.0) > 1:
             raise UpcyclingError(
                 f"warmup_share={self.warmup_share} and decay_share={self.decay_share} together are "
                 "more than the whole budget, 1. Lower one."
+            )
+        if self.bias_update_after and not self.bias_update_rate:
+            raise UpcyclingError(
+                f"bias_update_after={self.bias_update_after} holds still what "
+                "bias_update_rate=0 never moves. Set bias_update_rate (0.001), or leave "
+                "bias_update_after at 0."
             )
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise UpcyclingError(f"betas={self.betas!r} must be two numbers, as in [0.9, 0.95].")

@@ -79,6 +79,7 @@ def fit_rows(
     generator: Generator,
     *,
     start_MD: Tensor | None = None,
+    new_rule: RoutingRule | None = None,
     steps: int = STEPS,
     min_copy_share: float = MIN_COPY_SHARE,
 ) -> FittedRows:
@@ -92,6 +93,7 @@ def fit_rows(
         generator: of the directions and the batches.
         start_MD: rows to start from, such as those of `split_rows`; None finds directions for
             each duplicated expert.
+        new_rule: of the result, beside `start_MD`; by default the source's, as copies have it.
         steps: of Adam.
         min_copy_share: rows whose least used copy gets less than this part of its fair share do
             not count, unless there are no others.
@@ -105,6 +107,9 @@ def fit_rows(
             f"(default {MIN_COPY_SHARE})."
         )
     fit = _Fit(weight_ED.float(), inputs_ND.float(), tuple(source_experts), rule)
+    if new_rule is not None:
+        assert start_MD is not None
+        fit.route_by(new_rule, start_MD.float())
     if start_MD is None:
         start_MD = fit.start(generator)
     return fit.run(start_MD.float(), generator, steps, min_copy_share)
@@ -120,8 +125,16 @@ class _Fit:
         self.logits_NE = inputs_ND @ weight_ED.T
         self.weights_NK, self.chosen_NK = rule.route(self.logits_NE)
         self.copies_E = torch.bincount(self.plan_M, minlength=len(weight_ED))
-        self.spread = float(self.logits_NE.std(-1).mean())
-        self.lead = LEAD * float(rule.preference(self.logits_NE).std(-1).mean())
+        self._measure(self.logits_NE, rule)
+
+    def route_by(self, new_rule: RoutingRule, start_MD: Tensor) -> None:
+        """Of the result, whose logits are of the size that `start_MD` gives."""
+        self.new_rule = new_rule
+        self._measure(self.inputs_ND @ start_MD.T, new_rule)
+
+    def _measure(self, logits_NX: Tensor, rule: RoutingRule) -> None:
+        self.spread = float(logits_NX.std(-1).mean())
+        self.lead = LEAD * float(rule.preference(logits_NX).std(-1).mean())
 
     def judge(self, rows_MD: Tensor) -> tuple[float, float | None]:
         """Error, and smallest copy share."""

@@ -90,6 +90,11 @@ def find_groups(
     return min(finalists, key=lambda finalist: finalist[:2])[2]
 
 
+def constant_direction(inputs_ND: Tensor) -> Tensor:
+    """[D]: `Groups.constant_D`."""
+    return _Regression(inputs_ND)(torch.ones(len(inputs_ND), 1))[:, 0]
+
+
 class _Regression:
     """Ridge regression on fixed inputs: targets [N, *] -> coefficients [D, *]."""
 

@@ -45,15 +45,18 @@ def rows_report(
     inputs_ND: Tensor,
     source_experts: Sequence[int],
     rule: RoutingRule,
+    new_rule: RoutingRule | None = None,
 ) -> RowsReport:
     """Compare the routing of `rows_MD` with that of `weight_ED`, the source's, by `rule`.
 
-    Copies have the selection bias of their source expert.
+    Args:
+        new_rule: of `rows_MD`; by default `rule`, where copies have the selection bias of their
+            source expert.
     """
     experts, plan = len(weight_ED), tuple(source_experts)
     inputs_ND = inputs_ND.float()
     source = rule.route(inputs_ND @ weight_ED.float().T)
-    new = rule.for_experts(plan).route(inputs_ND @ rows_MD.float().T)
+    new = (new_rule or rule.for_experts(plan)).route(inputs_ND @ rows_MD.float().T)
     one_group = None
     if plan == tuple(range(experts)) * (len(plan) // experts):
         group_NK = new[1] // experts
