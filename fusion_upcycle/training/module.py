@@ -48,6 +48,7 @@ class PretrainingModule(L.LightningModule):
         separator: token id that begins each document.
         identity: what a resumed run must share, JSON; kept in every checkpoint.
         moments: parameter name -> AdamW state to begin with, see `training.moments`.
+        granularity: that the model was upcycled with, see `training.tied`.
 
     Raises:
         UpcyclingError: options that this model cannot honour.
@@ -61,6 +62,7 @@ class PretrainingModule(L.LightningModule):
         separator: int,
         identity: dict[str, Any],
         moments: Moments | None = None,
+        granularity: int = 1,
     ):
         super().__init__()
         self.model = model.train()
@@ -72,7 +74,7 @@ class PretrainingModule(L.LightningModule):
         freeze(model, self._groups, options)
         check_fit(model, options, self.routers)
         self.router_rate = RouterRate.of(self.routers, options)
-        self._tied_rows = TiedRows(self.routers)
+        self._tied_rows = TiedRows(self.routers, granularity)
         self.routing = RoutingTotals(len(self.routers.modules), self.routers.num_experts)
         self._last_log = (time.perf_counter(), 0)
         self._step_number = 0

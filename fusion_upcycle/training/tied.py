@@ -8,7 +8,6 @@ that is worth).
 Shapes: E experts, D hidden size.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,38 +17,37 @@ from fusion_upcycle.live.tensors import whole
 
 
 class TiedRows:
-    """The routers of a model whose rows are equal within groups, as granular upcycling makes them.
+    """The routers of a model whose rows are equal within groups.
 
     Args:
-        routers: as at step 0, not sharded yet; those without such groups are left alone.
+        routers: as at step 0, not sharded yet. A router whose rows differ within a group, or are
+            all the same, is left alone.
+        granularity: G, experts of a group, as the model was upcycled; 1 ties nothing.
     """
 
-    def __init__(self, routers: Routers):
+    def __init__(self, routers: Routers, granularity: int):
+        self._size = granularity
+        self._layers = [
+            layer
+            for layer, module in routers.modules.items()
+            if granularity > 1 and _tied(module.weight.detach(), granularity)
+        ]
         self._routers = routers
-        sizes = {layer: group_size(module.weight) for layer, module in routers.modules.items()}
-        self._sizes = {layer: size for layer, size in sizes.items() if size > 1}
 
     def average_gradients(self) -> None:
         """Give each row the mean gradient of its group."""
-        for layer, size in self._sizes.items():
+        for layer in self._layers:
             weight: Any = self._routers.modules[layer].weight
             if weight.grad is None:  # a frozen router
                 continue
-            groups_GSD = whole(weight.grad).unflatten(0, (-1, size))
+            groups_GSD = whole(weight.grad).unflatten(0, (-1, self._size))
             mean_ED = groups_GSD.mean(1, keepdim=True).expand_as(groups_GSD).flatten(0, 1)
             weight.grad.copy_(_like(mean_ED, weight.grad))
 
 
-@torch.no_grad()
-def group_size(weight_ED: Any) -> int:
-    """How many neighbouring rows are the same; 1 where groups differ in size or there is but one.
-
-    A router of zeros is one group, and would never tell its experts apart.
-    """
-    starts = (weight_ED[1:] != weight_ED[:-1]).any(1).nonzero().flatten() + 1
-    bounds = [0, *starts.tolist(), len(weight_ED)]
-    sizes = {end - start for start, end in pairwise(bounds)}
-    return sizes.pop() if len(sizes) == 1 and len(bounds) > 2 else 1
+def _tied(weight_ED: torch.Tensor, size: int) -> bool:
+    groups = weight_ED.unflatten(0, (-1, size))
+    return bool((groups == groups[:, :1]).all()) and bool((weight_ED != weight_ED[0]).any())
 
 
 def _like(tensor: torch.Tensor, sharded: Any) -> torch.Tensor:
