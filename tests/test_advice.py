@@ -250,11 +250,7 @@ def test_inspect_advises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for shown in (
         *("train the dense model on", "upcycle, 8 top-2", "MoE from scratch"),
         *("Source: 2.000M tokens", "budget is 50 % of its training compute", "arXiv 2502.03009"),
-        *(
-            "Router: --router-init normal,logit_std=1",
-            "Schedule: wsd",
-            "OUTSIDE the range of the law",
-        ),
+        *("Router: --router-init normal,std=0.88", "Schedule: wsd", "OUTSIDE the range of the law"),
     ):
         assert shown in out
 

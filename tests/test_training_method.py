@@ -20,7 +20,6 @@ from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.method import ContinuedPretrainingAlgorithm, UpcycleAndTrainAlgorithm
 from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
@@ -249,20 +248,6 @@ def test_the_folder_says_how_its_model_was_made(tmp_path: Path) -> None:
     cli_run(tmp_path / "fresh", *options)
     with pytest.raises(UpcyclingError, match=r"older version with scaling=megatron"):
         cli_run(tmp_path / "refused", *options, carried)
-
-
-def test_a_folder_of_granular_experts_is_trained_in_groups(tmp_path: Path, source: Path) -> None:
-    moe = tmp_path / "moe"
-    upcycle(source, moe, num_experts=8, granularity=2, progress=False, verify="none")
-    options = ["method=continued_pretraining", *pool_of(moe), "method.tokens=192", "taskpool=dummy"]
-    options += ["method.data={numbers: {_target_: tiny_training.documents}}"]
-    options += [f"method.{option}" for option in SMALL]
-    cli_run(tmp_path / "on", *options, f"method.save_checkpoint={tmp_path / 'out'}")
-    routers = find_routers(load(tmp_path / "out")).modules.values()
-    for old, new in zip(find_routers(load(moe)).modules.values(), routers, strict=True):
-        groups = new.weight.unflatten(0, (-1, 2))
-        assert torch.equal(groups[:, 0], groups[:, 1])
-        assert not torch.equal(new.weight, old.weight)
 
 
 def test_fine_grained_experts_get_the_moments_of_their_neurons(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.parameters import freeze, group_of_parameters, optimizer_groups
 from fusion_upcycle.training.router_rate import RouterRate
 from fusion_upcycle.training.schedule import Factors
-from fusion_upcycle.training.tied import TiedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +47,6 @@ class PretrainingModule(L.LightningModule):
         separator: token id that begins each document.
         identity: what a resumed run must share, JSON; kept in every checkpoint.
         moments: parameter name -> AdamW state to begin with, see `training.moments`.
-        granularity: that the model was upcycled with, see `training.tied`.
 
     Raises:
         UpcyclingError: options that this model cannot honour.
@@ -62,7 +60,6 @@ class PretrainingModule(L.LightningModule):
         separator: int,
         identity: dict[str, Any],
         moments: Moments | None = None,
-        granularity: int = 1,
     ):
         super().__init__()
         self.model = model.train()
@@ -74,7 +71,6 @@ class PretrainingModule(L.LightningModule):
         freeze(model, self._groups, options)
         check_fit(model, options, self.routers)
         self.router_rate = RouterRate.of(self.routers, options)
-        self._tied_rows = TiedRows(self.routers, granularity)
         self.routing = RoutingTotals(len(self.routers.modules), self.routers.num_experts)
         self._last_log = (time.perf_counter(), 0)
         self._step_number = 0
@@ -163,7 +159,6 @@ class PretrainingModule(L.LightningModule):
                 self.manual_backward(terms[-1] / len(parts))
             losses += terms.detach() / len(parts)
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
-        self._tied_rows.average_gradients()
         norm = self._clip(optimizer)
         self._require_finite(losses, norm, step)
         optimizer.step()

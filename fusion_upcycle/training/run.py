@@ -135,12 +135,7 @@ def train(
     if optimizer_state is not None and resumed is None:
         moments = load_moments(optimizer_state, model, origin.upcycling)
     module = PretrainingModule(
-        model,
-        options,
-        separator=texts[0].separator,
-        identity=identity,
-        moments=moments,
-        granularity=(origin.upcycling or {}).get("granularity", 1),
+        model, options, separator=texts[0].separator, identity=identity, moments=moments
     )
     parameters = count_parameters(model, module.routers)
     health, scores = RouterHealth(), Validation(held_out, tokenizer)
