@@ -110,18 +110,25 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]
         context.set_forkserver_preload(["work"])
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
             futures = {pool.submit(_execute, run, output): run for run in missing}
-            for number, done in enumerate(as_completed(futures), 1):
-                run, row = futures[done], done.result()
-                print(
-                    f"[{number}/{len(missing)}] {run.arm}, +{run.share:.0%}, seed {run.seed}: "
-                    f"{mean(row):.4f} bits per byte ({row['cost']['cpu_seconds']:.0f} s)",
-                    flush=True,
-                )
+            try:
+                for number, done in enumerate(as_completed(futures), 1):
+                    row = done.result()
+                    print(f"[{number}/{len(missing)}] {_in_words(futures[done], row)}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # or all others would be run first
+                raise
     return [asdict(run) | json.loads(_result(output, run).read_text()) for run in runs]
 
 
 def _result(output: Path, run: Run) -> Path:
     return output / f"{run.key}.json"
+
+
+def _in_words(run: Run, row: Mapping[str, Any]) -> str:
+    return (
+        f"{run.arm}, +{run.share:.0%}, seed {run.seed}: {mean(row):.4f} bits per byte "
+        f"({row['cost']['cpu_seconds']:.0f} s)"
+    )
 
 
 def _execute(run: Run, output: Path) -> dict[str, Any]:

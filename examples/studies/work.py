@@ -137,11 +137,12 @@ def make(run: Run, output: Path, temporary: Path) -> Path:
         if options.get("selection") == "greedy":
             options["scores"] = importance(run.start, output, options.pop("scores", "most"))
         carried = run.options.get("optimizer_state") == "carried"
+        calibrated = options.get("router_extension") in ("split", "fit")
         expand(
             source,
             made,
             seed=run.seed,
-            calibration=demo_documents("train"),
+            calibration=demo_documents("train") if calibrated else None,
             calibration_tokens=CALIBRATION_TOKENS,
             optimizer_state=source if carried else None,
             verify="none",
