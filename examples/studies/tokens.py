@@ -7,7 +7,8 @@ Command:  python examples/studies/tokens.py [--output FOLDER] [--record FOLDER]
 Needs:    two cores, 25 minutes; no download. A study that was stopped goes on.
 Expected: about a tie at 2, a clear gain from 15, a large one from 30; see docs/studies/tokens.md.
 
-All bases are points of one training at a constant learning rate, the trunk's. Both arms are tried
+All bases are points of one training at a constant learning rate, the trunk's (the first is all
+warm-up, of 64 steps). Both arms are tried
 at two learning rates, and the better on validation text counts, for each base by itself.
 """
 

@@ -208,7 +208,11 @@ def recipe_of(name: str) -> Recipe:
     """Of a demo model, of one of `OTHERS`, or of either with another budget."""
     model, _, tokens = name.partition("@")
     recipe = OTHERS[model] if model in OTHERS else RECIPES[model]
-    return replace(recipe, tokens=int(tokens)) if tokens else recipe
+    if not tokens:
+        return recipe
+    # The smallest base is all warm-up.
+    warmup = min(recipe.warmup_steps, int(tokens) // STEP)
+    return replace(recipe, tokens=int(tokens), warmup_steps=warmup)
 
 
 def flops_per_token(model: Any) -> float:
