@@ -1,6 +1,5 @@
 """The routers' learning rate: small against their rows, the same after a resume, warned of."""
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,17 @@ def test_the_options_text_says_the_ratio() -> None:
     assert f"at most {LARGEST_RATIO} of" in meanings(TrainingOptions)["router_learning_rate"]
 
 
-def test_the_size_of_the_rows_is_over_all_layers() -> None:
+@pytest.mark.parametrize(
+    ("sizes", "smallest"), [((0.3, 0.4), 0.3), ((0.4, 0.3), 0.3), ((0.0, 0.4), 0.4), ((0, 0), 0.0)]
+)
+def test_the_size_of_the_rows_is_that_of_the_layer_where_it_is_smallest(
+    sizes: tuple[float, float], smallest: float
+) -> None:
+    """One rate has to fit all layers; a layer of zeros has no size."""
     model = moe_model()
-    for std, router in zip((0.3, 0.4), find_routers(model).modules.values(), strict=True):
-        router.weight.data.fill_(std)
-    assert row_std(find_routers(model)) == pytest.approx(math.sqrt((0.09 + 0.16) / 2))
+    for std, router in zip(sizes, find_routers(model).modules.values(), strict=True):
+        router.weight.data.fill_(std).view(-1)[::2] *= -1  # the root mean square, not the mean
+    assert row_std(find_routers(model)) == pytest.approx(smallest)
 
 
 def test_routers_move_by_the_fitting_rate_and_all_else_by_the_given_one(tmp_path: Path) -> None:

@@ -45,6 +45,20 @@ def test_the_short_study_is_a_part_of_the_long_one(lab: ModuleType) -> None:
     assert short < {run.key for run in budget.runs(False)}
 
 
+def test_both_arms_take_the_rate_that_was_the_best_of_equally_many_trials(lab: ModuleType) -> None:
+    rows = read_run_record(STUDIES / "results" / "lever")["lever"]["runs"]
+    lever = study("lever")
+    for arm in ("dense", "8 top-1"):
+        for share in (0.1, 0.5):
+            tried = {
+                row["learning_rate"]: lab.mean(row, "validation")
+                for row in lab.select(rows, start="trunk", arm=arm, share=share)
+                if arm == "dense" or lever.is_main(row)
+            }
+            assert len(tried) == 4
+            assert min(tried, key=lambda rate: tried[rate]) == lab.LEARNING_RATE
+
+
 def test_budgets_are_equal_in_flops(lab: ModuleType) -> None:
     rows = read_run_record(STUDIES / "results" / "budget")["budget"]["runs"]
     of_base = {row["share"]: row["flops"] for row in rows if row["arm"] == "dense"}

@@ -60,7 +60,11 @@ def show() -> None:
 
 
 def train(names: Sequence[str], output: Path) -> None:
-    """Train the named models into folders of `output`, and print them beside the shipped ones."""
+    """Train the named models into folders of `output`, and print them beside the shipped ones.
+
+    Raises:
+        UpcyclingError: an unknown name, or a folder that is there already.
+    """
     for name in names:
         if name not in MODELS:
             raise unknown("demo model", name, MODELS)
