@@ -35,6 +35,7 @@ from fusion_upcycle.training.run import Origin, Places, train
 
 SECTION = "sigmoid"
 TOKENS, SHARE, SEEDS = 4_096_000, 0.15, (0, 1)
+SCALED = "moves, scaled"
 EXPERTS = MOE_SHAPE["num_local_experts"]
 #: Router extensions, as options say them.
 EXTENSIONS: dict[str, Any] = {
@@ -49,8 +50,15 @@ BIASES: dict[str, dict[str, float]] = {
     "moves": {"bias_update_rate": 0.001},
     "held for half": {"bias_update_rate": 0.001, "bias_update_after": 0.5},
     "still": {},
+    SCALED: {"bias_update_rate": 0.001},  # times the smallest score_scale
 }
-TRAINED = (None, "fit", "split", "split, mixed share 0.1")
+#: Router extension -> seeds.
+TRAINED: dict[str | None, tuple[int, ...]] = {
+    None: SEEDS,
+    "fit": SEEDS,
+    "split": SEEDS,
+    "split, mixed share 0.1": SEEDS[:1],
+}
 
 
 def main() -> None:
@@ -83,7 +91,13 @@ def measured(output: Path) -> dict[str, Any]:
         return once(path, lambda: trial(output, name, bias, seed))
 
     jumps = [jumped(name) for name in EXTENSIONS]
-    runs = [ran(name, bias, seed) for seed in SEEDS for name in TRAINED for bias in BIASES]
+    runs = [
+        ran(name, bias, seed)
+        for seed in SEEDS
+        for name, seeds in TRAINED.items()
+        for bias in BIASES
+        if seed in seeds and (bias != SCALED or name == "split")
+    ]
     return {"tokens": TOKENS, "share": SHARE, "before": before, "jumps": jumps, "trials": runs}
 
 
@@ -147,8 +161,12 @@ def trial(output: Path, name: str | None, bias: str, seed: int) -> dict[str, Any
     start = output / "source" if name is None else output / "grown" / name
     work = output / "trials" / f"{name}-{bias}-{seed}"
     options = {"learning_rate": 4e-3, "warmup_share": 0.0, "decay_share": 0.5, "seed": seed}
+    options |= BIASES[bias]
+    if bias == SCALED:
+        layers = json.loads((output / f"{name}.json").read_text())["router"].values()
+        options["bias_update_rate"] *= min(layer["score_scale"] for layer in layers)
     record = trained(
-        AutoModelForCausalLM.from_pretrained(start), int(SHARE * TOKENS), options | BIASES[bias],
+        AutoModelForCausalLM.from_pretrained(start), int(SHARE * TOKENS), options,
         work, work / "model", split="continued", state=start,
     )  # fmt: skip
     loads = {name: value for name, value in record["final"].items() if "load_cv" in name}

@@ -228,7 +228,18 @@ def calibrate_router(
 
 
 def _warn(layers: Mapping[str, Any], few: float) -> None:
-    """Say where a copy is hardly in use: such a function is kept by experts that learn nothing."""
+    """Say where scores are smaller now, and where a copy is hardly in use.
+
+    A function that is kept by experts that no token reaches is worth nothing.
+    """
+    scales = [said["score_scale"] for said in layers.values() if "score_scale" in said]
+    if scales:
+        log.warning(
+            "Scores of chosen experts are %.2g of what they were. Train on with "
+            "bias_update_rate=0, or with the rate of before times that: a selection bias whose "
+            "steps are large beside the scores undoes the routing.",
+            min(scales),
+        )
     shares = {
         layer: share
         for layer, said in layers.items()
