@@ -143,7 +143,7 @@ def test_a_split_sigmoid_router_is_proven_with_its_biases(
 ) -> None:
     source, output = byte_moe(tmp_path / "moe", "glm4_moe"), tmp_path / "out"
     made = grow(source, output, router_extension="split", verify="auto", **data)
-    assert "Train on with bias_update_rate=0" in caplog.text
+    assert "train on with bias_update_rate=0" in caplog.text
     assert all(0 < layer["score_scale"] < 1 for layer in made.record["router"]["layers"].values())
     tensors = tensors_of(output)
     biases = [name for name in tensors if name.endswith("correction_bias")]

@@ -235,9 +235,9 @@ def _warn(layers: Mapping[str, Any], few: float) -> None:
     scales = [said["score_scale"] for said in layers.values() if "score_scale" in said]
     if scales:
         log.warning(
-            "Scores of chosen experts are %.2g of what they were. Train on with "
-            "bias_update_rate=0, or with the rate of before times that: a selection bias whose "
-            "steps are large beside the scores undoes the routing.",
+            "Scores of chosen experts are %.2g of what they were, and a selection bias that moves "
+            "would undo the routing: train on with bias_update_rate=0 and a balance_weight, or "
+            "choose router_extension=fit to go on with loss-free balancing.",
             min(scales),
         )
     shares = {
