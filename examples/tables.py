@@ -92,9 +92,9 @@ def study(name: str, maker: str = "show") -> str:
     return getattr(script(f"studies/{name}.py"), maker)(record["runs"])
 
 
-def router() -> str:
-    record = read_run_record(EXAMPLES / "expert_upcycling" / "results" / "router")["router"]
-    tables = script("expert_upcycling/router.py").tables(record)
+def growing(name: str) -> str:
+    record = read_run_record(EXAMPLES / "expert_upcycling" / "results" / name)[name]
+    tables = script(f"expert_upcycling/{name}.py").tables(record)
     return "\n\n".join(f"{table.title}:\n\n{table.to_markdown()}" for table in tables)
 
 
@@ -125,7 +125,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"study {name}": partial(study, name) for name in STUDIES},
     "study budget, costs": partial(study, "budget", "costs"),
     "importance": partial(of_record, "importance.py", RESULTS / "importance"),
-    "router": router,
+    "router": partial(growing, "router"),
+    "sigmoid": partial(growing, "sigmoid"),
     "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
     "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
 }

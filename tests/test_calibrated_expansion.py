@@ -139,10 +139,11 @@ def test_routers_made_of_text_are_proven_again_too(
 
 
 def test_a_split_sigmoid_router_is_proven_with_its_biases(
-    data: dict[str, Any], tmp_path: Path
+    data: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, output = byte_moe(tmp_path / "moe", "glm4_moe"), tmp_path / "out"
     made = grow(source, output, router_extension="split", verify="auto", **data)
+    assert "train on with bias_update_rate=0" in caplog.text
     assert all(0 < layer["score_scale"] < 1 for layer in made.record["router"]["layers"].values())
     tensors = tensors_of(output)
     biases = [name for name in tensors if name.endswith("correction_bias")]

@@ -228,7 +228,18 @@ def calibrate_router(
 
 
 def _warn(layers: Mapping[str, Any], few: float) -> None:
-    """Say where a copy is hardly in use: such a function is kept by experts that learn nothing."""
+    """Say where scores are smaller now, and where a copy is hardly in use.
+
+    A function that is kept by experts that no token reaches is worth nothing.
+    """
+    scales = [said["score_scale"] for said in layers.values() if "score_scale" in said]
+    if scales:
+        log.warning(
+            "Scores of chosen experts are %.2g of what they were, and a selection bias that moves "
+            "would undo the routing: train on with bias_update_rate=0 and a balance_weight, or "
+            "choose router_extension=fit to go on with loss-free balancing.",
+            min(scales),
+        )
     shares = {
         layer: share
         for layer, said in layers.items()

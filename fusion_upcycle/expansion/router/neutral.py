@@ -81,8 +81,7 @@ class Lowered:
 
     Attributes:
         rows_MD: with logits far below zero.
-        score_scale: mean score of the chosen experts over what it was in the source: what a
-            `bias_update_rate` should be multiplied with.
+        score_scale: mean score of the chosen experts over what it was in the source.
     """
 
     rows_MD: Tensor
@@ -94,8 +93,8 @@ def lowered(
 ) -> Lowered:
     """Rows whose sigmoid scores, without a selection bias, route as softmax does with `rows_MD`.
 
-    Logits are lowered no farther than needed, as loss-free balancing moves its bias by steps of one
-    size, whatever the size of the scores is.
+    Logits are lowered no farther than needed. Scores then differ by orders of magnitude from token
+    to token, so that no bias suits all of them: loss-free balancing is over for such a router.
 
     Args:
         weight_ED: of the source, which routes by `rule`.
