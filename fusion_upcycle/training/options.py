@@ -69,7 +69,7 @@ class TrainingOptions:
         bias_update_rate: of loss-free balancing (0.001 in its paper), for families with a selection
             bias; 0 is off.
         bias_update_after: share of the budget in which loss-free balancing holds the selection bias
-            still, for an MoE that was grown by `fit`; see docs/growing.md for what it brings.
+            still. Meant for an MoE that was grown; in `docs/growing.md` it brought nothing.
         freeze: groups of parameters that are not trained: `routers`, `experts`, `ffn`, `attention`,
             `embeddings`, `norms`, `others`. Experts only is `[routers, ffn, attention, embeddings,
             norms, others]`.
