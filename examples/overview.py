@@ -136,10 +136,15 @@ def losses(study: str, **wanted: Any) -> dict[str, list[float]]:
     """Arm of a study -> bits per byte of each seed, mean of the domains."""
     found: dict[str, list[float]] = {}
     for row in read_run_record(STUDIES / study)[study]["runs"]:
-        if all(row[name] == value for name, value in wanted.items()):
+        if all(row[name] == value for name, value in wanted.items()) and not narrow(row):
             bits = mean(row["bits_per_byte"]["test"].values())
             found.setdefault(row["arm"], []).append(bits)
     return found
+
+
+def narrow(row: dict[str, Any]) -> bool:
+    """Whether a run was trained on one domain only."""
+    return "domain" in row["options"]
 
 
 def repeated(found: dict[str, list[float]]) -> dict[str, float]:

@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     **{f"study {name}": partial(study, name) for name in STUDIES},
     "study budget, costs": partial(study, "budget", "costs"),
+    "study growing, narrow": partial(study, "growing", "narrow"),
     "importance": partial(of_record, "importance.py", RESULTS / "importance"),
     "router": partial(growing, "router"),
     "sigmoid": partial(growing, "sigmoid"),

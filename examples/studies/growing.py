@@ -49,9 +49,15 @@ SHARES = (0.05, 0.15, 0.5)
 RATES = {0.05: 4e-3, 0.15: 4e-3, 0.5: 8e-3}
 
 
-def run(arm: str, share: float) -> Run:
+#: A continuation on one domain only, and the arms that are compared there.
+NARROW = "source"
+NARROW_ARMS = (NOT_GROWN, SPLIT, *(arm for arm in ARMS if arm.startswith("+4")))
+
+
+def run(arm: str, share: float, domain: str | None = None) -> Run:
     start = "moe32" if arm == FIXED else "moe"
-    options = {
+    options = {"domain": domain} if domain else {}
+    options |= {
         "learning_rate": RATES[share],
         "router_learning_rate": RATES[share],  # trained rows are large
         "optimizer_state": "carried",
@@ -70,11 +76,13 @@ def runs(short: bool) -> list[Run]:
         + [run(arm, 0.05) for arm in ARMS if arm not in (NOT_GROWN, "copies of all", SPLIT)]
         + [run(arm, 0.15) for arm in others]
         + [run(arm, 0.5) for arm in (NOT_GROWN, SPLIT)]
+        + with_seeds([run(arm, 0.15, NARROW) for arm in NARROW_ARMS], seeds)
     )
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Jump at step 0, and the loss after each budget."""
+    rows = [row for row in rows if "domain" not in row["options"]]
     source = step0(select(rows, arm=NOT_GROWN)[0])
     lines = []
     for arm in ARMS:
@@ -83,6 +91,16 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         cells = [cell([mean(row) for row in select(of_arm, share=share)]) for share in SHARES]
         lines.append([arm, jump, *cells])
     return Table("", ["", "jump", *(f"+{share:.0%}" for share in SHARES)], lines).to_markdown()
+
+
+def narrow(rows: Sequence[dict[str, Any]]) -> str:
+    """Trained on one domain, and scored on it."""
+    found = [row for row in rows if "domain" in row["options"]]
+    lines = []
+    for arm in NARROW_ARMS:
+        values = [row["bits_per_byte"]["test"][NARROW] for row in select(found, arm=arm)]
+        lines.append([arm, cell(values)])
+    return Table("", [f"{NARROW} only", "+15%"], lines).to_markdown()
 
 
 def step0(row: Any) -> float:

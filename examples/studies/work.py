@@ -71,6 +71,9 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     options = {"schedule": "wsd", "decay_share": 0.5, "final_share": 0.0} | dict(run.options)
     moments = options.pop("optimizer_state", None)
     warmup = options.pop("warmup_steps", WARMUP_STEPS)
+    documents = demo_documents(run.split)
+    if domain := options.pop("domain", None):
+        documents = {domain: documents[domain]}
     if group := options.pop("tie_groups", None):
         tie_groups(model, group)
     chosen = make_training_options(
@@ -93,7 +96,7 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         model,
         tokenizer,
         chosen,
-        data=demo_documents(run.split),
+        data=documents,
         places=Places(work, temporary / "log"),
         origin=Origin(run.start),
         optimizer_state=folder if moments == "carried" else None,
