@@ -38,6 +38,7 @@ def runs(short: bool) -> list[Run]:
         for share in SHARES[:-1]
     ]
     found += [replace(run, seed=seed) for run in found for seed in (2, 3)]
+    found.append(replace(found[0], share=SHARES[-1]))
     for arm, shape in SCRATCH.items():
         make = {"do": "fresh", "num_local_experts": 8} | shape
         for share in SHARES[1:]:
