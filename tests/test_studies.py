@@ -103,7 +103,9 @@ def test_a_study_goes_on_where_it_was_stopped(
     lab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = lab.Run("x", "base", 0.001, 1)
-    (tmp_path / f"{run.key}.json").write_text('{"flops": 1}')
+    folder = tmp_path / lab.shipped_identity()
+    folder.mkdir()
+    (folder / f"{run.key}.json").write_text('{"flops": 1}')
     monkeypatch.setattr(lab, "ProcessPoolExecutor", None)  # there is nothing to run
     assert lab.run_all([run], tmp_path, 2) == [asdict(run) | {"flops": 1}]
 

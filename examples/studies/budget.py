@@ -111,7 +111,7 @@ def cell(values: Sequence[float]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """Loss over budget, of every arm, and what upcycling gains over dense."""
+    """Loss over budget, of every arm."""
     from figures import lines_over_budget
 
     return lines_over_budget(rows, list(ARMS), "trunk", folder / "budget.svg")

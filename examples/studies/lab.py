@@ -2,7 +2,8 @@
 
 A study is a list of runs and what it makes of their results. Runs go two at a time, one thread
 each, and a study that was stopped goes on with the next one: the result of each lies in the output
-folder under a hash of everything that decides it.
+folder under a hash of its settings, below one of the demo models and their text; after a change of
+the trainer itself give another output folder.
 
 Budgets are shares of the base's own training compute, so that a model which costs more per token
 gets fewer tokens. Text is `continued`, which no base has seen; every seed has another order of it
@@ -21,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from fusion_upcycle.demo import MODELS, demo_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WARMUP_STEPS = 50
@@ -101,7 +104,11 @@ def main(
 
 
 def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]]:
-    """The rows of all runs, in their order; those that are missing are trained first."""
+    """The rows of all runs, in their order; those that are missing are trained first.
+
+    Results lie in a folder of the models and the text that they are of: others have another.
+    """
+    output = output / shipped_identity()
     output.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not _result(output, run).is_file()]
     if missing:
@@ -118,6 +125,13 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]
                 pool.shutdown(wait=False, cancel_futures=True)  # or all others would be run first
                 raise
     return [asdict(run) | json.loads(_result(output, run).read_text()) for run in runs]
+
+
+def shipped_identity() -> str:
+    """Of the demo models and their text, from the models' own records."""
+    facts = [json.loads((demo_model(name) / "demo.json").read_text()) for name in MODELS]
+    content = [[one["weights_sha256"], one["text_sha256"]] for one in facts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _result(output: Path, run: Run) -> Path:

@@ -92,7 +92,7 @@ def of_tokens() -> Iterable[dict[str, Any]]:
 
 
 def of_width() -> dict[str, Any]:
-    """Both at the learning rate that was best for dense, the router by the default rule."""
+    """Both at the learning rate that was best for dense, the router within the default rule."""
     rows = [row for row in select(runs_of("lever"), start="wide") if row["learning_rate"] == 1e-3]
     dense = select(rows, arm="dense")
     moe = [

@@ -5,7 +5,7 @@ Question: at equal training FLOPs after the base, does an MoE that starts from n
 Command:  python examples/studies/scratch.py [--output FOLDER] [--record FOLDER]
           python examples/studies/scratch.py --table examples/studies/results/scratch
 Needs:    two cores, 20 minutes; no download. A study that was stopped goes on.
-Expected: at about the compute of the base itself; see docs/studies/scratch.md.
+Expected: at more than the compute of the base itself; see docs/studies/scratch.md.
 
 The MoEs from nothing: the same architecture (8 experts, top-1), and 8 experts of half the width,
 top-2, which cost the same per token and whose router learns from the language loss. They are

@@ -5,7 +5,7 @@
 generated: sums and products with their worked steps. Each has four splits: ``train``, which the
 demo models are trained on; ``continued``, new text to train them on with; ``validation`` and
 ``test``, held out. Splits are whole documents of prose and source, whole problems of arithmetic, so
-that held-out text was never seen.
+that held-out text was never seen; ``continued`` has arithmetic problems of ``train`` again.
 """
 
 import hashlib
