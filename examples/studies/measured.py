@@ -108,7 +108,7 @@ def of_width() -> dict[str, Any]:
 def of_scratch() -> Iterable[dict[str, Any]]:
     """The better of the two MoEs from nothing, by its mean."""
     rows = runs_of("scratch")
-    for share in scratch.SHARES[1:-1]:
+    for share in scratch.SHARES[1:]:
         upcycled = select(rows, arm=f"upcycled, {scratch.UPCYCLED}", share=share)
         fresh = min(
             (select(rows, arm=arm, share=share) for arm in scratch.SCRATCH),

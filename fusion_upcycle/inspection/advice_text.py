@@ -48,18 +48,18 @@ def advice_lines(advice: Advice) -> list[str]:
         f"{_at(advice.caught_at)}.",
         f"Learning rate: {settings.learning_rate_share:g} x the source's peak; try half of that "
         "too, and tune a dense baseline as much.",
-        f"Router: --router-init normal,std={advice.row_std:.2g} (logits of std "
-        f"{settings.logit_std:g} from inputs of size 1), router_learning_rate at most "
-        f"{settings.router_ratio:g} x that, {advice.router_learning_rate:.1e}. Rows of std "
-        f"{_USUAL_STD:g} take {usual:.0e} at most.",
-        f"Balance: balance_weight {settings.balance_weight:g}, as in the trials (not varied). "
+        f"Router: --router-init normal,logit_std={settings.logit_std:g}, and leave out "
+        f"router_learning_rate, which is then {settings.router_ratio:g} x the std of the rows: "
+        f"{advice.router_learning_rate:.1e} for inputs of size 1. Rows of std {_USUAL_STD:g} take "
+        f"{usual:.0e} at most.",
+        f"Balance: balance_weight {settings.balance_weight:g}, as in the studies (not varied). "
         f"Schedule: wsd, warmup_share {settings.warmup_share:g}, decay_share "
         f"{settings.decay_share:g}, final_share {settings.final_share:g}.",
     ]
     if case.renormalised and case.experts_per_token == 1:
         lines.append(
-            "Top-1 with renormalised weights gives the router no gradient of the language loss, "
-            "and lost in our trials: take top-2, or --no-normalize-topk-prob if the family can."
+            "Top-1 with renormalised weights gives the router no gradient of the language loss. In "
+            "our studies it was ahead of top-2 up to +25 % all the same, and behind from +50 % on."
         )
     lines.append(_outside("our studies (bytes, tiny models)", advice.outside_studies))
     lines.append(_outside("the law", advice.outside_law))

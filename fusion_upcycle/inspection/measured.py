@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: Numbers within 2 % are the same number: what users give is rounded.
-SAME = 1.02
+#: Numbers within 5 % are the same number: what users give is rounded.
+SAME = 1.05
 
 
 @dataclass(frozen=True)
