@@ -28,7 +28,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## upcycle a tiny model, train it on, compare it with merging (no download, no GPU)
 	@$(BIN)/python examples/demo.py
 
-study: $(STAMP)  ## dense or upcycled, at equal compute, three seeds (under 25 minutes)
+study: $(STAMP)  ## dense or upcycled, at equal compute, three seeds (3 minutes on two cores)
 	@$(BIN)/python examples/studies/budget.py --short
 
 test: lint docs  ## lint, documentation, types and tests: what CI runs

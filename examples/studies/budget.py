@@ -1,7 +1,7 @@
 """Given a trained dense model and more compute: train it on, or its upcycled MoE?
 
 Question: at equal training FLOPs, which ends lower on held-out text, and from which budget on?
-Command:  make study    (the short form: top-1, +10 % and +50 %, three seeds; under 25 minutes)
+Command:  make study    (the short form: top-1, +10 % and +50 %, three seeds; 3 minutes)
           python examples/studies/budget.py [--output FOLDER] [--record FOLDER]    (all rows)
           python examples/studies/budget.py --table examples/studies/results/budget
 Needs:    two cores; no download. A study that was stopped goes on with the next run.

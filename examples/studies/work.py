@@ -1,6 +1,7 @@
 """One run of a study, in a process of its own: make the model, train it, score it."""
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fusion_upcycle.demo.train import train_model
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.inspection.economics import TRAINING_PASSES, attention_score_flops
 from fusion_upcycle.live.routers import find_routers
+from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.router_rate import row_std
@@ -51,7 +53,14 @@ CALIBRATION_TOKENS = 65_536
 
 
 def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
-    """Everything that tables and figures need, JSON."""
+    """Everything that tables and figures need, JSON; quietly, as others run beside it."""
+    with loading_bars(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Routers out of balance")  # the row says so
+        warnings.filterwarnings("ignore", message="router_learning_rate=")  # a study asked for it
+        return _train_run(run, output, temporary)
+
+
+def _train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     base = run.base or run.start
     dense = AutoModelForCausalLM.from_pretrained(start_folder(base, output))
     folder = make(run, output, temporary)
