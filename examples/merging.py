@@ -30,13 +30,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
+from fusion_upcycle.demo import DOMAINS, demo_model
+from fusion_upcycle.demo.models import bits_per_byte
 from fusion_upcycle.demo.recipe import CONTEXT_LENGTH
 from fusion_upcycle.modelpool import DemoCausalLMPool
 from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.report.record import write_run_record
 from fusion_upcycle.report.tables import Table, read_run_record
-from fusion_upcycle.texts.perplexity import perplexity
 
 POOL = {"_pretrained_": "base"} | {domain: domain for domain in DOMAINS}
 MERGES = Path(__file__).resolve().parent / "merges"
@@ -182,16 +182,7 @@ def idle_parameters(model: PreTrainedModel) -> int:
 def evaluate(model: PreTrainedModel, split: str, stride: int) -> dict[str, float]:
     """Bits per byte of each domain, and their mean."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
-    scores = {
-        domain: perplexity(
-            model,
-            tokenizer,
-            domain_text(domain, split),
-            context_length=CONTEXT_LENGTH,
-            stride=stride,
-        )["bits_per_byte"]
-        for domain in DOMAINS
-    }
+    scores = bits_per_byte(model, tokenizer, CONTEXT_LENGTH, split, stride)
     return scores | {"mean": sum(scores.values()) / len(scores)}
 
 

@@ -21,7 +21,7 @@ def lab() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("lab")
-        for name in ("lab", "work", *NAMES):
+        for name in ("lab", "work", "figures", *NAMES):
             sys.modules.pop(name, None)
 
 
@@ -108,6 +108,19 @@ def test_a_study_goes_on_where_it_was_stopped(
     (folder / f"{run.key}.json").write_text('{"flops": 1}')
     monkeypatch.setattr(lab, "ProcessPoolExecutor", None)  # there is nothing to run
     assert lab.run_all([run], tmp_path, 2) == [asdict(run) | {"flops": 1}]
+
+
+def test_the_figure_of_growing_leaves_out_what_was_trained_on_one_domain(
+    lab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        study("figures"), "lines_over_budget", lambda rows, *others: drawn.extend(rows)
+    )
+    rows = read_run_record(STUDIES / "results" / "growing")["growing"]["runs"]
+    study("growing").draw(rows, tmp_path)
+    assert 0 < len(drawn) < len(rows)
+    assert not any("domain" in row["options"] for row in drawn)
 
 
 def test_what_inspect_knows_is_of_the_records(lab: ModuleType) -> None:

@@ -13,18 +13,10 @@ Both arms take the learning rate that was the best of four for each (examples/st
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean as average
 from typing import Any
 
-from lab import (
-    LEARNING_RATE,
-    Run,
-    main,
-    mean,
-    select,
-    spread,
-    upcycled,
-    with_seeds,
-)
+from lab import LEARNING_RATE, Run, budgets, cells, main, select, upcycled, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
@@ -68,16 +60,11 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     for base, what in BASES.items():
         of_base = select(rows, start=base)
         shares = sorted({row["share"] for row in of_base})
-        lines = []
-        for arm in ARMS:
-            cells = []
-            for share in shares:
-                values = [mean(row) for row in select(of_base, arm=arm, share=share)]
-                cells.append(cell(values))
-            if any(cells):
-                lines.append([arm, *cells])
+        lines = [
+            [arm, *cells(of_arm, shares)] for arm in ARMS if (of_arm := select(of_base, arm=arm))
+        ]
         if lines:
-            headers = [f"from {base} ({what})", *(f"+{share:.0%}" for share in shares)]
+            headers = [f"from {base} ({what})", *budgets(shares)]
             tables.append(Table("", headers, lines).to_markdown())
     return "\n\n".join(tables)
 
@@ -87,7 +74,7 @@ def costs(rows: Sequence[dict[str, Any]], share: float = 0.5) -> str:
     lines = []
     for arm in ARMS:
         found = select(rows, arm=arm, share=share, start="trunk")
-        seconds = sum(row["cost"]["cpu_seconds"] for row in found) / len(found)
+        seconds = average(row["cost"]["cpu_seconds"] for row in found)
         parameters, first = found[0]["parameters"], found[0]
         lines.append(
             [
@@ -103,18 +90,11 @@ def costs(rows: Sequence[dict[str, Any]], share: float = 0.5) -> str:
     return Table("", headers, lines).to_markdown()
 
 
-def cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    text = f"{sum(values) / len(values):.4f}"
-    return text if len(values) == 1 else f"{text} (spread {spread(values):.4f})"
-
-
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Loss over budget, of every arm."""
     from figures import lines_over_budget
 
-    return lines_over_budget(rows, list(ARMS), "trunk", folder / "budget.svg")
+    return lines_over_budget(select(rows, start="trunk"), list(ARMS), folder, "budget")
 
 
 if __name__ == "__main__":

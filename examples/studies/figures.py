@@ -1,63 +1,73 @@
-"""Figures of the studies, as SVG, in colours that colour-blind people can tell apart."""
+"""Figures of the studies, in the package's own style; PNG and SVG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean as average
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 from lab import mean, select
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "fusion_upcycle"  # the same file for the same numbers
+from fusion_upcycle.report.drawing import LINES, chart, save, styled
 
-# Okabe and Ito's.
-COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
+_PLACES = 12  # as wide as a page of the documentation
 
 
 def lines_over_budget(
-    rows: Sequence[dict[str, Any]], arms: Sequence[str], start: str | None, file: Path
+    rows: Sequence[Mapping[str, Any]], arms: Sequence[str], folder: Path, name: str
 ) -> Path:
     """Bits per byte over training FLOPs of the continuation: a line per arm, a point per seed."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, colour in zip(arms, COLOURS, strict=False):
-        of_arm = [r for r in select(rows, arm=arm) if start is None or r["start"] == start]
-        shares = sorted({row["share"] for row in of_arm})
-        means = []
-        for share in shares:
-            values = [mean(row) for row in select(of_arm, share=share)]
-            means.append(sum(values) / len(values))
-            axes.plot([100 * share] * len(values), values, ".", color=colour, markersize=4)
-        axes.plot([100 * share for share in shares], means, "-", color=colour, label=arm)
+    save(_lines_over_budget(rows, arms), folder, name)
+    return folder / f"{name}.svg"
+
+
+@styled
+def _lines_over_budget(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Figure:
+    assert len(arms) <= len(LINES)
+    figure, axes = chart(_PLACES)
+    for arm, (colour, marker) in zip(arms, LINES, strict=False):
+        seeds: dict[float, list[float]] = {}
+        for row in select(rows, arm=arm):
+            seeds.setdefault(100 * row["share"], []).append(mean(row))
+        _seeds_and_mean(axes, seeds, colour, marker, arm)
     axes.set_xlabel("training compute of the continuation, % of the base's")
     axes.set_ylabel("bits per byte, held-out, mean of three domains")
-    axes.set_xscale("log")
-    ticks = sorted({100 * row["share"] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    axes.minorticks_off()
-    return finished(figure, axes, file)
+    _finish(axes, sorted({100 * row["share"] for row in rows}))
+    return figure
 
 
-def gain_over(points: Mapping[float, Sequence[float]], label: str, file: Path) -> Path:
+def gain_over(points: Mapping[float, Sequence[float]], label: str, folder: Path, name: str) -> Path:
     """What upcycling gains over dense, in bits per byte: the mean, and a point per seed."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    save(_gain_over(points, label), folder, name)
+    return folder / f"{name}.svg"
+
+
+@styled
+def _gain_over(points: Mapping[float, Sequence[float]], label: str) -> Figure:
+    figure, axes = chart(_PLACES)
     axes.axhline(0, color="#999999", linewidth=0.8)
-    means = [sum(values) / len(values) for values in points.values()]
-    axes.plot(list(points), means, "-", color=COLOURS[1], label="mean of the seeds")
-    for place, values in points.items():
-        axes.plot([place] * len(values), values, ".", color=COLOURS[0], markersize=4)
-    axes.set_xscale("log")
-    axes.set_xticks(list(points), [f"{place:.0f}" for place in points])
-    axes.minorticks_off()
+    _seeds_and_mean(axes, points, *LINES[0], "mean of the seeds")
     axes.set_xlabel(label)
     axes.set_ylabel("gain over dense, bits per byte")
-    return finished(figure, axes, file)
+    _finish(axes, list(points))
+    return figure
 
 
-def finished(figure: Any, axes: Any, file: Path) -> Path:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
-    return file
+def _seeds_and_mean(
+    axes: Axes, seeds: Mapping[float, Sequence[float]], colour: str, marker: str, label: str
+) -> None:
+    """A point for each seed at each place, and a line through their means."""
+    places = sorted(seeds)
+    for place in places:
+        values = seeds[place]
+        axes.plot([place] * len(values), values, ".", color=colour, markersize=4)
+    means = [average(seeds[place]) for place in places]
+    axes.plot(places, means, color=colour, marker=marker, markersize=4, label=label)
+
+
+def _finish(axes: Axes, places: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:.0f}" for place in places])
+    axes.minorticks_off()
+    axes.legend()

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from budget import cell
-from lab import Run, main, mean, select, with_seeds
+from lab import Run, budgets, cell, cells, main, select, step0, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
@@ -87,15 +86,14 @@ def runs(short: bool) -> list[Run]:
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Jump at step 0, and the loss after each budget."""
-    rows = [row for row in rows if "domain" not in row["options"]]
+    rows = of_all_domains(rows)
     source = step0(select(rows, arm=NOT_GROWN)[0])
     lines = []
     for arm in ARMS:
         of_arm = select(rows, arm=arm)
         jump = "" if arm == FIXED else f"{step0(of_arm[0]) - source:+.4f}"
-        cells = [cell([mean(row) for row in select(of_arm, share=share)]) for share in SHARES]
-        lines.append([arm, jump, *cells])
-    return Table("", ["", "jump", *(f"+{share:.0%}" for share in SHARES)], lines).to_markdown()
+        lines.append([arm, jump, *cells(of_arm, SHARES)])
+    return Table("", ["", "jump", *budgets(SHARES)], lines).to_markdown()
 
 
 def narrow(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,16 +106,16 @@ def narrow(rows: Sequence[dict[str, Any]]) -> str:
     return Table("", [f"{NARROW} only", "+15%"], lines).to_markdown()
 
 
-def step0(row: Any) -> float:
-    return sum(row["before"].values()) / len(row["before"])
+def of_all_domains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the runs that were trained on one domain only."""
+    return [row for row in rows if "domain" not in row["options"]]
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     from figures import lines_over_budget
 
-    return lines_over_budget(
-        rows, [arm for arm in ARMS if arm[0] != "+"], None, folder / "growing.svg"
-    )
+    arms = [arm for arm in ARMS if not arm.startswith("+")]
+    return lines_over_budget(of_all_domains(rows), arms, folder, "growing")
 
 
 if __name__ == "__main__":

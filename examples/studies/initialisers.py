@@ -12,8 +12,7 @@ Expected: noise and copies lead; what breaks the function at step 0 does not pay
 from collections.abc import Sequence
 from typing import Any
 
-from budget import cell
-from lab import LEARNING_RATE, Run, main, mean, select, upcycled, with_seeds
+from lab import LEARNING_RATE, Run, budgets, cells, main, select, step0, upcycled, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
@@ -48,12 +47,10 @@ def runs(short: bool) -> list[Run]:
 def show(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for arm in ("dense", *ARMS):
-        before = select(rows, arm=arm, share=0.1, seed=1)[0]["before"].values()
-        cells = [cell([mean(row) for row in select(rows, arm=arm, share=s)]) for s in SHARES]
-        lines.append([arm, f"{sum(before) / len(before):.4f}", *cells])
-    return Table(
-        "", ["8 experts, top-1", "step 0", *(f"+{s:.0%}" for s in SHARES)], lines
-    ).to_markdown()
+        of_arm = select(rows, arm=arm)
+        (first,) = select(of_arm, share=0.1, seed=1)
+        lines.append([arm, f"{step0(first):.4f}", *cells(of_arm, SHARES)])
+    return Table("", ["8 experts, top-1", "step 0", *budgets(SHARES)], lines).to_markdown()
 
 
 if __name__ == "__main__":

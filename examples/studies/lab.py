@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean as average
 from typing import Any
 
 from fusion_upcycle.demo import MODELS, demo_model
@@ -161,8 +162,31 @@ def _execute(run: Run, output: Path) -> dict[str, Any]:
 
 def mean(row: Mapping[str, Any], split: str = "test") -> float:
     """Bits per byte, mean of the domains."""
-    bits = row["bits_per_byte"][split].values()
-    return sum(bits) / len(bits)
+    return average(row["bits_per_byte"][split].values())
+
+
+def step0(row: Mapping[str, Any]) -> float:
+    """`mean` of the test text before training."""
+    return average(row["before"].values())
+
+
+def cell(values: Sequence[float]) -> str:
+    """Of a table: the mean of the seeds and their spread."""
+    if not values:
+        return ""
+    text = f"{average(values):.4f}"
+    return text if len(values) == 1 else f"{text} (spread {spread(values):.4f})"
+
+
+def cells(rows: Iterable[Mapping[str, Any]], shares: Iterable[float]) -> list[str]:
+    """Of one arm: a cell for each budget."""
+    rows = list(rows)
+    return [cell([mean(row) for row in select(rows, share=share)]) for share in shares]
+
+
+def budgets(shares: Iterable[float]) -> list[str]:
+    """Headers of `cells`."""
+    return [f"+{share:.0%}" for share in shares]
 
 
 def select(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:

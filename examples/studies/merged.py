@@ -16,10 +16,10 @@ tenth of it each, on the same text, is not counted.
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean as average
 from typing import Any
 
-from budget import cell
-from lab import LEARNING_RATE, Run, main, mean, select, upcycled, with_seeds
+from lab import LEARNING_RATE, Run, budgets, cells, main, select, step0, upcycled, with_seeds
 
 from fusion_upcycle.report.tables import Table
 
@@ -39,13 +39,10 @@ SHARES = (0.02, 0.1, 0.25)
 
 def runs(short: bool) -> list[Run]:
     found = [
-        Run(
-            arm, "base", share, 1, make,
-            {"learning_rate": LEARNING_RATE},
-        )
+        Run(arm, "base", share, 1, make, {"learning_rate": LEARNING_RATE})
         for share in SHARES
         for arm, make in ARMS.items()
-    ]  # fmt: skip
+    ]
     return with_seeds(found, (1, 2, 3))
 
 
@@ -53,16 +50,14 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for arm in ARMS:
         of_arm = select(rows, arm=arm)
-        before = [sum(row["before"].values()) / len(row["before"]) for row in of_arm]
-        cells = [cell([mean(row) for row in select(of_arm, share=share)]) for share in SHARES]
-        lines.append([arm, f"{sum(before) / len(before):.4f}", *cells])
-    return Table("", ["", "step 0", *(f"+{s:.0%}" for s in SHARES)], lines).to_markdown()
+        lines.append([arm, f"{average(map(step0, of_arm)):.4f}", *cells(of_arm, SHARES)])
+    return Table("", ["", "step 0", *budgets(SHARES)], lines).to_markdown()
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     from figures import lines_over_budget
 
-    return lines_over_budget(rows, list(ARMS), None, folder / "merged.svg")
+    return lines_over_budget(rows, list(ARMS), folder, "merged")
 
 
 if __name__ == "__main__":

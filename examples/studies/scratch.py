@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import budget
-from budget import cell
-from lab import Run, main, mean, select
+from lab import Run, cells, main, select
 
 from fusion_upcycle.report.tables import Table
 
@@ -48,7 +47,7 @@ def runs(short: bool) -> list[Run]:
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        [arm, *(cell([mean(row) for row in select(rows, arm=arm, share=s)]) for s in SHARES)]
+        [arm, *cells(select(rows, arm=arm), SHARES)]
         for arm in dict.fromkeys(row["arm"] for row in rows)
     ]
     return Table("", ["", *(f"{share:.0%}" for share in SHARES)], lines).to_markdown()
@@ -58,7 +57,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     from figures import lines_over_budget
 
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    return lines_over_budget(rows, arms, None, folder / "scratch.svg")
+    return lines_over_budget(rows, arms, folder, "scratch")
 
 
 if __name__ == "__main__":

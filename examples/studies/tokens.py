@@ -15,6 +15,7 @@ better on validation text counts; the larger ones have the rate that lever.py fo
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean as average
 from typing import Any
 
 from lab import Run, main, mean, select, spread, upcycled, with_seeds
@@ -55,16 +56,21 @@ def best(rows: Sequence[dict[str, Any]], base: str, arm: str) -> list[dict[str, 
     return min(choices, key=lambda seeds: sum(mean(row, "validation") for row in seeds))
 
 
+def gains_of(dense: Sequence[Any], moe: Sequence[Any]) -> list[float]:
+    """What upcycling gains, for each seed."""
+    return [mean(d) - mean(m) for d, m in zip(dense, moe, strict=True)]
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for tokens, base in BASES.items():
         dense, moe = (best(rows, base, arm) for arm in ARMS)
-        gains = [mean(d) - mean(m) for d, m in zip(dense, moe, strict=True)]
+        gains = gains_of(dense, moe)
         lines.append(
             [
                 f"{tokens / PARAMETERS:.0f}",
-                *(f"{sum(map(mean, seeds)) / len(seeds):.4f}" for seeds in (dense, moe)),
-                f"{sum(gains) / len(gains):+.4f}",
+                *(f"{average(map(mean, seeds)):.4f}" for seeds in (dense, moe)),
+                f"{average(gains):+.4f}",
                 f"{spread(gains):.4f}",
                 *(f"{seeds[0]['learning_rate']:g}" for seeds in (dense, moe)),
             ]
@@ -76,12 +82,12 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     from figures import gain_over
 
-    points = {}
-    for tokens, base in BASES.items():
-        dense, moe = (best(rows, base, arm) for arm in ARMS)
-        points[tokens / PARAMETERS] = [mean(d) - mean(m) for d, m in zip(dense, moe, strict=True)]
+    points = {
+        tokens / PARAMETERS: gains_of(*(best(rows, base, arm) for arm in ARMS))
+        for tokens, base in BASES.items()
+    }
     label = "tokens per non-embedding parameter that the base has seen"
-    return gain_over(points, label, folder / "tokens.svg")
+    return gain_over(points, label, folder, "tokens")
 
 
 if __name__ == "__main__":

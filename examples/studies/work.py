@@ -65,18 +65,18 @@ def _train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
     dense = AutoModelForCausalLM.from_pretrained(start_folder(base, output))
     folder = make(run, output, temporary)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    per_token = flops_per_token(model)
-    unit = flops_per_token(dense) * recipe_of(base).tokens
+    parameters, std, per_token = facts_of(model)
+    unit = facts_of(dense)[2] * recipe_of(base).tokens
     steps = max(1, round(run.share * unit / per_token / STEP))
     tokenizer = AutoTokenizer.from_pretrained(demo_model("base"))
     row = {
         "base": base,
-        "parameters": count_parameters(model, find_routers(model)),
-        "router_row_std": row_std(find_routers(model)),
+        "parameters": parameters,
+        "router_row_std": std,
         "flops_per_token": per_token,
         "flops": TRAINING_PASSES * per_token * steps * STEP,
         "before": bits_per_byte(model, tokenizer, CONTEXT_LENGTH, stride=CONTEXT_LENGTH),
-    }  # fmt: skip
+    }
     options = {"schedule": "wsd", "decay_share": 0.5, "final_share": 0.0} | dict(run.options)
     moments = options.pop("optimizer_state", None)
     warmup = options.pop("warmup_steps", WARMUP_STEPS)
@@ -132,8 +132,10 @@ def tie_groups(model: Any, group: int) -> None:
         groups = gradient_ED.unflatten(0, (-1, group))
         return groups.mean(1, keepdim=True).expand_as(groups).flatten(0, 1)
 
-    for router in find_routers(model).modules.values():
+    routers = find_routers(model)
+    for router in routers.modules.values():
         router.weight.register_hook(tied)
+    routers.close()
 
 
 def make(run: Run, output: Path, temporary: Path) -> Path:
@@ -227,8 +229,14 @@ def recipe_of(name: str) -> Recipe:
     return replace(recipe, tokens=int(tokens), warmup_steps=warmup)
 
 
-def flops_per_token(model: Any) -> float:
-    """Of the forward pass: active matrices but the looked-up embeddings, and attention scores."""
-    active = count_parameters(model, find_routers(model))["active"]
-    looked_up = model.get_input_embeddings().weight.numel()
-    return 2 * (active - looked_up) + attention_score_flops(model.config, CONTEXT_LENGTH)
+def facts_of(model: Any) -> tuple[dict[str, int], float, float]:
+    """Parameters, std of the router's rows, and FLOPs per token of the forward pass.
+
+    FLOPs are of active matrices but the looked-up embeddings, and of attention scores.
+    """
+    routers = find_routers(model)
+    routers.close()  # its hooks; nothing is listened to
+    parameters = count_parameters(model, routers)
+    matrices = parameters["active"] - model.get_input_embeddings().weight.numel()
+    flops = 2 * matrices + attention_score_flops(model.config, CONTEXT_LENGTH)
+    return parameters, row_std(routers), flops

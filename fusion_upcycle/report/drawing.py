@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 
-#: Okabe and Ito's black, orange, sky blue, green and vermilion, with markers.
+#: Okabe and Ito's colours, with markers; grey for their yellow, too pale for a line.
 LINES = (
     ("#000000", "o"),
     ("#E69F00", "s"),
     ("#56B4E9", "^"),
     ("#009E73", "D"),
     ("#D55E00", "v"),
+    ("#0072B2", "P"),
+    ("#CC79A7", "X"),
+    ("#999999", "*"),
 )
 _MAP = "cividis"
 _MOST_WITH_NUMBERS = 16  # experts; narrower cells cannot hold a number

@@ -46,13 +46,11 @@ class RouterRate:
     Attributes:
         value: the largest learning rate, which the schedule multiplies.
         row_std: root mean square of the routers' weights at step 0.
-        fitting: the rate by the rule.
         given: whether `value` was asked for.
     """
 
     value: float
     row_std: float
-    fitting: float
     given: bool
 
     @classmethod
@@ -62,9 +60,9 @@ class RouterRate:
             return None
         with torch.no_grad():
             size = row_std(routers)
-        fitting = fitting_rate(options.learning_rate, size)
         given = options.router_learning_rate
-        return cls(fitting if given is None else given, size, fitting, given is not None)
+        value = fitting_rate(options.learning_rate, size) if given is None else given
+        return cls(value, size, given is not None)
 
     @property
     def in_words(self) -> str:
@@ -76,13 +74,14 @@ class RouterRate:
     @property
     def warning(self) -> str | None:
         """What is wrong with a rate that was asked for, if anything, and what would be right."""
-        if not self.given or not self.row_std or self.value <= LARGEST_RATIO * self.row_std:
+        largest = LARGEST_RATIO * self.row_std
+        if not self.given or not largest or self.value <= largest:
             return None
         ratio = self.value / self.row_std
         return (
             f"router_learning_rate={self.value:g} is {ratio:.3g} of the std of the router's rows, "
             f"{self.row_std:.3g}: above {LARGEST_RATIO} tokens change experts all the time. Set it "
-            f"to {LARGEST_RATIO * self.row_std:.3g} or less, leave it out, or upcycle with a "
+            f"to {largest:.3g} or less, leave it out, or upcycle with a "
             f"logit_std {ratio / LARGEST_RATIO:.3g} times as large."
         )
 
