@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fusion_upcycle.cli.analysis_flags import add_analyze
+from fusion_upcycle.cli.benchmark_flags import add_benchmark, takes_overrides
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
 from fusion_upcycle.cli.option_flags import Command, add_making
@@ -27,6 +28,7 @@ examples:
   python -m fusion_upcycle expand   ./llama-8x1b ./llama-16x1b --router-extension split --demo
   python -m fusion_upcycle verify   ./llama-8x1b
   python -m fusion_upcycle analyze  ./llama-8x1b --demo
+  python -m fusion_upcycle benchmark experiment=three_domains jobs=2
 
 Training and task pools are FusionBench's: fusion_bench method=continued_pretraining ...
 (docs/fusionbench.md).
@@ -85,7 +87,8 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit status 0 done, 1 not proven, 2 wrong input."""
-    parsed = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = takes_overrides(given) or _parser().parse_args(given)
     try:
         parsed.run(parsed)
     except ProofError as error:
@@ -183,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     add_analyze(commands)
+    add_benchmark(commands)
     return parser
 
 

@@ -5,5 +5,6 @@ from fusion_upcycle.errors import REQUIRED, require_versions
 require_versions(*REQUIRED)  # before FusionBench is imported, which would fail in other words
 
 from fusion_upcycle.taskpool.causal_lm_perplexity import CausalLMPerplexityTaskPool
+from fusion_upcycle.taskpool.several import SeveralTaskPools
 
-__all__ = ["CausalLMPerplexityTaskPool"]
+__all__ = ["CausalLMPerplexityTaskPool", "SeveralTaskPools"]

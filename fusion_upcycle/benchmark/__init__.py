@@ -1,0 +1,1 @@
+"""Many FusionBench runs as one experiment: `python -m fusion_upcycle benchmark`."""

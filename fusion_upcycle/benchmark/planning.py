@@ -1,0 +1,252 @@
+"""From an experiment to its runs: what each is asked of `fusion_bench`, before anything is run."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from fusion_upcycle.benchmark.experiment import Choice, Experiment, Method, TaskPool
+from fusion_upcycle.benchmark.overrides import override
+from fusion_upcycle.errors import UpcyclingError
+
+PRETRAINED = "_pretrained_"
+REFERENCES = "Reference Results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One `fusion_bench` run.
+
+    Attributes:
+        folder: of its results, below the experiment's output.
+        purpose: test, or trial of a setting.
+        row: name of the row that it belongs to.
+        settings: of the method, as the row says them.
+        group: heading of the row; None is found by the method's class.
+        reference: pretrained or finetuned, for models as they are.
+        models: fine-tunes that are merged.
+        subset: whether these are some of the pool's only.
+        seed: of everything random.
+        trials: settings that were tried for it.
+        taskpools: by name.
+        arguments: of `fusion_bench`, but for those that the check finds (seeds, the folder).
+    """
+
+    folder: str
+    purpose: str
+    row: str
+    settings: Mapping[str, Any]
+    group: str | None
+    reference: str | None
+    models: Sequence[str]
+    subset: bool
+    seed: int
+    trials: int
+    taskpools: Mapping[str, TaskPool]
+    arguments: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row's run with chosen settings, and the trials that they are chosen by."""
+
+    run: Run
+    method: Method
+    trials: Sequence[Run] = ()
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Run:
+        """The run, with settings that were chosen of the trials."""
+        arguments = [*self.run.arguments, *_options(settings)]
+        return replace(
+            self.run, settings={**self.run.settings, **settings}, arguments=tuple(arguments)
+        )
+
+
+def plan_runs(experiment: Experiment, models_of: Callable[[Choice], Sequence[str]]) -> list[Planned]:
+    """All runs, references first.
+
+    Args:
+        models_of: names of the models of a pool.
+
+    Raises:
+        UpcyclingError: subsets that the pool has too few models for, rows of one name.
+    """
+    planned = list(_references(experiment, models_of(experiment.modelpool)))
+    for method in experiment.methods.values():
+        pool = method.modelpool or experiment.modelpool
+        planned += _of_method(experiment, method, models_of(pool))
+    folders = [each.run.folder for each in planned]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UpcyclingError(
+                f"Two runs would share the folder {folder!r}: give methods other names."
+            )
+    return planned
+
+
+def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Planned]:
+    if not experiment.references:
+        return
+    for model in models:
+        base = model == PRETRAINED
+        run = Run(
+            folder=f"references/{'pretrained' if base else _safe(model)}",
+            purpose="test",
+            row="Pre-trained" if base else f"Fine-tuned ({model})",
+            settings={},
+            group=REFERENCES,
+            reference="pretrained" if base else "finetuned",
+            models=() if base else (model,),
+            subset=False,
+            seed=experiment.seeds[0],
+            trials=0,
+            taskpools=experiment.taskpools,
+            arguments=(
+                "method=dummy",
+                *_pool(experiment.modelpool, _without(models, [model])),
+                *_tasks(experiment.taskpools),
+                *experiment.overrides,
+            ),
+        )
+        yield Planned(run, Method(name=run.row))
+
+
+def _of_method(
+    experiment: Experiment, method: Method, models: Sequence[str]
+) -> Iterator[Planned]:
+    fine_tunes = [name for name in models if name != PRETRAINED]
+    seeds = method.seeds or experiment.seeds
+    for chosen in _subsets(method, fine_tunes):
+        for seed in seeds:
+            kept = [*chosen, *([PRETRAINED] if method.pretrained else [])]
+            arguments = _folder(method) or [
+                f"method={method.method or method.name}",
+                *_pool(method.modelpool or experiment.modelpool, _without(models, kept)),
+            ]
+            parts = [_safe(method.name)]
+            parts += [_safe("+".join(chosen))] if method.subsets else []
+            parts += [f"seed_{seed}"] if len(seeds) > 1 else []
+            run = Run(
+                folder="/".join(parts),
+                purpose="test",
+                row=method.label or method.name,
+                settings=dict(method.options) if method.folder is None else {},
+                group=method.group or ("Other Models" if method.folder else None),
+                reference=None,
+                models=() if method.folder else tuple(chosen),
+                subset=bool(method.subsets) and len(chosen) < len(fine_tunes),
+                seed=seed,
+                trials=0,
+                taskpools=experiment.taskpools,
+                arguments=(
+                    *arguments,
+                    *_tasks(experiment.taskpools),
+                    *experiment.overrides,
+                    *method.overrides,
+                    *_options(method.options),
+                ),
+            )
+            yield _with_trials(run, method, experiment, arguments)
+
+
+def _with_trials(
+    run: Run, method: Method, experiment: Experiment, arguments: Sequence[str]
+) -> Planned:
+    """Every combination of what is to be tried, on validation data."""
+    if not method.trials:
+        return Planned(run, method)
+    assert experiment.validation is not None  # the reader looked
+    pools = experiment.validation.taskpools
+    trials = []
+    for number, values in enumerate(product(*method.trials.values())):
+        settings = dict(zip(method.trials, values, strict=True))
+        trials.append(
+            replace(
+                run,
+                folder=f"{run.folder}/trials/{number}",
+                purpose="trial",
+                settings={**run.settings, **settings},
+                taskpools=pools,
+                arguments=(
+                    *arguments,
+                    *_tasks(pools),
+                    *experiment.overrides,
+                    *method.overrides,
+                    *_options({**method.options, **settings}),
+                ),
+            )
+        )
+    # Options that are tried too would stand twice, once as they were.
+    kept = {name: value for name, value in method.options.items() if name not in method.trials}
+    final = replace(
+        run,
+        folder=f"{run.folder}/chosen",
+        settings=kept,
+        trials=len(trials),
+        arguments=(
+            *arguments,
+            *_tasks(experiment.taskpools),
+            *experiment.overrides,
+            *method.overrides,
+            *_options(kept),
+        ),
+    )
+    return Planned(final, method, tuple(trials))
+
+
+def _subsets(method: Method, fine_tunes: Sequence[str]) -> list[tuple[str, ...]]:
+    if not method.subsets:
+        return [tuple(fine_tunes)]
+    for size in method.subsets:
+        if size > len(fine_tunes):
+            raise UpcyclingError(
+                f"methods.{method.name}.subsets={list(method.subsets)}: the pool has "
+                f"{len(fine_tunes)} fine-tunes only ({', '.join(fine_tunes)})."
+            )
+    return [chosen for size in method.subsets for chosen in combinations(fine_tunes, size)]
+
+
+def _pool(choice: Choice, removed: Sequence[str]) -> list[str]:
+    return [
+        f"modelpool={choice.config}",
+        *(override(f"modelpool.{name}", value, sign="++") for name, value in choice.options.items()),
+        *(f"~modelpool.models.{name}" for name in removed),
+    ]
+
+
+def _folder(method: Method) -> list[str] | None:
+    """A model made elsewhere: a pool of it alone."""
+    if method.folder is None:
+        return None
+    return [
+        "method=dummy",
+        "modelpool=CausalLMPool/folder",
+        override(f"modelpool.models.{PRETRAINED}", str(Path(method.folder).expanduser())),
+    ]
+
+
+def _tasks(pools: Mapping[str, TaskPool]) -> list[str]:
+    arguments = ["taskpool=several"]
+    for name, pool in pools.items():
+        place = f"taskpool.pools.{name}"
+        arguments.append(f"+taskpool@{place}={pool.config}")
+        arguments += [
+            override(f"{place}.{option}", value, sign="++")
+            for option, value in pool.options.items()
+        ]
+    return arguments
+
+
+def _options(options: Mapping[str, Any]) -> list[str]:
+    return [override(f"method.{name}", value) for name, value in options.items()]
+
+
+def _without(names: Sequence[str], kept: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in kept]
+
+
+def _safe(name: str) -> str:
+    """A name as a folder's."""
+    text = "".join(c if c.isalnum() or c in "+-_." else "_" for c in name)
+    return text if text.strip(".") else f"_{text}"
