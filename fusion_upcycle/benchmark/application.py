@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -92,7 +93,7 @@ def _store(path: Path) -> str:
 def _in_folders(name: str, arguments: Sequence[str]) -> bool:
     """Whether a folder that Hydra was given has it."""
     words = list(arguments)
-    folders = [after for before, after in zip(words, words[1:], strict=False) if _names(before)]
+    folders = [after for before, after in pairwise(words) if _names(before)]
     folders += [w.partition("=")[2] for w in words if w.startswith("--config-dir=")]
     return any((Path(folder) / _GROUP / f"{name}.yaml").is_file() for folder in folders)
 
@@ -147,5 +148,3 @@ def _benchmark(config: DictConfig) -> Outcome:
         page = write_report([output], output / "report", title=title)
         print(f"Output: {page}")
     return outcome
-
-

@@ -3,14 +3,15 @@
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from fusion_upcycle.benchmark.board import Board
+from fusion_upcycle.benchmark.overrides import override
 from fusion_upcycle.benchmark.processes import Fresh, record_death
 from fusion_upcycle.benchmark.request import Request, read_request
 from fusion_upcycle.errors import UpcyclingError
@@ -20,7 +21,7 @@ _LOOK_SECONDS = 2.0
 
 def launcher_of(config: DictConfig) -> str | None:
     """The class of the launcher that was chosen; None for Hydra's default, which is no cluster."""
-    target = str(OmegaConf.select(HydraConfig.get(), "launcher._target_"))
+    target = str(HydraConfig.get().launcher["_target_"])
     return None if target.endswith("BasicLauncher") else target
 
 
@@ -36,16 +37,18 @@ def perform_launched(
         config: of the application.
         job: its task function, which is called with `run` set to a run's folder.
     """
-    from hydra.core.global_hydra import GlobalHydra
-
     if not requests:
         return
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
+    context = HydraContext(
+        config_loader=hydra.config_loader,
+        callbacks=hydra.callbacks,  # type: ignore[attr-defined]
+    )
     whole = OmegaConf.merge(config, {"hydra": HydraConfig.get()})
     assert isinstance(whole, DictConfig)
     launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=hydra.callbacks),
+        hydra_context=context,
         task_function=job,
         config=whole,
     )
@@ -55,17 +58,13 @@ def perform_launched(
     watcher = threading.Thread(target=_watch, args=(requests, board, over), daemon=True)
     watcher.start()
     try:
-        from fusion_upcycle.benchmark.overrides import override
-
         overrides = [[override("run", str(request.folder))] for request in requests]
-        returns = launcher.launch(overrides, initial_job_idx=0)
+        launcher.launch(overrides, initial_job_idx=0)
     finally:
         over.set()
         watcher.join()
-    for request, returned in zip(requests, returns, strict=True):
-        if request.result() is None:
-            record_death(request, None)
-        del returned
+    for request in requests:
+        record_death(request, None)
     _watch(requests, board, over)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusion_upcycle.benchmark.request import CONSOLE_NAME, Request, read_request
+from fusion_upcycle.benchmark.request import CONSOLE_NAME, read_request
 from fusion_upcycle.report import Measured
 
 

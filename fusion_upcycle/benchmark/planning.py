@@ -19,10 +19,12 @@ class Run:
     """One `fusion_bench` run.
 
     Attributes:
+        experiment: its name.
+        position: of its row in the experiment.
         folder: of its results, below the experiment's output.
         purpose: test, or trial of a setting.
         row: name of the row that it belongs to.
-        settings: of the method, as the row says them.
+        settings: that the row says, those that were tried above all.
         group: heading of the row; None is found by the method's class.
         reference: pretrained or finetuned, for models as they are.
         models: fine-tunes that are merged.
@@ -30,9 +32,11 @@ class Run:
         seed: of everything random.
         trials: settings that were tried for it.
         taskpools: by name.
-        arguments: of `fusion_bench`, but for those that the check finds (seeds, the folder).
+        options: of the method, place -> value.
+        choices: other arguments of `fusion_bench`, but for seeds and the folder.
     """
 
+    experiment: str
     folder: str
     purpose: str
     row: str
@@ -44,7 +48,15 @@ class Run:
     seed: int
     trials: int
     taskpools: Mapping[str, TaskPool]
-    arguments: Sequence[str]
+    options: Mapping[str, Any]
+    choices: Sequence[str]
+    position: int = 0
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of `fusion_bench`."""
+        options = [override(f"method.{n}", v, sign="++") for n, v in self.options.items()]
+        return [*self.choices, *options]
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,12 @@ class Planned:
 
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
         """The run, with settings that were chosen of the trials."""
-        arguments = [*self.run.arguments, *_options(settings)]
-        return replace(
-            self.run, settings={**self.run.settings, **settings}, arguments=tuple(arguments)
-        )
+        return replace(self.run, settings=settings, options={**self.run.options, **settings})
 
 
-def plan_runs(experiment: Experiment, models_of: Callable[[Choice], Sequence[str]]) -> list[Planned]:
+def plan_runs(
+    experiment: Experiment, models_of: Callable[[Choice], Sequence[str]]
+) -> list[Planned]:
     """All runs, references first.
 
     Args:
@@ -91,6 +102,7 @@ def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Plann
     for model in models:
         base = model == PRETRAINED
         run = Run(
+            experiment=experiment.experiment,
             folder=f"references/{'pretrained' if base else _safe(model)}",
             purpose="test",
             row="Pre-trained" if base else f"Fine-tuned ({model})",
@@ -102,7 +114,8 @@ def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Plann
             seed=experiment.seeds[0],
             trials=0,
             taskpools=experiment.taskpools,
-            arguments=(
+            options={},
+            choices=(
                 "method=dummy",
                 *_pool(experiment.modelpool, _without(models, [model])),
                 *_tasks(experiment.taskpools),
@@ -112,26 +125,26 @@ def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Plann
         yield Planned(run, Method(name=run.row))
 
 
-def _of_method(
-    experiment: Experiment, method: Method, models: Sequence[str]
-) -> Iterator[Planned]:
+def _of_method(experiment: Experiment, method: Method, models: Sequence[str]) -> Iterator[Planned]:
     fine_tunes = [name for name in models if name != PRETRAINED]
     seeds = method.seeds or experiment.seeds
     for chosen in _subsets(method, fine_tunes):
         for seed in seeds:
             kept = [*chosen, *([PRETRAINED] if method.pretrained else [])]
-            arguments = _folder(method) or [
+            chosen_pool = method.modelpool or experiment.modelpool
+            beginning = _folder(method) or [
                 f"method={method.method or method.name}",
-                *_pool(method.modelpool or experiment.modelpool, _without(models, kept)),
+                *_pool(chosen_pool, _without(models, kept)),
             ]
             parts = [_safe(method.name)]
             parts += [_safe("+".join(chosen))] if method.subsets else []
             parts += [f"seed_{seed}"] if len(seeds) > 1 else []
             run = Run(
+                experiment=experiment.experiment,
                 folder="/".join(parts),
                 purpose="test",
                 row=method.label or method.name,
-                settings=dict(method.options) if method.folder is None else {},
+                settings=_shown(method),
                 group=method.group or ("Other Models" if method.folder else None),
                 reference=None,
                 models=() if method.folder else tuple(chosen),
@@ -139,25 +152,26 @@ def _of_method(
                 seed=seed,
                 trials=0,
                 taskpools=experiment.taskpools,
-                arguments=(
-                    *arguments,
+                options=method.options,
+                choices=(
+                    *beginning,
                     *_tasks(experiment.taskpools),
                     *experiment.overrides,
                     *method.overrides,
-                    *_options(method.options),
                 ),
             )
-            yield _with_trials(run, method, experiment, arguments)
+            yield _with_trials(run, method, experiment, beginning)
 
 
 def _with_trials(
-    run: Run, method: Method, experiment: Experiment, arguments: Sequence[str]
+    run: Run, method: Method, experiment: Experiment, beginning: Sequence[str]
 ) -> Planned:
     """Every combination of what is to be tried, on validation data."""
     if not method.trials:
         return Planned(run, method)
     assert experiment.validation is not None  # the reader looked
     pools = experiment.validation.taskpools
+    choices = (*beginning, *_tasks(pools), *experiment.overrides, *method.overrides)
     trials = []
     for number, values in enumerate(product(*method.trials.values())):
         settings = dict(zip(method.trials, values, strict=True))
@@ -166,33 +180,22 @@ def _with_trials(
                 run,
                 folder=f"{run.folder}/trials/{number}",
                 purpose="trial",
-                settings={**run.settings, **settings},
+                settings=settings,
                 taskpools=pools,
-                arguments=(
-                    *arguments,
-                    *_tasks(pools),
-                    *experiment.overrides,
-                    *method.overrides,
-                    *_options({**method.options, **settings}),
-                ),
+                options={**run.options, **settings},
+                choices=choices,
             )
         )
-    # Options that are tried too would stand twice, once as they were.
-    kept = {name: value for name, value in method.options.items() if name not in method.trials}
-    final = replace(
-        run,
-        folder=f"{run.folder}/chosen",
-        settings=kept,
-        trials=len(trials),
-        arguments=(
-            *arguments,
-            *_tasks(experiment.taskpools),
-            *experiment.overrides,
-            *method.overrides,
-            *_options(kept),
-        ),
-    )
+    final = replace(run, folder=f"{run.folder}/chosen", settings={}, trials=len(trials))
     return Planned(final, method, tuple(trials))
+
+
+def _shown(method: Method) -> dict[str, Any]:
+    """Settings that the row says: numbers and names among the options, unless a label says it all;
+    what is tried is said in any case, once it is chosen."""
+    if method.label is not None:
+        return {}
+    return {n: v for n, v in method.options.items() if isinstance(v, int | float | str)}
 
 
 def _subsets(method: Method, fine_tunes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -210,7 +213,10 @@ def _subsets(method: Method, fine_tunes: Sequence[str]) -> list[tuple[str, ...]]
 def _pool(choice: Choice, removed: Sequence[str]) -> list[str]:
     return [
         f"modelpool={choice.config}",
-        *(override(f"modelpool.{name}", value, sign="++") for name, value in choice.options.items()),
+        *(
+            override(f"modelpool.{name}", value, sign="++")
+            for name, value in choice.options.items()
+        ),
         *(f"~modelpool.models.{name}" for name in removed),
     ]
 
@@ -236,10 +242,6 @@ def _tasks(pools: Mapping[str, TaskPool]) -> list[str]:
             for option, value in pool.options.items()
         ]
     return arguments
-
-
-def _options(options: Mapping[str, Any]) -> list[str]:
-    return [override(f"method.{name}", value) for name, value in options.items()]
 
 
 def _without(names: Sequence[str], kept: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One run, as it is asked for and as it is left: `run.json` and the record's section `benchmark`."""
+"""One run: as it is asked for, in `run.json`, and as it is left, in its record."""
 
 import json
 import shutil
@@ -73,6 +73,13 @@ class Request:
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
         temporary.replace(path)
 
+    def refresh(self) -> None:
+        """What is said of a complete run follows the experiment: labels, headings, metrics."""
+        result = self.result()
+        assert result is not None
+        if any(result.get(name) != value for name, value in self.facts.items()):
+            write_run_record(SECTION, {**result, **self.facts}, self.folder)
+
     def leave(self, error: str | None, report: Any, costs: Mapping[str, Any]) -> None:
         """Write how the run ended."""
         section = {
@@ -90,9 +97,7 @@ class Request:
 def read_request(folder: Path) -> Request:
     """What `Request.write` wrote."""
     content = json.loads((folder / REQUEST_NAME).read_text(encoding="utf-8"))
-    return Request(
-        folder, tuple(content["arguments"]), content["config_hash"], content["facts"]
-    )
+    return Request(folder, tuple(content["arguments"]), content["config_hash"], content["facts"])
 
 
 def _finite(report: Any) -> Any:

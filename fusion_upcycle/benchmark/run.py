@@ -56,8 +56,11 @@ def run_experiment(
 
     def perform(requests: Sequence[Request], board: Board) -> None:
         todo = [request for request in requests if not request.complete]
-        for request in todo:
-            request.write()
+        for request in requests:
+            if request.complete:
+                request.refresh()
+            else:
+                request.write()
         if launch is not None:
             launch(todo, board)
         else:

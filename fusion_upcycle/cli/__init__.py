@@ -10,6 +10,7 @@ from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
 from fusion_upcycle.cli.option_flags import Command, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
+from fusion_upcycle.cli.report_flags import add_report
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.inspection.numbers import read_count
 
@@ -29,6 +30,7 @@ examples:
   python -m fusion_upcycle verify   ./llama-8x1b
   python -m fusion_upcycle analyze  ./llama-8x1b --demo
   python -m fusion_upcycle benchmark experiment=three_domains jobs=2
+  python -m fusion_upcycle report   outputs/benchmark/three_domains -o ./report
 
 Training and task pools are FusionBench's: fusion_bench method=continued_pretraining ...
 (docs/fusionbench.md).
@@ -187,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_analyze(commands)
     add_benchmark(commands)
+    add_report(commands)
     return parser
 
 

@@ -3,6 +3,8 @@
 import inspect
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,4 +27,6 @@ def logits_of_last(model: "PreTrainedModel", rows: int) -> dict[str, int]:
     None for backbones, which have no logits, and for the few families that always make all.
     """
     told = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": rows} if told else {}
+    # Heads that FusionBench puts in its place (SMILE) take whole hidden states only.
+    linear = type(model.get_output_embeddings()) is nn.Linear
+    return {"logits_to_keep": rows} if told and linear else {}

@@ -146,6 +146,12 @@ def chart(places: int) -> tuple["Figure", "Axes"]:
     return figure, figure.subplots()
 
 
+def canvas(size: tuple[float, float]) -> tuple["Figure", "Axes"]:
+    """One chart of this size, in inches."""
+    figure = _new(size)
+    return figure, figure.subplots()
+
+
 def stacked(panels: int) -> tuple["Figure", list["Axes"]]:
     """Charts below each other, with one horizontal axis."""
     figure = _new((8.0, 1.0 + 2.2 * panels))

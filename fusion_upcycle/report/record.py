@@ -50,7 +50,7 @@ class Measured:
     ) -> None:
         self.wall_seconds = time.perf_counter() - self._started[0]
         self.cpu_seconds = time.process_time() - self._started[1]
-        self.peak_rss_bytes = _peak_rss_bytes()
+        self.peak_rss_bytes = peak_rss_bytes()
 
     def as_record(self) -> dict[str, float | int]:
         """The three measurements, ready for a run record."""
@@ -160,6 +160,7 @@ def hydra_output_folder() -> str | None:
     return str(runtime.output_dir)
 
 
-def _peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process since it started."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

@@ -1,6 +1,5 @@
 """FusionBench task pool: how well a causal language model predicts held-out text."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,20 +7,18 @@ from typing import TYPE_CHECKING, Any
 from fusion_bench import BaseTaskPool, auto_register_config
 from fusion_bench.taskpool.dummy import get_model_summary
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.live.inputs import max_positions
 from fusion_upcycle.report import Measured, write_run_record
+from fusion_upcycle.taskpool.pool import check_options, load_tokenizer, named_texts, to_device
 from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.texts.perplexity import perplexity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-_FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
 _LONGEST_DEFAULT_CONTEXT = 1024  # tokens
 _METRICS = ("loss_nats_per_token", "perplexity", "bits_per_byte")
 
@@ -55,30 +52,15 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         batch_size: int = 8,
         **kwargs: Any,
     ) -> None:
-        options = [n for n in inspect.signature(type(self)).parameters if n != "kwargs"]
-        for name in kwargs:
-            if name not in _FUSION_BENCH_KEYS:
-                raise unknown(f"option of {type(self).__name__}:", name, options)
+        check_options(self, kwargs)
         super().__init__(**kwargs)
-        self.texts: dict[str, Any] = (
-            OmegaConf.to_container(texts, resolve=True)  # type: ignore[assignment]
-            if isinstance(texts, DictConfig)
-            else texts
-        )
-        if not isinstance(self.texts, Mapping) or not self.texts:
-            raise UpcyclingError("taskpool.texts is empty: name at least one text, {name: file}.")
-        reserved = {"average", "model_info"} & self.texts.keys()
-        if reserved:
-            raise UpcyclingError(
-                f"taskpool.texts.{reserved.pop()} is a name of the report: rename it."
-            )
+        self.texts: dict[str, Any] = named_texts(texts)
         self._evaluations: list[dict[str, Any]] = []
 
     def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Score ``model``, a transformers causal LM, on all texts; the report is plain JSON."""
-        tokenizer = self._load_tokenizer()
-        if self._program is not None and next(model.parameters()).device.type == "cpu":
-            model.to(self._program.fabric.device)  # merging leaves its result on the CPU
+        tokenizer = load_tokenizer(self, self.tokenizer)
+        to_device(self, model)
         context_length = self.context_length
         if context_length is None:
             limit = max_positions(model)
@@ -102,18 +84,6 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         self._evaluations.append({"report": report, **cost.as_record()})
         self._leave(report, context_length, stride)
         return report
-
-    def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        if self.tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        if self._program is None or getattr(self._program.modelpool, "tokenizer", None) is None:
-            raise UpcyclingError(
-                "There is no tokenizer: set taskpool.tokenizer (path or Hub name), or run with a "
-                "model pool that has one (modelpool.tokenizer)."
-            )
-        return self._program.modelpool.load_tokenizer()
 
     @rank_zero_only
     def _leave(self, report: dict[str, Any], context_length: int, stride: int) -> None:

@@ -1,0 +1,207 @@
+"""What runs left behind, ours and others', as one kind of result."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.report.record import RECORD_NAME
+
+PROGRAM_REPORT = "program_report.json"
+#: Keys of a task pool's report that are no tasks.
+NOT_TASKS = ("average", "model_info", "cost", "routing")
+_LOOKED_FOR = (
+    f"{RECORD_NAME} of `python -m fusion_upcycle benchmark`, {PROGRAM_REPORT} of fusion_bench, "
+    "results_*.json of lm-eval"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run.
+
+    Attributes:
+        source: the file that it is read from.
+        experiment: that it belongs to.
+        row: its name in the tables.
+        settings: that the row's label says.
+        position: of its row in the experiment.
+        group: heading above it.
+        reference: pretrained or finetuned, for models as they are.
+        models: fine-tunes that took part.
+        subset: whether these are some of a pool's only.
+        seed: of the run.
+        trials: settings that were tried on validation data for it.
+        report: task pool -> its report.
+        tasks: task pool -> `metric`, `better`, `unseen`, as the experiment said them.
+        error: why it failed; None where it did not.
+        arguments: of `fusion_bench`, which repeat it.
+        seconds: of the whole run.
+        tokens: that it was trained on, where it was.
+        proof: in words, of a model that we made.
+    """
+
+    source: Path
+    row: str
+    report: Mapping[str, Any]
+    experiment: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    position: int = 0
+    group: str = "Other Models"
+    reference: str | None = None
+    models: Sequence[str] = ()
+    subset: bool = False
+    seed: int | None = None
+    trials: int = 0
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    arguments: Sequence[str] = ()
+    seconds: float | None = None
+    tokens: float | None = None
+    proof: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The row's name, with its setting."""
+        said = [f"{name.rpartition('.')[2]}={_short(v)}" for name, v in self.settings.items()]
+        parts = ["+".join(self.models)] if self.subset else []
+        inside = ", ".join([*parts, *said])
+        return f"{self.row} ({inside})" if inside else self.row
+
+
+def read_results(places: Iterable[str | Path]) -> list[Result]:
+    """All results in folders and files, in the order of their paths.
+
+    Raises:
+        UpcyclingError: a place that is not there or is not JSON, or no result in any of them.
+    """
+    found: list[Result] = []
+    paths = [Path(place).expanduser() for place in places]
+    for path in paths:
+        if not path.exists():
+            raise UpcyclingError(f"{path} does not exist. Give folders of runs, or report files.")
+        found += _of_file(path) if path.is_file() else _of_folder(path)
+    if not found:
+        said = ", ".join(map(str, paths)) or "no place"
+        raise UpcyclingError(f"There is no result in {said}. Looked for {_LOOKED_FOR}.")
+    return found
+
+
+def _of_folder(folder: Path) -> Iterator[Result]:
+    for path in sorted(folder.rglob("*.json")):
+        if path.name == RECORD_NAME:
+            yield from _of_record(path)
+        elif path.name == PROGRAM_REPORT:
+            if not _is_benchmark(path.with_name(RECORD_NAME)):
+                yield _of_program_report(path, path.parent.name, _read(path))
+        elif path.name.startswith("results_"):
+            yield _of_lm_eval(path, _read(path))
+
+
+def _of_file(path: Path) -> Iterator[Result]:
+    if path.name == RECORD_NAME:
+        yield from _of_record(path)
+        return
+    content = _read(path)
+    if isinstance(content.get("results"), dict):
+        yield _of_lm_eval(path, content)
+    elif all(isinstance(v, dict) for v in content.values()) and any(
+        isinstance(task, dict)
+        for report in content.values()
+        for name, task in report.items()
+        if name not in NOT_TASKS
+    ):
+        for row, report in content.items():  # as FusionBench's examples keep many: {row: report}
+            yield _of_program_report(path, row, report)
+    else:
+        yield _of_program_report(path, path.parent.name, content)
+
+
+def _is_benchmark(path: Path) -> bool:
+    return path.is_file() and "benchmark" in _read(path)
+
+
+def _of_record(path: Path) -> Iterator[Result]:
+    record = _read(path)
+    section = record.get("benchmark")
+    if not isinstance(section, dict) or section["purpose"] != "test":
+        return
+    method = record.get("method") or {}
+    training = record.get("training") or method
+    yield Result(
+        source=path,
+        report=section["report"],
+        seconds=section["costs"].get("wall_seconds"),
+        tokens=(training.get("final") or {}).get("tokens"),
+        proof=_proof(method.get("proof")),
+        **{
+            name: section[name]
+            for name in (
+                "experiment",
+                "row",
+                "settings",
+                "position",
+                "group",
+                "reference",
+                "models",
+                "subset",
+                "seed",
+                "trials",
+                "tasks",
+                "error",
+                "arguments",
+            )
+        },
+    )
+
+
+def _proof(proof: Any) -> str | None:
+    """A proof of ours in words."""
+    if not isinstance(proof, dict) or "holds" not in proof:
+        return None
+    function = proof.get("function") or {}
+    if proof["holds"] and "max_abs" in function:
+        return f"holds; largest logit difference {function['max_abs']:.1e}"
+    return "holds" if proof["holds"] else "does not hold"
+
+
+def _of_program_report(path: Path, row: str, report: Any) -> Result:
+    if not isinstance(report, dict):
+        raise UpcyclingError(f"{path} holds no report of tasks: {report!r:.60}.")
+    pooled = all(
+        isinstance(part, dict) and "model_info" in part for part in report.values()
+    ) and bool(report)
+    return Result(source=path, row=row, report=report if pooled else {"tasks": report})
+
+
+def _of_lm_eval(path: Path, content: Mapping[str, Any]) -> Result:
+    """lm-eval's own file: `acc,none` and `acc_stderr,none` of each task and group."""
+    tasks = {
+        str(task): dict(_plain_metrics(metrics))
+        for task, metrics in (content.get("results") or {}).items()
+    }
+    if not tasks:
+        raise UpcyclingError(f"{path} holds no results of lm-eval.")
+    name = content.get("model_name") or path.parent.name
+    return Result(source=path, row=str(name), report={"lm_eval": tasks})
+
+
+def _plain_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        metric, _, kind = name.partition(",")
+        if isinstance(value, int | float) and name != "alias":
+            yield metric if kind in ("", "none") else name, float(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UpcyclingError(f"{path} is not JSON ({error}). Leave it out, or mend it.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,50 @@
+"""What a live model costs per token: parameters that take part, and FLOPs.
+
+A multiplication and an addition are 2 FLOPs; norms, activations and softmax are left out.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fusion_upcycle.live.experts import find_experts
+from fusion_upcycle.live.routers import find_routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def active_parameters(model: "PreTrainedModel") -> int:
+    """Parameters that one token uses: all, less the experts that it is not sent to.
+
+    Routed experts are those of a family in `fusion_upcycle.architectures`, and, as FusionBench
+    makes them, lists `experts` of modules that send a token to `top_k` of them.
+
+    Raises:
+        UpcyclingError: an MoE family that is not known.
+    """
+    routers = find_routers(model)
+    unused = routers.num_experts - routers.experts_per_token
+    try:
+        idle = sum(
+            parameter.numel() // routers.num_experts * unused
+            for module in find_experts(model, routers).values()
+            for parameter in module.parameters()
+        )
+    finally:
+        routers.close()
+    for module in model.modules():
+        experts: Any = getattr(module, "experts", None)
+        top_k: Any = getattr(module, "top_k", None)
+        if isinstance(experts, nn.ModuleList) and isinstance(top_k, int):
+            held = sum(parameter.numel() for parameter in experts.parameters())
+            idle += held * (len(experts) - top_k) // len(experts)
+    return model.num_parameters() - idle
+
+
+def looked_up_parameters(model: "PreTrainedModel") -> int:
+    """Parameters of embeddings that are only looked up; those of a tied output head are not."""
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    return 0 if tied else int(embeddings.weight.numel())

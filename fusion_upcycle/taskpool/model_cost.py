@@ -1,0 +1,112 @@
+"""FusionBench task pool: what a causal language model costs to hold and to run."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fusion_bench import BaseTaskPool, auto_register_config
+from fusion_bench.taskpool.dummy import get_model_summary
+
+from fusion_upcycle.checks import require_whole
+from fusion_upcycle.inspection.economics import attention_score_flops
+from fusion_upcycle.live.cost import active_parameters, looked_up_parameters
+from fusion_upcycle.live.inputs import logits_of_last, max_positions, num_embeddings
+from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.report.memory import peak_bytes, reset_peak
+from fusion_upcycle.taskpool.pool import check_options, to_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@auto_register_config
+class ModelCostTaskPool(BaseTaskPool):
+    """Parameters, FLOPs, bytes, speed and memory of the model that a method yields.
+
+    Args:
+        prompt_tokens: of each sequence; less where the model has fewer positions.
+        new_tokens: that each sequence is continued by, one at a time, with a cache.
+        batch_size: sequences at once.
+        repeats: of each measurement, of which the median counts; one more before them does not.
+
+    ``evaluate`` returns ``{"cost": {...}, "model_info": {...}}``: ``total_parameters``;
+    ``active_parameters`` of one token; ``flops_per_token`` of the forward pass, 2 for each active
+    parameter that is multiplied, with attention at ``prompt_tokens``, as in ``inspection``;
+    ``bytes`` of the weights; ``prefill_tokens_per_second`` and ``decode_tokens_per_second`` of all
+    sequences together, on random tokens; ``peak_memory_bytes``, the largest memory meanwhile, of
+    the device where it is a GPU, else of the whole process with its libraries.
+
+    Speed depends on the machine and on what else it does: compare rows of one experiment only.
+
+    Raises:
+        UpcyclingError: an unknown option, or one below 1.
+    """
+
+    def __init__(
+        self,
+        prompt_tokens: int = 128,
+        new_tokens: int = 32,
+        batch_size: int = 1,
+        repeats: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        check_options(self, kwargs)
+        super().__init__(**kwargs)
+        for name in ("prompt_tokens", "new_tokens", "batch_size", "repeats"):
+            require_whole(f"taskpool.{name}", getattr(self, name), at_least=1)
+
+    def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Measure ``model``, a transformers causal LM; its modes are restored."""
+        to_device(self, model)
+        limit = max_positions(model)
+        new = self.new_tokens if limit is None else min(self.new_tokens, limit // 2)
+        prompt = self.prompt_tokens if limit is None else min(self.prompt_tokens, limit - new)
+        active = active_parameters(model)
+        scores = attention_score_flops(model.config.get_text_config(), prompt)
+        prefill, decode, peak = self._speed(model, prompt, new)
+        cost = {
+            "total_parameters": model.num_parameters(),
+            "active_parameters": active,
+            "flops_per_token": 2 * (active - looked_up_parameters(model)) + scores,
+            "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "prefill_tokens_per_second": self.batch_size * prompt / prefill,
+            "decode_tokens_per_second": self.batch_size * new / decode,
+            "peak_memory_bytes": peak,
+        }
+        return {"cost": cost, **get_model_summary(model)}
+
+    @torch.inference_mode()
+    def _speed(self, model: "PreTrainedModel", prompt: int, new: int) -> tuple[float, float, int]:
+        """Seconds of reading a prompt and of continuing it, and the peak of memory."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch_size, prompt)
+        ids_BT = torch.randint(num_embeddings(model), shape, generator=generator).to(model.device)
+        last = logits_of_last(model, 1)
+        reset_peak(model.device)
+
+        def read() -> Any:
+            return model(input_ids=ids_BT, use_cache=True, **last)
+
+        def go_on() -> None:
+            outputs = read()
+            for _ in range(new):
+                ids_B1 = outputs.logits[:, -1:].argmax(-1)
+                cache = outputs.past_key_values
+                outputs = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
+
+        with evaluating(model):
+            reading = self._seconds(read, model.device)
+            both = self._seconds(go_on, model.device)
+        return reading, max(both - reading, 1e-9), peak_bytes(model.device)
+
+    def _seconds(self, work: Callable[[], Any], device: torch.device) -> float:
+        found = []
+        for _ in range(1 + self.repeats):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found.append(time.perf_counter() - began)
+        return median(found[1:])

@@ -1,0 +1,73 @@
+"""What our task pools have in common: options that must be known, a tokenizer, plain configs."""
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fusion_bench import BaseTaskPool
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from fusion_upcycle.errors import UpcyclingError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
+
+
+def check_options(pool: BaseTaskPool, given: Mapping[str, Any]) -> None:
+    """Refuse what the class does not take: FusionBench itself would only warn.
+
+    Raises:
+        UpcyclingError: an unknown option.
+    """
+    options = [name for name in inspect.signature(type(pool)).parameters if name != "kwargs"]
+    for name in given:
+        if name not in _FUSION_BENCH_KEYS:
+            raise unknown(f"option of {type(pool).__name__}:", name, options)
+
+
+def plain(value: Any) -> Any:
+    """Plain Python for a config node; anything else as it is."""
+    is_config = isinstance(value, DictConfig | ListConfig)
+    return OmegaConf.to_container(value, resolve=True) if is_config else value
+
+
+def named_texts(texts: Any) -> dict[str, Any]:
+    """Texts by name, as plain Python.
+
+    Raises:
+        UpcyclingError: no text, or a text with a name of the report.
+    """
+    texts = plain(texts)
+    if not isinstance(texts, Mapping) or not texts:
+        raise UpcyclingError("taskpool.texts is empty: name at least one text, {name: file}.")
+    reserved = {"average", "model_info"} & texts.keys()
+    if reserved:
+        raise UpcyclingError(f"taskpool.texts.{reserved.pop()} is a name of the report: rename it.")
+    return dict(texts)
+
+
+def load_tokenizer(pool: BaseTaskPool, name: str | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that was named, else that of the program's model pool.
+
+    Raises:
+        UpcyclingError: there is neither.
+    """
+    if name is not None:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    program = pool._program
+    if program is None or getattr(program.modelpool, "tokenizer", None) is None:
+        raise UpcyclingError(
+            "There is no tokenizer: set taskpool.tokenizer (path or Hub name), or run with a "
+            "model pool that has one (modelpool.tokenizer)."
+        )
+    return program.modelpool.load_tokenizer()
+
+
+def to_device(pool: BaseTaskPool, model: "PreTrainedModel") -> None:
+    """To the program's device, where a merge left its result on the CPU."""
+    if pool._program is not None and next(model.parameters()).device.type == "cpu":
+        model.to(pool._program.fabric.device)

@@ -1,0 +1,85 @@
+"""FusionBench task pool: how evenly and how differently a model uses its experts."""
+
+from collections.abc import Mapping
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from fusion_bench import BaseTaskPool, auto_register_config
+
+from fusion_upcycle.analysis.collect import collect
+from fusion_upcycle.analysis.information import domain_information
+from fusion_upcycle.live.routers import Routers, find_routers
+from fusion_upcycle.taskpool.pool import check_options, load_tokenizer, named_texts, to_device
+from fusion_upcycle.texts.documents import load_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PERMUTATIONS = 200  # enough for a mean: nothing is tested here, see `analyze`
+
+
+@auto_register_config
+class RoutingTaskPool(BaseTaskPool):
+    """Routing health beside the quality, see `python -m fusion_upcycle analyze` for all of it.
+
+    Args:
+        texts: name of a domain -> where its documents are, see `fusion_upcycle.texts.documents`.
+        tokens: of each domain at most.
+        tokenizer: path or Hub name; None for the model pool's own.
+
+    ``evaluate`` returns ``{"routing": {...}}``, means over the MoE layers unless it says otherwise:
+    ``load_cv``, standard deviation of the experts' loads over their mean; ``dead_experts`` with
+    less than a twelfth of an even share, of ``experts``, both summed over layers; ``entropy_bits``
+    of the router's distribution for a token; ``specialisation_bits``, mutual information of expert
+    and domain above its mean under permuted labels (only with two or more domains). For a model
+    without routers of ours, as a dense one, ``routing`` is empty.
+
+    Raises:
+        UpcyclingError: an unknown option, or no text.
+    """
+
+    def __init__(
+        self,
+        texts: Mapping[str, Any],
+        tokens: int = 20_000,
+        tokenizer: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_options(self, kwargs)
+        super().__init__(**kwargs)
+        self.texts: dict[str, Any] = named_texts(texts)
+
+    def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Listen to the routers of ``model`` on all texts.
+
+        Raises:
+            UpcyclingError: texts that cannot be used, or an MoE family that is not known.
+        """
+        routers = find_routers(model)
+        try:
+            return {"routing": self._health(model, routers) if routers else {}}
+        finally:
+            routers.close()
+
+    def _health(self, model: "PreTrainedModel", routers: Routers) -> dict[str, float | int]:
+        tokenizer = load_tokenizer(self, self.tokenizer)
+        to_device(self, model)
+        texts = {
+            name: load_documents(where, f"taskpool.texts.{name}")
+            for name, where in self.texts.items()
+        }
+        counts = collect(model, routers, tokenizer, texts, tokens=self.tokens, sample=1).counts
+        layers = list(counts.to_json().values())
+        information = domain_information(
+            counts.unit_LDUE, counts.layers, permutations=_PERMUTATIONS, seed=0
+        )
+        health: dict[str, float | int] = {
+            "load_cv": mean(layer["load_cv"] for layer in layers),
+            "dead_experts": sum(layer["dead_experts"] for layer in layers),
+            "experts": routers.num_experts * len(layers),
+            "entropy_bits": mean(layer["token_entropy_bits"] for layer in layers),
+        }
+        if information is not None:
+            excess = [layer["excess_bits"] for layer in information["layers"].values()]
+            health["specialisation_bits"] = mean(excess)
+        return health
