@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.dev
-DEV_EXTRAS := .[dev,plots]
+DEV_EXTRAS := .[dev,eval,report]
 # What only developers need, and MkDocs with its 15,000 icons: half a minute that `make demo` saves.
 DOCS_STAMP := $(VENV)/.docs
 
@@ -88,7 +88,7 @@ $(STAMP): pyproject.toml constraints.txt $(UNUSABLE)
 	@echo "venv: $$($(PYTHON) -V) in $(VENV)"
 	@$(PYTHON) -m venv $(if $(UNUSABLE),--clear) $(VENV)
 	@$(call install,torch (200 MB for a CPU or up to 3 GB for CUDA),$$(grep '^torch==' constraints.txt))
-	@$(call install,fusion_upcycle and its other dependencies (half a minute or more),-e '.[plots]')
+	@$(call install,fusion_upcycle and its other dependencies (half a minute or more),-e '.[report]')
 	@echo $(CURDIR) > $@
 	@echo "venv: ready"
 

@@ -158,7 +158,7 @@ def _seed_places(config: DictConfig) -> list[str]:
     places = ["method.seed"] if "seed" in method else []
     for name, part in method.items():
         if isinstance(part, dict) and "seed" in part:
-            places.append(f"method.{name}.seed")
+            places.append(f"method.{name!s}.seed")
     return places
 
 

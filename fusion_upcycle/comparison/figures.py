@@ -88,36 +88,60 @@ def _scatter(
     key: str, axis: str, points: Sequence[tuple[Row, float, float]], task: Task
 ) -> Picture:
     front = pareto_front([(x, y) for _, x, y in points], lower=task.lower)
+    ranked = sorted(points, key=lambda point: (point[2] if task.lower else -point[2], point[1]))
 
     @styled
     def draw() -> "Figure":
-        figure, axes = canvas((8.5, max(4.2, 0.24 * len(points) + 1.2)))
-        axes.step(
-            *zip(*front, strict=True), where="post", color="0.6", lw=1.2, label="Pareto front"
-        )
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+
+        figure, axes = canvas((11.0, max(4.2, 0.21 * len(points) + 0.8)))
+        steps = list(zip(*front, strict=True))
+        axes.step(*steps, where="post", color="0.6", lw=1.2, label="Pareto front")
         groups = list(dict.fromkeys(row.group for row, _, _ in points))
-        for number, (row, x, y) in enumerate(sorted(points, key=lambda p: (p[2], p[1])), 1):
+        for number, (row, x, y) in enumerate(ranked, 1):
             colour, marker = LINES[groups.index(row.group) % len(LINES)]
             axes.plot(x, y, marker, color=colour, ms=7, mec="white", mew=0.6)
-            axes.annotate(
-                str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5
-            )
             # Names stand beside the picture: between the points they would cover each other.
-            axes.plot([], [], marker, color=colour, ms=6, label=f"{number}  {_literal(row.label)}")
-        axes.set_xscale("log" if _wide([x for _, x, _ in points]) else "linear")
+            axes.plot([], [], marker, color=colour, ms=6, label=f"{number}  {_short(row.label)}")
+        for (x, y), numbers in neighbours([(x, y) for _, x, y in ranked]):
+            said = ", ".join(map(str, numbers))
+            axes.annotate(said, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
+        if _wide([x for _, x, _ in points]):
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.margins(x=0.08, y=0.08)
         axes.set_xlabel(axis)
         axes.set_ylabel(_quality(task))
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7.5, frameon=False)
+        figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         return figure
 
-    best = (min if task.lower else max)(points, key=lambda point: point[2])
     words = (
         f"{len(points)} rows by {axis}; {len(front)} of them on the Pareto front. The best average "
-        f"is {best[2]:.4f}, of {best[0].label}."
+        f"is {ranked[0][2]:.4f}, of {ranked[0][0].label}."
     )
     return Picture(key, f"Quality by {axis}", words, draw)
+
+
+def neighbours(
+    points: Sequence[tuple[float, float]],
+) -> list[tuple[tuple[float, float], list[int]]]:
+    """Numbers of points, from 1, that are drawn so near to each other that they share a label."""
+    xs, ys = zip(*points, strict=True)
+    near_x = 0.01 * (max(xs) - min(xs)) or 1.0
+    near_y = 0.03 * (max(ys) - min(ys)) or 1.0
+    found: list[tuple[tuple[float, float], list[int]]] = []
+    for number, (x, y) in enumerate(points, 1):
+        for (other_x, other_y), numbers in found:
+            if abs(x - other_x) <= near_x and abs(y - other_y) <= near_y:
+                numbers.append(number)
+                break
+        else:
+            found.append(((x, y), [number]))
+    return found
 
 
 def _wide(values: Sequence[float]) -> bool:
@@ -125,37 +149,45 @@ def _wide(values: Sequence[float]) -> bool:
 
 
 def _bars(rows: Sequence[Row], tasks: Sequence[Task]) -> Picture:
+    """What each row is better by than the pre-trained model; its scores where there is none."""
+    start = next((row for row in rows if row.results[0].reference == "pretrained"), None)
+    shown = [row for row in rows if row is not start]
+
+    def value(row: Row, task: Task) -> float:
+        if start is None:
+            return row.scores[task].value
+        gain = row.scores[task].value - start.scores[task].value
+        return -gain if task.lower else gain
+
     @styled
     def draw() -> "Figure":
-        figure, axes = canvas((8.5, 0.6 + 0.34 * len(rows)))
+        figure, axes = canvas((11.0, 1.0 + 0.34 * len(shown)))
         high = 0.8 / len(tasks)
         for place, task in enumerate(tasks):
             colour, _ = LINES[(place + 1) % len(LINES)]
-            ys = [y + (place - (len(tasks) - 1) / 2) * high for y in range(len(rows))]
-            values = [row.scores[task].value for row in rows]
-            errors = [row.scores[task].spread or 0.0 for row in rows]
-            error_style = {"lw": 0.8, "ecolor": "0.3"}
-            axes.barh(
-                ys,
-                values,
-                high,
-                color=colour,
-                label=_literal(task.name),
-                xerr=errors,
-                error_kw=error_style,
-            )
-        axes.set_yticks(range(len(rows)), [_literal(row.label) for row in rows])
+            ys = [y + (place - (len(tasks) - 1) / 2) * high for y in range(len(shown))]
+            bars = axes.barh(ys, [value(row, task) for row in shown], high, color=colour)
+            bars.set_label(_literal(task.name))
+        axes.set_yticks(range(len(shown)), [_short(row.label) for row in shown])
         axes.invert_yaxis()
-        axes.set_xlabel(_quality(tasks[0]).replace(", average", ""))
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(6, len(tasks)), frameon=False
-        )
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.axvline(0, color="0.3", lw=0.8)
+        metric = tasks[0].metric.replace("_", " ")
+        better = f"{metric}, better than the base by"
+        axes.set_xlabel(_quality(tasks[0]) if start is None else better)
+        columns = min(6, len(tasks))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False)
         axes.grid(axis="x", color="0.92")
         axes.set_axisbelow(True)
         return figure
 
-    words = f"A bar for each of {len(tasks)} tasks in each of {len(rows)} rows; the table has them."
-    return Picture("tasks", "Scores per task", words, draw)
+    what = "Scores" if start is None else "Gains over the pre-trained model"
+    words = f"{len(tasks)} bars, one of each task, for {len(shown)} rows; the table has them."
+    return Picture("tasks", f"{what}, task by task", words, draw)
+
+
+def _short(label: str) -> str:
+    return _literal(label if len(label) <= 62 else f"{label[:60]} ...")
 
 
 def _literal(text: str) -> str:

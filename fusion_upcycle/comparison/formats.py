@@ -29,7 +29,6 @@ _LATEX = {
 }
 _DOCUMENT = r"""\documentclass{article}
 \usepackage[utf8]{inputenc}
-\usepackage[T1]{fontenc}
 \usepackage[landscape,margin=1.5cm]{geometry}
 \usepackage{booktabs}
 \usepackage{graphicx}

@@ -5,12 +5,14 @@ from fusion_upcycle.errors import REQUIRED, require_versions
 require_versions(*REQUIRED)  # before FusionBench is imported, which would fail in other words
 
 from fusion_upcycle.taskpool.causal_lm_perplexity import CausalLMPerplexityTaskPool
+from fusion_upcycle.taskpool.lm_eval import LMEvalTaskPool
 from fusion_upcycle.taskpool.model_cost import ModelCostTaskPool
 from fusion_upcycle.taskpool.routing import RoutingTaskPool
 from fusion_upcycle.taskpool.several import SeveralTaskPools
 
 __all__ = [
     "CausalLMPerplexityTaskPool",
+    "LMEvalTaskPool",
     "ModelCostTaskPool",
     "RoutingTaskPool",
     "SeveralTaskPools",

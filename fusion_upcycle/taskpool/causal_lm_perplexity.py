@@ -93,7 +93,7 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         for metric in _METRICS:
             table.add_column(metric.replace("_", " "), justify="right")
         for name in (*self.texts, "average"):
-            table.add_row(name, *(f"{report[name][metric]:.4f}" for metric in _METRICS))
+            table.add_row(name, *(_with_error(report[name], metric) for metric in _METRICS))
         Console().print(table)
         settings = {
             "texts": self.texts,
@@ -105,7 +105,20 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         write_run_record("taskpool", {"config": settings, "evaluations": self._evaluations})
 
 
-def _average(results: list[dict[str, float | int]]) -> dict[str, float]:
-    loss = sum(result["loss_nats_per_token"] for result in results) / len(results)
-    bits = sum(result["bits_per_byte"] for result in results) / len(results)
-    return {"loss_nats_per_token": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+def _with_error(scores: dict[str, Any], metric: str) -> str:
+    error = scores.get(f"{metric}_stderr")
+    return f"{scores[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _average(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Plain means; texts are independent, so that the squares of their errors add."""
+    number = len(results)
+    loss = sum(result["loss_nats_per_token"] for result in results) / number
+    bits = sum(result["bits_per_byte"] for result in results) / number
+    average = {"loss_nats_per_token": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+    for metric in ("loss_nats_per_token", "bits_per_byte"):
+        errors = [result.get(f"{metric}_stderr") for result in results]
+        known = [error for error in errors if error is not None]
+        if len(known) == number:
+            average[f"{metric}_stderr"] = math.hypot(*known) / number
+    return average

@@ -5,8 +5,9 @@ Shapes: B windows in a batch, C tokens of input per window, S stride, V vocabula
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import logits_of_last, max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.texts.bootstrap import block_bootstrap, spread
 from fusion_upcycle.texts.tokens import check_vocabulary, packed, start_token
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def perplexity(
     stride: int,
     batch_size: int = 8,
     progress: bool = False,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Score every token of the documents once, in sliding windows over one packed stream.
 
     The stream is BOS (EOS where the tokenizer has no BOS), then the documents, with EOS between
@@ -49,7 +51,11 @@ def perplexity(
 
     Returns ``loss_nats_per_token``; ``perplexity``, its exponential; ``bits_per_byte``, the loss of
     all scored tokens in bits over the UTF-8 bytes of the documents, which compares models of
-    different tokenizers; ``tokens`` scored; ``bytes``.
+    different tokenizers; ``tokens`` scored; ``bytes``. How sure these are is beside them, by a
+    block bootstrap over windows (see ``bootstrap``), where there are two windows or more: the
+    standard errors ``loss_nats_per_token_stderr``, ``perplexity_stderr``, ``bits_per_byte_stderr``
+    and the 95 % interval from ``bits_per_byte_low`` to ``bits_per_byte_high``. They are about other
+    text of this kind, not about other seeds of a training.
 
     Raises:
         UpcyclingError: nothing to score, a stride or context length that does not fit, token ids
@@ -60,7 +66,9 @@ def perplexity(
     check_vocabulary(int(ids_N.max()), num_embeddings(model))
 
     with evaluating(model):
-        nats = _total_nats(model, ids_N, counted_N, context_length, stride, batch_size, progress)
+        nats, windows = _score(
+            model, ids_N, counted_N, context_length, stride, batch_size, progress
+        )
 
     tokens = int(counted_N.sum())
     loss = nats / tokens
@@ -76,6 +84,27 @@ def perplexity(
         "bits_per_byte": nats / math.log(2) / byte_count,
         "tokens": tokens,
         "bytes": byte_count,
+        **_uncertainty(windows, tokens / math.log(2) / byte_count),
+    }
+
+
+def _uncertainty(windows: Sequence[tuple[float, int]], bits_per_byte: float) -> dict[str, float]:
+    """Standard errors and an interval.
+
+    Args:
+        windows: nats and counted tokens of each.
+        bits_per_byte: of one nat per token.
+    """
+    means = block_bootstrap(*zip(*windows, strict=True))
+    if means is None:
+        return {}
+    loss = spread(means)
+    return {
+        "loss_nats_per_token_stderr": loss.stderr,
+        "perplexity_stderr": spread(np.exp(np.minimum(means, _LARGEST_LOSS))).stderr,
+        "bits_per_byte_stderr": loss.stderr * bits_per_byte,
+        "bits_per_byte_low": loss.low * bits_per_byte,
+        "bits_per_byte_high": loss.high * bits_per_byte,
     }
 
 
@@ -125,7 +154,7 @@ def _pack(
     return torch.tensor(ids), torch.tensor(counted), byte_count
 
 
-def _total_nats(
+def _score(
     model: "PreTrainedModel",
     ids_N: Tensor,
     counted_N: Tensor,
@@ -133,7 +162,8 @@ def _total_nats(
     stride: int,
     batch_size: int,
     progress: bool,
-) -> float:
+) -> tuple[float, list[tuple[float, int]]]:
+    """Nats of all counted tokens, and nats and counted tokens of each window."""
     inputs = len(ids_N) - 1  # the last token is only predicted
     length_C = min(context_length, inputs)
     starts = [*range(0, inputs - length_C, stride), inputs - length_C]
@@ -142,6 +172,7 @@ def _total_nats(
     batches = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
     device = next(model.parameters()).device
     total, scored_until = 0.0, 0
+    windows = []
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
         ids_BC = torch.stack([ids_N[start : start + length_C] for start in batch]).to(device)
         keep = length_C if batch[0] == 0 else stride
@@ -153,6 +184,9 @@ def _total_nats(
             targets = ids_N[end - new + 1 : end + 1].to(logits_SV.device)
             # One window at a time: a batch of float32 copies for a large V would not fit.
             nats_S = cross_entropy(logits_SV[-new:].float(), targets, reduction="none")
-            total += float(nats_S.double().cpu()[counted_N[end - new + 1 : end + 1]].sum())
+            counted_S = counted_N[end - new + 1 : end + 1]
+            nats = float(nats_S.double().cpu()[counted_S].sum())
+            windows.append((nats, int(counted_S.sum())))
+            total += nats
             scored_until = end
-    return total
+    return total, windows
