@@ -1,0 +1,154 @@
+"""The lm-eval task pool against lm-eval's own command, on local tasks and data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.taskpool import LMEvalTaskPool
+from fusion_upcycle.upcycling.run import upcycle
+
+CHOICE = """\
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+ROLLING = """\
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+metadata: {{version: 1.0}}
+"""
+GROUP = """\
+group: tiny_group
+task: [tiny_choice]
+aggregate_metric_list:
+  - {metric: acc, aggregation: mean, weight_by_size: true}
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    questions = [
+        {"question": f"{a} + {b} =", "choices": [f" {a + b}", f" {a * b}"], "answer": a % 2}
+        for a in range(2, 6)
+        for b in range(2, 7)
+    ]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING)):
+        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
+    (folder / "group.yaml").write_text(GROUP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MoE made by us, its experts told apart."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "dense")
+    byte_tokenizer(64).save_pretrained(root / "dense")
+    made = upcycle(root / "dense", root / "moe", expert_init={"name": "noise", "noise_std": 0.3})
+    return made.output
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def pool(moe: Path, tasks: Path, names: list[str], **options: Any) -> LMEvalTaskPool:
+    return LMEvalTaskPool(names, include_path=str(tasks), tokenizer=str(moe), **options)
+
+
+@pytest.mark.early
+def test_ours_agrees_with_lm_evals_own_command_to_the_digit(
+    moe: Path, tasks: Path, tmp_path: Path
+) -> None:
+    names = ["tiny_choice", "tiny_rolling"]
+    model = AutoModelForCausalLM.from_pretrained(moe).train()
+    report = pool(moe, tasks, names).evaluate(model)
+    assert model.training
+
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf"]
+    command += ["--model_args", f"pretrained={moe},dtype=float32", "--tasks", *names]
+    command += ["--include_path", str(tasks), "--device", "cpu", "--batch_size", "8"]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "theirs"),
+    }
+    theirs = tmp_path / "out"
+    ran = subprocess.run(
+        [*command, "--output_path", str(theirs)], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    (file,) = theirs.rglob("results_*.json")
+    results = json.loads(file.read_text())["results"]
+    for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+        expected = results["tiny_choice"][f"{metric},none"]
+        assert report["tiny_choice"][metric] == expected
+    assert report["tiny_rolling"]["bits_per_byte"] == results["tiny_rolling"]["bits_per_byte,none"]
+    assert 0 < report["tiny_choice"]["acc"] < 1
+    json.dumps(report, allow_nan=False)
+
+
+def test_groups_and_averages_are_in_the_report(moe: Path, tasks: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(moe)
+    model.config.name_or_path = model.name_or_path = ""  # as of a model that a config made
+    report = pool(moe, tasks, ["tiny_group"], limit=8).evaluate(model)
+    assert report["tiny_group"]["acc"] == report["tiny_choice"]["acc"]
+    assert report["average"]["acc"] == report["tiny_group"]["acc"]
+    assert report["model_info"]["all_params"] == model.num_parameters()
+
+
+def test_unknown_and_missing_tasks_are_refused(moe: Path, tasks: Path) -> None:
+    wrong = pool(moe, tasks, ["tiny_choise"])
+    with pytest.raises(UpcyclingError, match=r"tiny_choise.*Did you mean 'tiny_choice'"):
+        wrong.evaluate(AutoModelForCausalLM.from_pretrained(moe))
+    with pytest.raises(UpcyclingError, match=r"taskpool\.tasks is empty"):
+        LMEvalTaskPool([])
+    with pytest.raises(UpcyclingError, match=r"include_path=/nowhere is not a folder"):
+        LMEvalTaskPool(["a"], include_path="/nowhere")
+    with pytest.raises(UpcyclingError, match="Did you mean 'tasks'"):
+        LMEvalTaskPool(["a"], taks=["b"])
+
+
+def test_without_lm_eval_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion_upcycle.taskpool.lm_eval.find_spec", lambda name: None)
+    with pytest.raises(UpcyclingError, match=r"pip install 'fusion-upcycle\[eval\]'"):
+        LMEvalTaskPool(["a"])
