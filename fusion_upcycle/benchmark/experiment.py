@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fusion_upcycle.errors import UpcyclingError, unknown
@@ -181,6 +182,8 @@ def _method(name: str, entry: Any, where: str) -> Method:
     _flag(node.get("pretrained", True), f"{where}.pretrained")
     method = Method(name=name, **node)
     if method.folder is not None:
+        if not Path(method.folder).expanduser().is_dir():
+            raise UpcyclingError(f"{where}.folder={method.folder} is not a folder.")
         for key in ("method", "options", "trials", "subsets", "modelpool"):
             if node.get(key):
                 raise UpcyclingError(

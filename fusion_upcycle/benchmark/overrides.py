@@ -6,7 +6,7 @@ from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError
 
-_PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
+_PLAIN = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 #: Texts that Hydra would read as something else than a text.
 _KEYWORDS = ("true", "false", "null", "none", "inf", "nan")
 
@@ -47,7 +47,7 @@ def quoted(value: Any) -> str:
 
 def _key(name: Any) -> str:
     text = str(name)
-    if not re.fullmatch(r"[A-Za-z_][\w./@ -]*", text) or text.lower() in _KEYWORDS:
+    if not re.fullmatch(r"[A-Za-z_][\w./@ -]*", text, re.ASCII) or text.lower() in _KEYWORDS:
         raise UpcyclingError(
             f"{text!r} as a key cannot be said in Hydra's grammar: use letters, digits, _ - . / @ "
             "and spaces, a letter first."

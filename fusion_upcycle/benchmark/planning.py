@@ -14,6 +14,38 @@ PRETRAINED = "_pretrained_"
 REFERENCES = "Reference Results"
 
 
+@dataclass(frozen=True)
+class Pool:
+    """A model pool, as an experiment chooses it.
+
+    Attributes:
+        choice: its config; models among its options take the place of the config's own.
+        shipped: names of the models in the config.
+    """
+
+    choice: Choice
+    shipped: Sequence[str]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of its models."""
+        own = self.choice.options.get("models")
+        return list(self.shipped if own is None else own)
+
+    def arguments(self, kept: Sequence[str]) -> list[str]:
+        """Of `fusion_bench`, for some of its models."""
+        options = dict(self.choice.options)
+        own = options.pop("models", None)
+        given = {} if own is None else {name: own[name] for name in own if name in kept}
+        left = [name for name in self.shipped if own is None and name in kept]
+        return [
+            f"modelpool={self.choice.config}",
+            *(override(f"modelpool.{name}", v, sign="++") for name, v in options.items()),
+            *(f"~modelpool.models.{n}" for n in self.shipped if n not in (*left, *given)),
+            *(override(f"modelpool.models.{n}", v, sign="++") for n, v in given.items()),
+        ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One `fusion_bench` run.
@@ -72,21 +104,19 @@ class Planned:
         return replace(self.run, settings=settings, options={**self.run.options, **settings})
 
 
-def plan_runs(
-    experiment: Experiment, models_of: Callable[[Choice], Sequence[str]]
-) -> list[Planned]:
+def plan_runs(experiment: Experiment, pool_of: Callable[[Choice], Pool]) -> list[Planned]:
     """All runs, references first.
 
     Args:
-        models_of: names of the models of a pool.
+        pool_of: finds the models of a pool.
 
     Raises:
         UpcyclingError: subsets that the pool has too few models for, rows of one name.
     """
-    planned = list(_references(experiment, models_of(experiment.modelpool)))
+    planned = list(_references(experiment, pool_of(experiment.modelpool)))
     for method in experiment.methods.values():
-        pool = method.modelpool or experiment.modelpool
-        planned += _of_method(experiment, method, models_of(pool))
+        pool = pool_of(method.modelpool or experiment.modelpool)
+        planned += _of_method(experiment, method, pool)
     folders = [each.run.folder for each in planned]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -96,10 +126,10 @@ def plan_runs(
     return planned
 
 
-def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Planned]:
+def _references(experiment: Experiment, pool: Pool) -> Iterator[Planned]:
     if not experiment.references:
         return
-    for model in models:
+    for model in pool.models:
         base = model == PRETRAINED
         run = Run(
             experiment=experiment.experiment,
@@ -117,7 +147,7 @@ def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Plann
             options={},
             choices=(
                 "method=dummy",
-                *_pool(experiment.modelpool, _without(models, [model])),
+                *pool.arguments([model]),
                 *_tasks(experiment.taskpools),
                 *experiment.overrides,
             ),
@@ -125,16 +155,15 @@ def _references(experiment: Experiment, models: Sequence[str]) -> Iterator[Plann
         yield Planned(run, Method(name=run.row))
 
 
-def _of_method(experiment: Experiment, method: Method, models: Sequence[str]) -> Iterator[Planned]:
-    fine_tunes = [name for name in models if name != PRETRAINED]
+def _of_method(experiment: Experiment, method: Method, pool: Pool) -> Iterator[Planned]:
+    fine_tunes = [name for name in pool.models if name != PRETRAINED]
     seeds = method.seeds or experiment.seeds
     for chosen in _subsets(method, fine_tunes):
         for seed in seeds:
             kept = [*chosen, *([PRETRAINED] if method.pretrained else [])]
-            chosen_pool = method.modelpool or experiment.modelpool
             beginning = _folder(method) or [
                 f"method={method.method or method.name}",
-                *_pool(chosen_pool, _without(models, kept)),
+                *pool.arguments(kept),
             ]
             parts = [_safe(method.name)]
             parts += [_safe("+".join(chosen))] if method.subsets else []
@@ -210,17 +239,6 @@ def _subsets(method: Method, fine_tunes: Sequence[str]) -> list[tuple[str, ...]]
     return [chosen for size in method.subsets for chosen in combinations(fine_tunes, size)]
 
 
-def _pool(choice: Choice, removed: Sequence[str]) -> list[str]:
-    return [
-        f"modelpool={choice.config}",
-        *(
-            override(f"modelpool.{name}", value, sign="++")
-            for name, value in choice.options.items()
-        ),
-        *(f"~modelpool.models.{name}" for name in removed),
-    ]
-
-
 def _folder(method: Method) -> list[str] | None:
     """A model made elsewhere: a pool of it alone."""
     if method.folder is None:
@@ -228,7 +246,9 @@ def _folder(method: Method) -> list[str] | None:
     return [
         "method=dummy",
         "modelpool=CausalLMPool/folder",
-        override(f"modelpool.models.{PRETRAINED}", str(Path(method.folder).expanduser())),
+        override(
+            f"modelpool.models.{PRETRAINED}", str(Path(method.folder).expanduser().absolute())
+        ),
     ]
 
 
@@ -242,10 +262,6 @@ def _tasks(pools: Mapping[str, TaskPool]) -> list[str]:
             for option, value in pool.options.items()
         ]
     return arguments
-
-
-def _without(names: Sequence[str], kept: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in kept]
 
 
 def _safe(name: str) -> str:

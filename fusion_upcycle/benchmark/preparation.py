@@ -4,7 +4,7 @@ This imports FusionBench: it runs in a process forked from the warm server, see 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from fusion_upcycle.benchmark.composition import (
     resolve,
 )
 from fusion_upcycle.benchmark.experiment import Choice, Experiment
-from fusion_upcycle.benchmark.overrides import override, quoted
-from fusion_upcycle.benchmark.planning import Planned, Run, plan_runs
+from fusion_upcycle.benchmark.overrides import quoted
+from fusion_upcycle.benchmark.planning import Planned, Pool, Run, plan_runs
 from fusion_upcycle.benchmark.request import Request
 from fusion_upcycle.errors import UpcyclingError
 
@@ -43,7 +43,7 @@ def prepare(experiment: Experiment, output: Path) -> Plan:
     import torch
 
     with composing():
-        planned = plan_runs(experiment, partial(_models, overrides=experiment.overrides))
+        planned = plan_runs(experiment, partial(_pool, overrides=experiment.overrides))
         plan, looked_at = Plan(), set[str]()
         for position, row in enumerate(planned):
             runs = [replace(run, position=position) for run in row.trials or [row.run]]
@@ -60,17 +60,17 @@ def prepare_runs(runs: Sequence[Run], output: Path) -> list[Request]:
         return [_prepared(run, output, looked_at) for run in runs]
 
 
-def _models(choice: Choice, overrides: Sequence[str]) -> list[str]:
+def _pool(choice: Choice, overrides: Sequence[str]) -> Pool:
     arguments = [f"modelpool={choice.config}", *overrides]
     check_options(arguments, "modelpool", choice.options, "modelpool.options", nested=False)
-    changes = [override(f"modelpool.{n}", v, sign="++") for n, v in choice.options.items()]
-    node = composed([*arguments, *changes])["modelpool"]
-    models = node.get("models") or {}
-    if not isinstance(models, DictConfig) or not models:
+    models = composed(arguments)["modelpool"].get("models") or {}
+    pool = Pool(choice, [str(name) for name in models])
+    if not isinstance(pool.choice.options.get("models", {}), Mapping) or not pool.models:
         raise UpcyclingError(
-            f"The model pool {choice.config} has no models: set modelpool.options.models."
+            f"The model pool {choice.config} has no models: set modelpool.options.models to a "
+            "mapping, {_pretrained_: PATH, math: PATH}."
         )
-    return [str(name) for name in models]
+    return pool
 
 
 def _prepared(run: Run, output: Path, looked_at: set[str]) -> Request:
