@@ -39,6 +39,10 @@ DEFAULTS: dict[str, Any] = {
     "equal_trials": True,
     "overrides": [],
 }
+FOLDERS = {
+    "config": "CausalLMPool/folders",
+    "options": {"models": {"a": "./no/b"}, "tokenizer": "./no/b"},
+}
 VALIDATION = {
     "taskpools": {"perplexity": "CausalLMPerplexityTaskPool/demo"},
     "metric": "perplexity.average.bits_per_byte",
@@ -148,12 +152,7 @@ def test_unequal_numbers_of_trials_are_refused_unless_allowed() -> None:
             r"demo model 'basis'",
         ),
         (
-            {
-                "modelpool": {
-                    "config": "CausalLMPool/folder",
-                    "options": {"models": {"a": "./no/b"}},
-                }
-            },
+            {"modelpool": FOLDERS},
             r"Fine-tuned \(a\): modelpool\.models\.a=.*no/b.* is not a folder",
         ),
         (

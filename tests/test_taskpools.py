@@ -218,9 +218,13 @@ def test_the_same_seed_gives_the_same_error() -> None:
     assert first is not None and second is not None and (first == second).all()
 
 
-def test_folder_pools_take_a_folder_as_it_is(tmp_path: Path) -> None:
+def test_a_pool_of_folders_has_these_models_only(tmp_path: Path) -> None:
     cfg = initialize_hydra_config(
         "fabric_model_fusion",
-        ["modelpool=CausalLMPool/folder", f"modelpool.models._pretrained_={tmp_path}"],
+        [
+            "modelpool=CausalLMPool/folders",
+            f"++modelpool.models={{a: {tmp_path}}}",
+            f"modelpool.tokenizer={tmp_path}",
+        ],
     )
-    assert cfg.modelpool.tokenizer == str(tmp_path)
+    assert dict(cfg.modelpool.models) == {"a": str(tmp_path)}

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -41,10 +42,7 @@ def perform_launched(
         return
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    context = HydraContext(
-        config_loader=hydra.config_loader,
-        callbacks=hydra.callbacks,  # type: ignore[attr-defined]
-    )
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
     whole = OmegaConf.merge(config, {"hydra": HydraConfig.get()})
     assert isinstance(whole, DictConfig)
     launcher = Plugins.instance().instantiate_launcher(

@@ -243,12 +243,12 @@ def _folder(method: Method) -> list[str] | None:
     """A model made elsewhere: a pool of it alone."""
     if method.folder is None:
         return None
+    folder = str(Path(method.folder).expanduser().absolute())
     return [
         "method=dummy",
-        "modelpool=CausalLMPool/folder",
-        override(
-            f"modelpool.models.{PRETRAINED}", str(Path(method.folder).expanduser().absolute())
-        ),
+        "modelpool=CausalLMPool/folders",
+        override(f"modelpool.models.{PRETRAINED}", folder, sign="+"),
+        override("modelpool.tokenizer", folder),
     ]
 
 
