@@ -1,5 +1,6 @@
 """Runs through one of Hydra's launchers: joblib, submitit (SLURM), ray, or a user's own."""
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, open_dict
 
 from fusion_upcycle.benchmark.board import Board
 from fusion_upcycle.benchmark.overrides import override
@@ -43,8 +44,9 @@ def perform_launched(
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
-    whole = OmegaConf.merge(config, {"hydra": HydraConfig.get()})
-    assert isinstance(whole, DictConfig)
+    whole = copy.deepcopy(config)
+    with open_dict(whole):
+        whole.hydra = HydraConfig.get()  # taken away before the application was called
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context,
         task_function=job,

@@ -36,6 +36,8 @@ def make_pictures(rows: Sequence[Row], tasks: Sequence[Task]) -> list[Picture]:
     if not tasks or not rows:
         return []
     over = average_of(tasks[0].pool, tasks)
+    if not over:
+        return []
     whole = [row for row in rows if not row.results[0].subset and row.mean_over(over)]
     costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
         ("parameters", "total parameters", lambda row: row.fact("cost", "total_parameters")),

@@ -95,9 +95,9 @@ def make_tables(rows: Sequence[Row], tasks: Sequence[Task]) -> list[Table]:
 
 
 def average_of(pool: str, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks that a pool's average is over: those of the metric of its first."""
+    """The tasks that a pool's average is over: all, unless their numbers do not add up."""
     own = [task for task in tasks if task.pool == pool]
-    return [task for task in own if task.metric == own[0].metric]
+    return own if len({(task.lower, task.form) for task in own}) == 1 else []
 
 
 def pools_of(tasks: Sequence[Task]) -> list[str]:
@@ -111,7 +111,7 @@ def scores(rows: Sequence[Row], tasks: Sequence[Task]) -> Table:
     for pool in pools_of(tasks):
         own = [task for task in tasks if task.pool == pool]
         columns += [_task_column(task, tasks) for task in own]
-        if len(own) > 1:
+        if len(own) > 1 and average_of(pool, tasks):
             columns.append(_average_column(pool, tasks))
     metrics = dict.fromkeys(
         f"{task.metric.replace('_', ' ')} ({'lower' if task.lower else 'higher'} is better"
@@ -178,6 +178,8 @@ def seen_and_unseen(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
     columns = []
     for pool in pools_of(tasks):
         over = average_of(pool, tasks)
+        if not over:
+            continue
 
         def seen(row: Row, over: Sequence[Task] = over, wanted: bool = True) -> Score | None:
             chosen = [task for task in over if is_seen(row, task, names) is wanted]
