@@ -19,6 +19,10 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from fusion_upcycle.comparison.formats import to_markdown
+from fusion_upcycle.comparison.results import read_results
+from fusion_upcycle.comparison.rows import find_tasks, make_rows
+from fusion_upcycle.comparison.tables import scores
 from fusion_upcycle.options import markdown_table
 from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
 
@@ -87,6 +91,13 @@ def train() -> str:
     return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
 
 
+def three_domains() -> str:
+    folder = RESULTS / "three_domains"
+    results = read_results([folder])
+    tasks = find_tasks([result for result in results if result.error is None])
+    return to_markdown(scores(make_rows(results, tasks), tasks))
+
+
 def study(name: str, maker: str = "show") -> str:
     record = read_run_record(EXAMPLES / "studies" / "results" / name)[name]
     return getattr(script(f"studies/{name}.py"), maker)(record["runs"])
@@ -115,6 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": partial(overview, "results"),
     "families": partial(overview, "families"),
     "demo": demo,
+    "three_domains": three_domains,
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),

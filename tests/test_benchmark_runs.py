@@ -183,10 +183,10 @@ def test_an_interruption_a_launcher_and_fresh_processes(
     assert process.returncode == 130 and "goes on with what is not complete" in err
     assert "Traceback" not in err
 
-    status, _, err = run(tmp_path, *arguments, "output=stopped")
+    alone = ("references=false", "output=stopped", "report=false")
+    status, _, err = run(tmp_path, *arguments, *alone)
     assert status == 0, err
-    done = {name for name, run in sections(tmp_path / "stopped").items() if run["status"] == "done"}
-    assert done == {"references/pretrained", "references/a", "references/b", "simple_average"}
+    assert sections(tmp_path / "stopped")["simple_average"]["status"] == "done"
 
     fresh = (f"experiment={mine}", "output=fresh", "references=false", "isolate=true")
     status, _, err = run(tmp_path, *fresh)

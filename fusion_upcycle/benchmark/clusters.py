@@ -58,7 +58,8 @@ def perform_launched(
     watcher = threading.Thread(target=_watch, args=(requests, board, over), daemon=True)
     watcher.start()
     try:
-        overrides = [[override("run", str(request.folder))] for request in requests]
+        given = list(HydraConfig.get().overrides.task)
+        overrides = [[*given, override("run", str(request.folder))] for request in requests]
         launcher.launch(overrides, initial_job_idx=0)
     finally:
         over.set()

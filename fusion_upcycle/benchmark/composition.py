@@ -124,6 +124,18 @@ def _check_all_options(run: Run) -> DictConfig:
 def check_options(
     arguments: Sequence[str], place: str, options: Mapping[str, Any], where: str, nested: bool
 ) -> None:
+    """Refuse places that are not in a config, nor parameters of its class.
+
+    Args:
+        arguments: that compose it.
+        place: of the config.
+        options: place in it -> value.
+        where: of the options, for the error.
+        nested: whether places inside its parts are looked at too.
+
+    Raises:
+        UpcyclingError: a place that is not there, with the nearest that is.
+    """
     if not options:
         return
     node = OmegaConf.select(composed(arguments), place)

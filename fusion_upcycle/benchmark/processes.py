@@ -57,7 +57,11 @@ class Processes:
             process.terminate()
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """What a function returns in a warm process; an error of ours is raised here too."""
+        """What a function returns in a warm process.
+
+        Raises:
+            UpcyclingError: the function raised one, or its process ended by itself.
+        """
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_call, args=(sender, function, arguments))
         self._start(process)

@@ -36,7 +36,11 @@ class SeveralTaskPools(BaseTaskPool):
         }
 
     def evaluate(self, model: "nn.Module", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Evaluate the model on every pool."""
+        """Evaluate the model on every pool.
+
+        Raises:
+            UpcyclingError: a pool that gives no report, by its name.
+        """
         reports: dict[str, Any] = {}
         for name, pool in self._pools.items():
             pool._program = self._program
