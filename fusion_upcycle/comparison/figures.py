@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.comparison.rows import Row, Task
 from fusion_upcycle.comparison.tables import average_of
-from fusion_upcycle.report.drawing import LINES, canvas, styled
+from fusion_upcycle.report.drawing import LINES, canvas, styled, with_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def _scatter(
     def draw() -> "Figure":
         from matplotlib.ticker import EngFormatter, MaxNLocator
 
-        figure, axes = canvas((11.0, max(4.2, 0.21 * len(points) + 0.8)))
+        figure, axes, side = with_side((11.0, max(4.2, 0.21 * len(points) + 0.8)))
         steps = list(zip(*front, strict=True))
         axes.step(*steps, where="post", color="0.6", lw=1.2, label="Pareto front")
         groups = list(dict.fromkeys(row.group for row, _, _ in points))
@@ -116,7 +116,8 @@ def _scatter(
         axes.margins(x=0.08, y=0.08)
         axes.set_xlabel(axis)
         axes.set_ylabel(_quality(task))
-        figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        side.legend(handles, labels, loc="upper left", fontsize=7.5, frameon=False)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         return figure
@@ -133,7 +134,7 @@ def neighbours(
 ) -> list[tuple[tuple[float, float], list[int]]]:
     """Numbers of points, from 1, that are drawn so near to each other that they share a label."""
     xs, ys = zip(*points, strict=True)
-    near_x = 0.01 * (max(xs) - min(xs)) or 1.0
+    near_x = 0.03 * (max(xs) - min(xs)) or 1.0
     near_y = 0.03 * (max(ys) - min(ys)) or 1.0
     found: list[tuple[tuple[float, float], list[int]]] = []
     for number, (x, y) in enumerate(points, 1):

@@ -233,7 +233,8 @@ def facts(section: str, title: str, rows: Sequence[Row]) -> Table | None:
         ]
     kept = [row for row in rows if any(column.score(row) for column in columns[:1])]
     notes = {
-        "cost": "Speed and memory are of the machine of the runs: compare rows of one report only.",
+        "cost": "Speed and memory are of the machine of the runs, and of what else it did, as runs "
+        "beside them: compare rows of one report, and differences of a factor only.",
         "routing": "Means over MoE layers; dead experts are summed. Dense models have none of it.",
     }
     return _table(section, title, notes[section], columns, kept)
