@@ -193,3 +193,34 @@ def test_an_interruption_a_launcher_and_fresh_processes(
     assert status == 0, err
     ours = sections(tmp_path / "fresh")["simple_average"]["report"]["ppl"]
     assert ours == sections(tmp_path / "stopped")["simple_average"]["report"]["ppl"]
+
+
+@pytest.mark.full
+def test_the_methods_of_fusion_bench_that_merge_language_models(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """Those that work under transformers 5 at all; smaller ones run in every test above."""
+    saved = {"model_save_path": None}
+    methods: dict[str, Any] = {
+        "simple_average": None,
+        "task_arithmetic": None,
+        "ties_merging": None,
+        "dare/simple_average": None,
+        "dare/task_arithmetic": None,
+        "dare/ties_merging": None,
+        "linear/weighted_average": {"options": {"weights": [0.3, 0.7]}},
+        "linear/simple_average_for_causallm": None,
+        "linear/task_arithmetic_for_causallm": {"options": saved},
+        "linear/ties_merging_for_causallm": {"options": saved},
+        "model_stock/model_stock": {"options": saved},
+        "magmax/magmax": None,
+        "slerp/slerp_lm": {"pretrained": False, "options": saved},
+        "smile_upscaling/smile_upscaling": {
+            "options": {"upscaling_accelerator": "cpu", "k": 4, "gate_k": 4}
+        },
+    }
+    mine = experiment(tmp_path, models, **methods)
+    status, _, err = run(tmp_path, f"experiment={mine}", "jobs=2", "output=all")
+    assert status == 0, err
+    done = [run for run in sections(tmp_path / "all").values() if run["status"] == "done"]
+    assert len(done) == len(methods) + 3
