@@ -120,6 +120,7 @@ def test_done_failed_relabelled_and_repeated(models: dict[str, str], tmp_path: P
     assert times(output) == before  # nothing was made again
     report = (output / "report" / "report.md").read_text()
     assert "| Renamed (scaling_factor=0.2) |" in report and "| TA " not in report
+    assert "broken" not in report and (output / "broken" / "run.json").is_file()
 
 
 def test_killed_in_the_middle_it_ends_with_the_same_table(

@@ -128,6 +128,13 @@ def test_fine_tunes_by_task_mark_the_diagonal(tables: dict[str, Table]) -> None:
     assert marks(tables["cross"], "source") == {"Fine-tuned (source)": "best"}
 
 
+def test_runs_of_an_earlier_form_of_the_experiment_are_left_out(tmp_path: Path) -> None:
+    for name in ("now", "before"):
+        record(tmp_path / "out" / name, name, of(1.0, 1.0, 1.0))
+    (tmp_path / "out" / "experiment.json").write_text(json.dumps({"runs": ["now"]}))
+    assert list(texts(tables_of(tmp_path)["scores"])) == ["now"]
+
+
 def test_two_experiments_keep_their_rows_apart(tmp_path: Path) -> None:
     record(tmp_path / "a", "Row", of(1.0, 1.0, 1.0))
     record(tmp_path / "b", "Row", of(2.0, 2.0, 2.0), experiment="other")

@@ -131,5 +131,5 @@ def short_error(request: Request) -> str:
     """The beginning of what went wrong; the record and the console have it all."""
     result = request.result()
     assert result is not None
-    line = result["error"].strip().splitlines()[0]
+    line = (result["error"].strip().splitlines() or ["(no message)"])[0]
     return line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]} ..."

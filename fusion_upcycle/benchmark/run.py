@@ -1,5 +1,6 @@
 """An experiment from its config to its report."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from fusion_upcycle.benchmark.processes import Processes
 from fusion_upcycle.benchmark.request import Request
 from fusion_upcycle.benchmark.trials import choose
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.report.record import MANIFEST_NAME
 
 #: Makes runs that are not complete.
 Perform = Callable[[Sequence[Request], Board], None]
@@ -52,6 +54,7 @@ def run_experiment(
         UpcyclingError: something that cannot be used, before the first run.
     """
     plan = processes.call(preparation.prepare, experiment, output)
+    _write_manifest(experiment, plan, output)
     fresh = isolate or plan.cuda
 
     def perform(requests: Sequence[Request], board: Board) -> None:
@@ -83,6 +86,19 @@ def run_experiment(
     everything = [*trials, *tests, *settled]
     failed = [request for request in everything if not request.complete]
     return Outcome([request for request in everything if request.complete], failed)
+
+
+def _write_manifest(experiment: Experiment, plan: preparation.Plan, output: Path) -> None:
+    """Reports leave out what an earlier form of the experiment left in the folder."""
+    folders = [row.run.folder for row, _ in plan]
+    folders += [
+        str(r.folder.relative_to(output)) for row, found in plan if row.trials for r in found
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    content = {"experiment": experiment.experiment, "runs": folders}
+    temporary = output / f".{MANIFEST_NAME}"
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(output / MANIFEST_NAME)
 
 
 def _pick(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.report.record import RECORD_NAME
+from fusion_upcycle.report.record import MANIFEST_NAME, RECORD_NAME
 
 PROGRAM_REPORT = "program_report.json"
 #: Keys of a task pool's report that are no tasks.
@@ -90,7 +90,15 @@ def read_results(places: Iterable[str | Path]) -> list[Result]:
 
 
 def _of_folder(folder: Path) -> Iterator[Result]:
-    for path in sorted(folder.rglob("*.json")):
+    paths = sorted(folder.rglob("*.json"))
+    current = {
+        manifest.parent: {manifest.parent / run for run in _read(manifest).get("runs", ())}
+        for manifest in paths
+        if manifest.name == MANIFEST_NAME
+    }
+    for path in paths:
+        if any(root in path.parents and path.parent not in runs for root, runs in current.items()):
+            continue  # of an earlier form of the experiment
         if path.name == RECORD_NAME:
             yield from _of_record(path)
         elif path.name == PROGRAM_REPORT:

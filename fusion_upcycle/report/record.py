@@ -21,6 +21,8 @@ from fusion_upcycle.errors import UpcyclingError
 
 SCHEMA = 1
 RECORD_NAME = "run_record.json"
+#: Of a benchmark's folder: which runs below it belong to the experiment as it is now.
+MANIFEST_NAME = "experiment.json"
 _DISTRIBUTIONS = ("torch", "transformers", "fusion_bench", "lightning", "fusion_upcycle")
 
 
