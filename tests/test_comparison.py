@@ -101,11 +101,18 @@ def test_without_a_fine_tune_of_its_name_the_best_one_counts(tmp_path: Path) -> 
 def test_tasks_of_models_left_out_and_those_said_are_unseen(
     tables: dict[str, Table], tmp_path: Path
 ) -> None:
+    # Averages over other tasks in each row: none is the best.
+    assert not marks(tables["generalisation"], "unseen")
+    assert "no row is marked" in tables["generalisation"].note
     shown = texts(tables["generalisation"])
     assert shown["SLERP (prose+source)"] == [f"{(2.42 + 2.15) / 2:.4f}", "1.5500"]
     assert "Simple Average" not in shown
     record(tmp_path / "u" / "a", "A", of(1.0, 2.0, 4.0), unseen=("arithmetic",))
-    assert texts(tables_of(tmp_path / "u")["generalisation"])["A"] == ["1.5000", "4.0000"]
+    record(tmp_path / "u" / "b", "B", of(1.0, 1.0, 5.0), unseen=("arithmetic",))
+    table = tables_of(tmp_path / "u")["generalisation"]
+    assert texts(table)["A"] == ["1.5000", "4.0000"]
+    assert marks(table, "seen") == {"B": "best", "A": "second"}
+    assert marks(table, "unseen") == {"A": "best", "B": "second"}
 
 
 def test_subsets_say_how_often_merging_pays(tables: dict[str, Table]) -> None:
@@ -141,6 +148,54 @@ def test_two_experiments_keep_their_rows_apart(tmp_path: Path) -> None:
     assert list(texts(tables_of(tmp_path)["scores"])) == ["made_up: Row", "other: Row"]
 
 
+def test_experiments_are_measured_by_their_own_models(tmp_path: Path) -> None:
+    for name, shift in (("a", 0.0), ("b", 1.0)):
+        one = {"experiment": name}
+        for task, values in zip(TASKS, ((1, 3, 3), (3, 1, 3), (3, 3, 1)), strict=True):
+            tuned = {"reference": "finetuned", "models": [task], **one}
+            record(tmp_path / name / task, task, of(*(v + shift for v in values)), **tuned)
+        base = {"reference": "pretrained", "models": [], **one}
+        record(tmp_path / name / "base", "base", of(*[2 + shift] * 3), **base)
+        part = {"models": ["prose", "source"], "subset": True, **one}
+        record(tmp_path / name / "pair", "Pair", of(*[2 + 0.9 * shift] * 3), **part)
+    found = tables_of(tmp_path)
+    relative = texts(found["normalised"])
+    assert relative["a: prose"][0] == relative["b: prose"][0] == "1.000"
+    assert relative["b: Pair (prose+source)"][0] == f"{2 / 2.9:.3f}"
+    assert {label: cells[1] for label, cells in texts(found["subsets"]).items()} == {
+        "a: Pair": "0.000",
+        "b: Pair": "1.000",
+    }
+
+
+def test_rows_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for number in (1, 2):
+        files.append(tmp_path / f"results_{number}.json")
+        content = {"results": {f"t{number}": {"acc,none": 0.5}}, "model_name": "m"}
+        files[-1].write_text(json.dumps(content))
+    assert list(texts(tables_of(tmp_path)["scores"])) == [f"m ({file})" for file in files]
+
+
+def test_spread_is_called_what_it_is(tables: dict[str, Table], tmp_path: Path) -> None:
+    record(tmp_path / "u" / "single", "A", of(1, 1, 1), stderr=0.1)
+    assert "± is the standard error." in tables_of(tmp_path / "u")["scores"].note
+    for seed in (0, 1):
+        record(tmp_path / "u" / str(seed), "B", of(1, 1, seed), seed=seed)
+    note = "± is the standard deviation over seeds; of a single run, its standard error."
+    assert note in tables_of(tmp_path / "u")["scores"].note
+    assert "± is the standard deviation over seeds. " in tables["scores"].note
+
+
+def test_failures_alone_are_a_report_too(tmp_path: Path) -> None:
+    record(tmp_path / "runs" / "broken", "Broken", None)
+    page = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert "RuntimeError: it broke" in page.read_text()
+    assert "RuntimeError: it broke" in (page.parent / "report.md").read_text()
+    (failed,) = json.loads((page.parent / "report.json").read_text())["failed"]
+    assert failed["method"] == "Broken" and failed["record"].endswith("run_record.json")
+
+
 def test_others_reports_are_read(tmp_path: Path) -> None:
     run = tmp_path / "ties" / "program_report.json"
     run.parent.mkdir()
@@ -161,6 +216,20 @@ def test_lm_evals_results_are_read(tmp_path: Path) -> None:
         json.dumps({"results": results, "model_name": "org/model"})
     )
     assert texts(tables_of(tmp_path)["scores"]) == {"org/model": ["30.0", "50.0", "40.0"]}
+
+
+def test_a_group_stands_for_its_tasks(tmp_path: Path) -> None:
+    scores = {"mmlu": 0.5, "law": 0.4, "maths": 0.6, "arc": 0.1, "exam": 0.3}
+    groups = {"mmlu": ["law", "maths"], "without_a_number": ["exam"], "arc": []}
+    results = {task: {"acc,none": value} for task, value in scores.items()}
+    content = {"results": results, "group_subtasks": groups, "model_name": "m"}
+    (tmp_path / "results_1.json").write_text(json.dumps(content))
+    table = tables_of(tmp_path)["scores"]
+    assert list(table.headers) == ["mmlu", "arc", "exam", "Average"]
+    assert texts(table) == {"m": ["50.0", "10.0", "30.0", "30.0"]}
+    report = {task: {"acc": value} for task, value in scores.items()} | {"groups": groups}
+    record(tmp_path / "ours", "m", of(1, 1, 1), report={"tasks": report})
+    assert list(tables_of(tmp_path / "ours")["scores"].headers) == list(table.headers)
 
 
 def test_numbers_that_do_not_add_up_have_no_average(tmp_path: Path) -> None:
@@ -236,7 +305,7 @@ def test_names_cannot_break_the_formats() -> None:
     latex = to_latex(table)
     assert r"a\textbar{}b\textbackslash{}c\_d \{e\} \textless{}i\textgreater{} 100\%" in latex
     assert r"\textbf{1.5 $\pm$ 0.1}" in latex and r"\underline{-}" in latex
-    assert "蜂" not in latex and "[U+8702]" in latex
+    assert "蜂" not in latex and "{[}U+8702]" in latex
     (_, row) = csv.reader(to_csv(odd_table("=cmd()")).splitlines())
     assert row == ["G", "'=cmd()", "1.5", ""]
 
@@ -245,10 +314,7 @@ def test_the_pareto_front_and_labels_that_share_a_place() -> None:
     points = [(1.0, 5.0), (2.0, 6.0), (2.0, 4.0), (3.0, 4.0), (4.0, 1.0)]
     assert pareto_front(points, lower=True) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
     assert pareto_front(points, lower=False) == [(1.0, 5.0), (2.0, 6.0)]
-    assert [numbers for _, numbers in neighbours([(0.0, 0.0), (0.001, 0.01), (1.0, 1.0)])] == [
-        [1, 2],
-        [3],
-    ]
+    assert neighbours([(0.0, 0.0), (0.001, 0.01), (1.0, 1.0)]) == [[1, 2], [3]]
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +360,8 @@ def test_the_latex_compiles(report: Path, tmp_path: Path) -> None:
     needs("pdflatex", "texlive-latex-base texlive-latex-recommended")
     folder = tmp_path / "latex"
     shutil.copytree(report.parent, folder)
-    (folder / "scores.tex").write_text(to_latex(odd_table("a_b\\{}~^ <>|& 100% é 蜂 ± $")))
+    every = "".join(map(chr, range(1, 0x180))) + "蜂\u2014\u2019"
+    (folder / "scores.tex").write_text(to_latex(odd_table(every)))
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     assert ran.returncode == 0, ran.stdout[-2000:]

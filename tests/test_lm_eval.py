@@ -133,6 +133,7 @@ def test_groups_and_averages_are_in_the_report(moe: Path, tasks: Path) -> None:
     report = pool(moe, tasks, ["tiny_group"], limit=8).evaluate(model)
     assert report["tiny_group"]["acc"] == report["tiny_choice"]["acc"]
     assert report["average"]["acc"] == report["tiny_group"]["acc"]
+    assert report["groups"] == {"tiny_group": ["tiny_choice"]}
     assert report["model_info"]["all_params"] == model.num_parameters()
 
 

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import log
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from fusion_upcycle.comparison.rows import Row, Task
 from fusion_upcycle.comparison.tables import average_of
-from fusion_upcycle.report.drawing import LINES, canvas, styled, with_side
+from fusion_upcycle.report.drawing import LINES, canvas, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -94,9 +96,9 @@ def _scatter(
 
     @styled
     def draw() -> "Figure":
-        from matplotlib.ticker import EngFormatter, MaxNLocator
+        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-        figure, axes, side = with_side((11.0, max(4.2, 0.21 * len(points) + 0.8)))
+        figure, axes = _canvas(max(4.2, 0.21 * len(points) + 0.8))
         steps = list(zip(*front, strict=True))
         axes.step(*steps, where="post", color="0.6", lw=1.2, label="Pareto front")
         groups = list(dict.fromkeys(row.group for row, _, _ in points))
@@ -105,19 +107,23 @@ def _scatter(
             axes.plot(x, y, marker, color=colour, ms=7, mec="white", mew=0.6)
             # Names stand beside the picture: between the points they would cover each other.
             axes.plot([], [], marker, color=colour, ms=6, label=f"{number}  {_short(row.label)}")
-        for (x, y), numbers in neighbours([(x, y) for _, x, y in ranked]):
+        logarithmic = _wide([x for _, x, _ in points])
+        placed = [(log(x) if logarithmic else x, y) for _, x, y in ranked]
+        for numbers in neighbours(placed):
             said = ", ".join(map(str, numbers))
-            axes.annotate(said, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
-        if _wide([x for _, x, _ in points]):
+            place = ranked[numbers[0] - 1][1:]
+            axes.annotate(said, place, xytext=(5, 4), textcoords="offset points", fontsize=7.5)
+        if logarithmic:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.08, y=0.08)
         axes.set_xlabel(axis)
         axes.set_ylabel(_quality(task))
-        handles, labels = axes.get_legend_handles_labels()
-        side.legend(handles, labels, loc="upper left", fontsize=7.5, frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7.5, frameon=False)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         return figure
@@ -129,21 +135,20 @@ def _scatter(
     return Picture(key, f"Quality by {axis}", words, draw)
 
 
-def neighbours(
-    points: Sequence[tuple[float, float]],
-) -> list[tuple[tuple[float, float], list[int]]]:
+def neighbours(points: Sequence[tuple[float, float]]) -> list[list[int]]:
     """Numbers of points, from 1, that are drawn so near to each other that they share a label."""
     xs, ys = zip(*points, strict=True)
     near_x = 0.03 * (max(xs) - min(xs)) or 1.0
     near_y = 0.03 * (max(ys) - min(ys)) or 1.0
-    found: list[tuple[tuple[float, float], list[int]]] = []
+    found: list[list[int]] = []
     for number, (x, y) in enumerate(points, 1):
-        for (other_x, other_y), numbers in found:
+        for numbers in found:
+            other_x, other_y = points[numbers[0] - 1]
             if abs(x - other_x) <= near_x and abs(y - other_y) <= near_y:
                 numbers.append(number)
                 break
         else:
-            found.append(((x, y), [number]))
+            found.append([number])
     return found
 
 
@@ -153,7 +158,9 @@ def _wide(values: Sequence[float]) -> bool:
 
 def _bars(rows: Sequence[Row], tasks: Sequence[Task]) -> Picture:
     """What each row is better by than the pre-trained model; its scores where there is none."""
-    start = next((row for row in rows if row.results[0].reference == "pretrained"), None)
+    bases = [row for row in rows if row.results[0].reference == "pretrained"]
+    # Rows of another experiment began elsewhere.
+    start = bases[0] if bases and len({row.experiment for row in rows}) == 1 else None
     shown = [row for row in rows if row is not start]
 
     def value(row: Row, task: Task) -> float:
@@ -164,7 +171,7 @@ def _bars(rows: Sequence[Row], tasks: Sequence[Task]) -> Picture:
 
     @styled
     def draw() -> "Figure":
-        figure, axes = canvas((11.0, 1.0 + 0.34 * len(shown)))
+        figure, axes = _canvas(1.0 + 0.34 * len(shown))
         high = 0.8 / len(tasks)
         for place, task in enumerate(tasks):
             colour, _ = LINES[(place + 1) % len(LINES)]
@@ -187,6 +194,14 @@ def _bars(rows: Sequence[Row], tasks: Sequence[Task]) -> Picture:
     what = "Scores" if start is None else "Gains over the pre-trained model"
     words = f"{len(tasks)} bars, one of each task, for {len(shown)} rows; the table has them."
     return Picture("tasks", f"{what}, task by task", words, draw)
+
+
+def _canvas(height: float) -> tuple["Figure", "Axes"]:
+    figure, axes = canvas((11.0, height))
+    # The layout is found at the resolution of an SVG, where hinting makes texts the widest: at that
+    # of the screen, names would be cut off.
+    figure.set_dpi(72)
+    return figure, axes
 
 
 def _short(label: str) -> str:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
+from unicodedata import normalize
 
+from fusion_upcycle.comparison.results import Result
 from fusion_upcycle.comparison.tables import Cell, Line, Table
 
 _LATEX = {
@@ -21,12 +23,21 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
+    "[": "{[}",  # after the end of a row, both would be arguments of it
+    "*": "{*}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "“": "``",
     "”": "''",
+    "\u2018": "`",
+    "\u2019": "'",
+    "\u2013": "--",
+    "\u2014": "---",
 }
+#: Letters beyond ASCII, and accents over letters, that LaTeX's default fonts have.
+_LETTERS = "ßæœøłıÆŒØŁ"
+_ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"
 _DOCUMENT = r"""\documentclass{article}
 \usepackage[utf8]{inputenc}
 \usepackage[landscape,margin=1.5cm]{geometry}
@@ -109,11 +120,19 @@ def _latex_cell(cell: Cell) -> str:
 
 def _escaped(text: str) -> str:
     """Characters that LaTeX does not know are written as what they are called, not dropped."""
-    return "".join(_LATEX.get(c, c) if c in _LATEX or ord(c) < 0x17F else _named(c) for c in text)
+    return "".join(map(_written, text))
 
 
-def _named(character: str) -> str:
-    return f"[U+{ord(character):04X}]"
+def _written(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    letter, *accents = list(normalize("NFD", character))
+    accented = letter.isalpha() and len(accents) == 1 and accents[0] in _ACCENTS
+    if character in _LETTERS or (letter.isascii() and letter.isprintable() and not accents):
+        return character
+    if letter.isascii() and accented and ord(character) < 0x17F:
+        return character
+    return f"{{[}}U+{ord(character):04X}]"
 
 
 def to_csv(table: Table) -> str:
@@ -132,9 +151,9 @@ def _harmless(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
 
 
-def to_json(tables: Sequence[Table]) -> str:
-    """Every cell with its value, and every line with the runs that it comes from."""
-    content = {
+def to_json(tables: Sequence[Table], failed: Sequence[Result]) -> str:
+    """Every cell with its value, every line with the runs that it comes from, and what failed."""
+    content: dict[str, Any] = {
         table.key: {
             "title": table.title,
             "note": table.note,
@@ -153,10 +172,13 @@ def to_json(tables: Sequence[Table]) -> str:
         }
         for table in tables
     }
+    content["failed"] = [
+        {"method": result.label, "error": result.error, **_run(result)} for result in failed
+    ]
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def _run(result: Any) -> dict[str, Any]:
+def _run(result: Result) -> dict[str, Any]:
     return {
         "record": str(result.source),
         "seed": result.seed,

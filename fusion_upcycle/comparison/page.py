@@ -47,7 +47,7 @@ def to_html(
         tables=tables,
         rows=rows,
         failed=failed,
-        anchors={row.label: f"run-{number}" for number, row in enumerate(rows, 1)},
+        anchor=lambda row: f"run-{next(n for n, one in enumerate(rows, 1) if one is row)}",
         pictures=[
             {"key": p.key, "title": p.title, "words": p.words, "source": _inside(file)}
             for p, file in pictures.items()

@@ -66,7 +66,7 @@ def write_report(runs: Iterable[str | Path], output: str | Path, title: str | No
         parts.append("## Failed runs\n\n" + "\n".join(lines) + "\n")
     _write(folder / "report.md", "\n".join(parts))
     _write(folder / "report.tex", to_latex_document(tables))
-    _write(folder / "report.json", to_json(tables) + "\n")
+    _write(folder / "report.json", to_json(tables, failed) + "\n")
     page = folder / "index.html"
     _write(page, to_html(title, summary, tables, rows, failed, pictures))
     return page

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion_upcycle.comparison.metrics import primary_metric
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.report.record import MANIFEST_NAME, RECORD_NAME
 
 PROGRAM_REPORT = "program_report.json"
 #: Keys of a task pool's report that are no tasks.
-NOT_TASKS = ("average", "model_info", "cost", "routing")
+NOT_TASKS = ("average", "model_info", "cost", "routing", "groups")
 _LOOKED_FOR = (
     f"{RECORD_NAME} of `python -m fusion_upcycle benchmark`, {PROGRAM_REPORT} of fusion_bench, "
     "results_*.json of lm-eval"
@@ -140,7 +141,7 @@ def _of_record(path: Path) -> Iterator[Result]:
     training = record.get("training") or method
     yield Result(
         source=path,
-        report=section["report"],
+        report={pool: _without_members(report) for pool, report in section["report"].items()},
         seconds=section["costs"].get("wall_seconds"),
         tokens=(training.get("final") or {}).get("tokens"),
         proof=_proof(method.get("proof")),
@@ -193,7 +194,18 @@ def _of_lm_eval(path: Path, content: Mapping[str, Any]) -> Result:
     if not tasks:
         raise UpcyclingError(f"{path} holds no results of lm-eval.")
     name = content.get("model_name") or path.parent.name
-    return Result(source=path, row=str(name), report={"lm_eval": tasks})
+    report = _without_members({**tasks, "groups": content.get("group_subtasks") or {}})
+    return Result(source=path, row=str(name), report={"lm_eval": report})
+
+
+def _without_members(report: Any) -> Any:
+    """A group with a number of its own stands for its tasks, which an average would count twice."""
+    groups = report.get("groups") if isinstance(report, dict) else None
+    if not groups:
+        return report
+    numbered = [name for name in groups if primary_metric(report.get(name) or {}, None)]
+    inside = {member for name in numbered for member in groups[name]}
+    return {name: scores for name, scores in report.items() if name not in inside}
 
 
 def _plain_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

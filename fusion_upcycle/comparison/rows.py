@@ -1,5 +1,6 @@
 """Rows of the comparison: runs of one row, over seeds, with their scores on every task."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -71,6 +72,11 @@ class Row:
         """Whether it is a model as it is, and does not compete."""
         return self.results[0].reference is not None
 
+    @property
+    def experiment(self) -> str:
+        """That it belongs to; empty for what others left."""
+        return self.results[0].experiment
+
     def mean_over(self, tasks: Iterable[Task]) -> Score | None:
         """The plain mean over tasks, seed by seed; None where a task is missing."""
         chosen = list(tasks)
@@ -126,9 +132,15 @@ def make_rows(results: Sequence[Result], tasks: Sequence[Task]) -> list[Row]:
             # What others left has no seed: each file is a row of its own.
             apart = "" if result.seed is not None else str(result.source)
             collected.setdefault((result.group, label, apart), []).append(result)
+    alike = Counter(label for _, label, _ in collected)
     rows = [
-        Row(label, group, runs, {t: s for t in tasks if (s := _score(runs, t)) is not None})
-        for (group, label, _), runs in collected.items()
+        Row(
+            f"{label} ({apart})" if apart and alike[label] > 1 else label,
+            group,
+            runs,
+            {t: s for t in tasks if (s := _score(runs, t)) is not None},
+        )
+        for (group, label, apart), runs in collected.items()
     ]
     rows.sort(key=lambda row: row.results[0].position)
     groups = dict.fromkeys([*GROUPS, *(row.group for row in rows)])

@@ -119,10 +119,14 @@ def scores(rows: Sequence[Row], tasks: Sequence[Task]) -> Table:
         for task in tasks
     )
     note = f"{', '.join(metrics)}. "
-    if any(len(row.results) > 1 for row in rows):
-        note += "± is the standard deviation over seeds. "
-    elif any(score.spread is not None for row in rows for score in row.scores.values()):
-        note += "± is the standard error. "
+    seeded = any(len(row.results) > 1 for row in rows)
+    single = any(
+        s.spread is not None for r in rows if len(r.results) == 1 for s in r.scores.values()
+    )
+    if seeded and single:
+        note += "± is the standard deviation over seeds; of a single run, its standard error. "
+    elif seeded or single:
+        note += f"± is the standard {'deviation over seeds' if seeded else 'error'}. "
     note += "Best in bold, second underlined; reference rows do not compete."
     return _table("scores", "Scores", note, columns, rows, trials=True)
 
@@ -132,18 +136,18 @@ def normalised(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
     tuned = [row for row in rows if row.results[0].reference == "finetuned"]
     columns, said, ratios = [], [], {}
     for task in tasks:
-        best = fine_tune_of(task, tuned)
-        if best is None:
+        found = [best for row in rows if (best := fine_tune_of(task, row, tuned))]
+        if not found:
             continue
 
-        def ratio(row: Row, task: Task = task, best: float = best[1]) -> Score | None:
-            found = row.scores.get(task)
-            if found is None:
+        def ratio(row: Row, task: Task = task) -> Score | None:
+            own, best = row.scores.get(task), fine_tune_of(task, row, tuned)
+            if own is None or best is None:
                 return None
-            up, down = (best, found.value) if task.lower else (found.value, best)
+            up, down = (best[1], own.value) if task.lower else (own.value, best[1])
             return Score(up / down, None, [up / down]) if abs(down) > SMALLEST_SHARE else None
 
-        said.append(f"{task.name} by {best[0]}")
+        said += [f"{task.name} by {label}" for label in dict.fromkeys(best[0] for best in found)]
         ratios[task] = ratio
         columns.append(Column(_header(task, tasks), ratio, "ratio", lower=False))
     if not columns:
@@ -162,35 +166,45 @@ def normalised(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
     return _table("normalised", "Scores relative to each task's fine-tune", note, columns, rows)
 
 
-def fine_tune_of(task: Task, tuned: Sequence[Row]) -> tuple[str, float] | None:
-    """The fine-tune of a task's name, else the best one for it."""
-    having = [row for row in tuned if task in row.scores]
-    named = [row for row in having if list(row.results[0].models) == [task.name]]
+def fine_tune_of(task: Task, row: Row, tuned: Sequence[Row]) -> tuple[str, float] | None:
+    """The fine-tune of a task's name, else the best one for it, of the row's own experiment.
+
+    What others left belongs to none, and is compared with all.
+    """
+    having = [one for one in tuned if task in one.scores and row.experiment in ("", one.experiment)]
+    named = [one for one in having if list(one.results[0].models) == [task.name]]
     if not having:
         return None
-    best = (min if task.lower else max)(named or having, key=lambda row: row.scores[task].value)
+    best = (min if task.lower else max)(named or having, key=lambda one: one.scores[task].value)
     return best.label, best.scores[task].value
 
 
 def seen_and_unseen(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
     """Averages over tasks that some merged model was tuned for, and over the others."""
-    names = {name for row in rows for name in row.results[0].models}
-    columns = []
+    names: dict[str, set[str]] = {}
+    for row in rows:
+        names.setdefault(row.experiment, set()).update(row.results[0].models)
+    columns, alike = [], True
     for pool in pools_of(tasks):
         over = average_of(pool, tasks)
         if not over:
             continue
 
         def seen(row: Row, over: Sequence[Task] = over, wanted: bool = True) -> Score | None:
-            chosen = [task for task in over if is_seen(row, task, names) is wanted]
-            return row.mean_over(chosen)
+            return row.mean_over(chosen(row, over, wanted))
+
+        def chosen(row: Row, over: Sequence[Task], wanted: bool) -> list[Task]:
+            return [task for task in over if is_seen(row, task, names[row.experiment]) is wanted]
 
         def unseen(row: Row, over: Sequence[Task] = over) -> Score | None:
             return seen(row, over, False)
 
         where = f" ({pool})" if len(pools_of(tasks)) > 1 else ""
-        form, lower = over[0].form, over[0].lower
-        columns.append(Column(f"seen{where}", seen, form))
+        # Averages over different tasks do not compete.
+        sets = {tuple(chosen(r, over, False)) for r in rows if not r.reference and unseen(r)}
+        alike = alike and len(sets) < 2
+        form, lower = over[0].form, over[0].lower if len(sets) < 2 else None
+        columns.append(Column(f"seen{where}", seen, form, lower=lower))
         columns.append(Column(f"unseen{where}", unseen, form, lower=lower))
     kept = [row for row in rows if any(column.score(row) for column in columns[1::2])]
     if not kept:
@@ -199,6 +213,8 @@ def seen_and_unseen(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
         "A task is unseen where the experiment says so, and where it is named as a fine-tune that "
         "is not among the row's models."
     )
+    if not alike:
+        note += " It is not the same tasks in each row, so that no row is marked as best."
     return _table("generalisation", "Seen and unseen tasks", note, columns, kept)
 
 
@@ -235,7 +251,8 @@ def facts(section: str, title: str, rows: Sequence[Row]) -> Table | None:
     notes = {
         "cost": "Speed and memory are of the machine of the runs, and of what else it did, as runs "
         "beside them: compare rows of one report, and differences of a factor only.",
-        "routing": "Means over MoE layers; dead experts are summed. Dense models have none of it.",
+        "routing": "Means over MoE layers; experts and dead experts are summed over them. "
+        "Dense models have none of it.",
     }
     return _table(section, title, notes[section], columns, kept)
 
@@ -271,24 +288,28 @@ def cross(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
 def subsets(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
     """Merges of every pair, triple, ...: how often they beat the base, and their best part."""
     over = average_of(tasks[0].pool, tasks) if tasks else []
-    base = [row for row in rows if row.results[0].reference == "pretrained"]
+    bases = {
+        row.experiment: row.mean_over(over)
+        for row in rows
+        if row.results[0].reference == "pretrained"
+    }
     alone = {
-        row.results[0].models[0]: row.mean_over(over)
+        (row.experiment, row.results[0].models[0]): row.mean_over(over)
         for row in rows
         if row.results[0].reference == "finetuned"
     }
-    chosen: dict[str, list[Row]] = {}
+    chosen: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.results[0].subset:
-            chosen.setdefault(row.results[0].row, []).append(row)
-    start = base[0].mean_over(over) if base else None
+            chosen.setdefault((row.experiment, row.results[0].row), []).append(row)
     lines = []
-    for name, merged in chosen.items():
+    for (experiment, name), merged in chosen.items():
+        start = bases.get(experiment)
         sign = -1.0 if over and over[0].lower else 1.0
         gains, beats = [], []
         for row in merged:
             found = row.mean_over(over)
-            parts = [alone.get(model) for model in row.results[0].models]
+            parts = [alone.get((experiment, model)) for model in row.results[0].models]
             known = [sign * part.value for part in parts if part is not None]
             if found is None:
                 continue
@@ -303,7 +324,8 @@ def subsets(rows: Sequence[Row], tasks: Sequence[Task]) -> Table | None:
             Cell(share, written(share, "ratio")),
             Cell(gain, written(gain, "gain")),
         ]
-        lines.append(Line(name, "", cells, None))
+        several = len({row.experiment for row in rows}) > 1
+        lines.append(Line(f"{experiment}: {name}" if several else name, "", cells, None))
     note = (
         "Over subsets of the fine-tunes, by the average of their tasks; the gain over the best "
         "model of the subset is positive where merging is better."

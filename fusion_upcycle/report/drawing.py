@@ -152,14 +152,6 @@ def canvas(size: tuple[float, float]) -> tuple["Figure", "Axes"]:
     return figure, figure.subplots()
 
 
-def with_side(size: tuple[float, float]) -> tuple["Figure", "Axes", "Axes"]:
-    """One chart, and an empty place at its right for names."""
-    figure = _new(size)
-    axes, side = figure.subplots(1, 2, width_ratios=(1.7, 1))
-    side.axis("off")
-    return figure, axes, side
-
-
 def stacked(panels: int) -> tuple["Figure", list["Axes"]]:
     """Charts below each other, with one horizontal axis."""
     figure = _new((8.0, 1.0 + 2.2 * panels))

@@ -38,11 +38,12 @@ class LMEvalTaskPool(BaseTaskPool):
         seed: of few-shot examples and of everything random in a task.
 
     ``evaluate`` returns ``{task: {metric: value, metric_stderr: value}, "average": ...,
-    "model_info": ...}``: lm-eval's ``acc,none`` is ``acc`` here; metrics of other filters keep
-    their name, as ``exact_match,strict-match``. Groups are tasks, where lm-eval averages them. The
-    average is the plain mean, over the tasks asked for, of each metric that all of them have; its
-    error is that of independent tasks. The run record's section ``taskpool`` is as that of
-    ``CausalLMPerplexityTaskPool``, with the versions of the tasks.
+    "groups": {group: [task, ...]}, "model_info": ...}``: lm-eval's ``acc,none`` is ``acc`` here;
+    metrics of other filters keep their name, as ``exact_match,strict-match``. Groups are tasks,
+    where lm-eval averages them; ``groups`` says of which. The average is the plain mean, over the
+    tasks asked for, of each metric that all of them have; its error is that of independent tasks.
+    The run record's section ``taskpool`` is as that of ``CausalLMPerplexityTaskPool``, with the
+    versions of the tasks.
 
     Raises:
         UpcyclingError: lm-eval is not installed, an option that cannot be used, or no task;
@@ -105,6 +106,7 @@ class LMEvalTaskPool(BaseTaskPool):
         report: dict[str, Any] = {
             name: dict(_plain_metrics(scores)) for name, scores in _scores(found).items()
         }
+        report["groups"] = {group: list(of) for group, of in found["group_subtasks"].items() if of}
         report["average"] = _average([report[name] for name in self.tasks if name in report])
         report.update(get_model_summary(model))
         versions = {name: str(version) for name, version in found["versions"].items()}
@@ -130,7 +132,7 @@ class LMEvalTaskPool(BaseTaskPool):
         for header in ("task", "metric", "value", "stderr"):
             table.add_column(header, justify="left" if header in ("task", "metric") else "right")
         for name, scores in report.items():
-            if name == "model_info":
+            if name in ("model_info", "groups"):
                 continue
             for metric, value in scores.items():
                 if _is_error(metric):
