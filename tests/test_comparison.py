@@ -12,13 +12,14 @@ import pytest
 from records import TASKS, experiment, of, record
 
 from fusion_upcycle.comparison import write_report
-from fusion_upcycle.comparison.figures import neighbours, pareto_front
+from fusion_upcycle.comparison.figures import make_pictures, neighbours, pareto_front
 from fusion_upcycle.comparison.formats import to_csv, to_latex, to_markdown
 from fusion_upcycle.comparison.metrics import lower_is_better, primary_metric, written
 from fusion_upcycle.comparison.results import read_results
 from fusion_upcycle.comparison.rows import find_tasks, make_rows
 from fusion_upcycle.comparison.tables import Cell, Line, Table, make_tables
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.report.drawing import save
 
 
 def tables_of(*places: Path) -> dict[str, Table]:
@@ -315,6 +316,34 @@ def test_the_pareto_front_and_labels_that_share_a_place() -> None:
     assert pareto_front(points, lower=True) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
     assert pareto_front(points, lower=False) == [(1.0, 5.0), (2.0, 6.0)]
     assert neighbours([(0.0, 0.0), (0.001, 0.01), (1.0, 1.0)]) == [[1, 2], [3]]
+
+
+def pictures_of(*places: Path) -> dict[str, Any]:
+    results = read_results(places)
+    tasks = find_tasks(results)
+    return {picture.key: picture for picture in make_pictures(make_rows(results, tasks), tasks)}
+
+
+def test_names_stand_beside_the_picture_and_inside_the_file(tmp_path: Path) -> None:
+    for place in range(4):
+        cost = {"total_parameters": 1e5 + place}
+        record(tmp_path / str(place), f"{place} {'long ' * 12}", of(1, 1, place), cost=cost)
+    figure = pictures_of(tmp_path)["parameters"].draw()
+    save(figure, tmp_path, "parameters")
+    for resolution in (72, 150):  # SVG, PNG
+        figure.set_dpi(resolution)
+        (axes,) = figure.axes
+        names = axes.get_legend().get_window_extent()
+        assert axes.get_window_extent().x1 < names.x0 and names.x1 <= figure.bbox.x1
+
+
+def test_bars_are_gains_where_all_rows_have_the_same_base(tmp_path: Path) -> None:
+    base = {"reference": "pretrained", "models": []}
+    record(tmp_path / "a" / "base", "base", of(1, 1, 1), **base)
+    record(tmp_path / "a" / "row", "row", of(2, 2, 2))
+    record(tmp_path / "b", "row", of(9, 9, 9), experiment="other")
+    assert pictures_of(tmp_path / "a")["tasks"].title.startswith("Gains over")
+    assert pictures_of(tmp_path)["tasks"].title.startswith("Scores")
 
 
 @pytest.fixture(scope="module")
