@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fusion_upcycle.taskpool.causal_lm_perplexity as pool_module
+import fusion_upcycle.taskpool.pool as common
 from fusion_upcycle.demo import DOMAINS, demo_model, domain_text
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
@@ -113,6 +114,33 @@ def test_a_merging_baseline_is_scored_by_our_pool(folders: dict[str, Path], tmp_
     assert record["config"]["texts"]["file"] == str(text)
 
 
+def test_each_of_several_pools_has_its_part_of_the_record(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    local = "=CausalLMPerplexityTaskPool/local_files"
+    pools = "taskpool.pools"
+    report = run(
+        tmp_path / "run",
+        "method=simple_average",
+        *pool_overrides(folders),
+        "taskpool=several",
+        *(f"+taskpool@{pools}.{name}{local}" for name in ("short", "long")),
+        *(f"{pools}.{name}.texts={{t: {text}}}" for name in ("short", "long")),
+        f"{pools}.short.context_length=8",
+        f"+taskpool@{pools}.cost=ModelCostTaskPool/cost",
+        f"+taskpool@{pools}.theirs=dummy",
+    )["report"]
+    assert list(report) == ["short", "long", "cost", "theirs"]
+    assert report["short"]["t"] != report["long"]["t"]
+    record = json.loads((tmp_path / "run" / "run_record.json").read_text())["taskpool"]
+    assert list(record) == ["short", "long", "cost"]
+    assert [record[name]["config"]["context_length"] for name in ("short", "long")] == [8, 64]
+    for name, section in record.items():
+        assert [entry["report"] for entry in section["evaluations"]] == [report[name]]
+
+
 def test_demo_pools_run_together(tmp_path: Path) -> None:
     result = run(
         tmp_path / "run",
@@ -149,7 +177,7 @@ def test_every_model_that_a_method_yields_is_in_the_record(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(pool_module, "write_run_record", lambda _, record: seen.append(record))
+    monkeypatch.setattr(common, "write_run_record", lambda _, record: seen.append(record))
     (tmp_path / "t.txt").write_text(TEXT)
     pool = CausalLMPerplexityTaskPool({"t": "t.txt"}, tokenizer=str(folders["a"]))
     reports = [
@@ -194,6 +222,19 @@ def test_a_model_on_the_cpu_moves_to_the_device_of_fabric(
     assert devices == ["meta"]
 
 
+def test_the_average_adds_the_squares_of_independent_errors() -> None:
+    scores = {"loss_nats_per_token": 1.0, "bits_per_byte": 2.0}
+    sure = {**scores, "loss_nats_per_token_stderr": 0.3, "bits_per_byte_stderr": 0.6}
+    other = {**scores, "loss_nats_per_token_stderr": 0.4, "bits_per_byte_stderr": 0.8}
+    average = pool_module._average([sure, other])
+    assert average["loss_nats_per_token_stderr"] == pytest.approx(0.25)
+    assert average["perplexity_stderr"] == pytest.approx(0.25 * math.e)
+    assert average["bits_per_byte_stderr"] == pytest.approx(0.5)
+    assert average["bits_per_byte_low"] == pytest.approx(2 - 1.96 * 0.5)
+    assert average["bits_per_byte_high"] == pytest.approx(2 + 1.96 * 0.5)
+    assert set(pool_module._average([sure, scores])) == {*scores, "perplexity"}
+
+
 def test_without_a_tokenizer_the_error_says_where_to_set_it(folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["a"])
     with pytest.raises(UpcyclingError, match=r"set taskpool\.tokenizer"):
@@ -206,6 +247,7 @@ def test_without_a_tokenizer_the_error_says_where_to_set_it(folders: dict[str, P
         ({"texts": {"t": "t.txt"}, "batchsize": 4}, "Did you mean 'batch_size'"),
         ({"texts": {}}, "at least one text"),
         ({"texts": {"average": "t.txt"}}, "average is a name of the report"),
+        ({"texts": {"cost": "t.txt"}}, "cost is a name of the report"),
     ],
 )
 def test_wrong_options_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -2,19 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fusion_bench.compat.taskpool import TaskPoolFactory
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from omegaconf import OmegaConf
-from tiny_moe import moe_model
+from tiny_moe import FAMILIES, moe_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
 from transformers import MixtralForCausalLM as Mixtral
 
 from fusion_upcycle.demo import demo_model
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.inspection.economics import attention_score_flops
 from fusion_upcycle.live.cost import active_parameters, looked_up_parameters
 from fusion_upcycle.taskpool import ModelCostTaskPool, RoutingTaskPool, SeveralTaskPools
 from fusion_upcycle.texts.bootstrap import block_bootstrap, spread
@@ -41,6 +45,7 @@ class Counting:
     def __init__(self, value: Any) -> None:
         self.value = value
         self._program: Any = None
+        self._fabric_instance: Any = None
 
     def evaluate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         return self.value if self.value is None else {"task": {"seen": self.value}}
@@ -69,10 +74,12 @@ def test_each_pool_gives_its_report_and_knows_the_program() -> None:
     here = f"{__name__}.Counting"
     nodes = {name: {"_target_": here, "value": name} for name in ("a", "b")}
     several = SeveralTaskPools(OmegaConf.create(nodes))
-    several._program = "the program"
+    several._program = program = SimpleNamespace(fabric="the fabric")
     model = torch.nn.Linear(1, 1)
     assert several.evaluate(model) == {n: {"task": {"seen": n}} for n in ("a", "b")}
-    assert all(pool._program == "the program" for pool in several._pools.values())
+    for pool in several._pools.values():
+        assert pool._program is program
+        assert pool._fabric_instance == "the fabric"
 
 
 def test_no_pool_and_a_pool_without_report_are_refused_by_name() -> None:
@@ -81,6 +88,39 @@ def test_no_pool_and_a_pool_without_report_are_refused_by_name() -> None:
     silent = SeveralTaskPools({"quiet": {"_target_": f"{__name__}.Counting", "value": None}})
     with pytest.raises(UpcyclingError, match=r"taskpool\.pools\.quiet: Counting gives no report"):
         silent.evaluate(torch.nn.Linear(1, 1))
+
+
+class Failing:
+    """A pool of somebody else that fails, where it is made or later."""
+
+    def __init__(self, at_once: bool) -> None:
+        if at_once:
+            raise ImportError("no such library")
+
+    def evaluate(self, model: Any) -> Any:
+        raise KeyError("acc")
+
+
+def test_a_pool_that_fails_is_named() -> None:
+    def pools(**options: Any) -> SeveralTaskPools:
+        return SeveralTaskPools({"bad": options})
+
+    here = f"{__name__}.Failing"
+    with pytest.raises(RuntimeError, match=r"taskpool\.pools\.bad: .*no such library"):
+        pools(_target_=here, at_once=True)
+    with pytest.raises(RuntimeError, match=r"taskpool\.pools\.bad: KeyError: 'acc'"):
+        pools(_target_=here, at_once=False).evaluate(torch.nn.Linear(1, 1))
+    cost = "fusion_upcycle.taskpool.ModelCostTaskPool"
+    with pytest.raises(UpcyclingError, match=r"taskpool\.pools\.bad: taskpool\.repeats=0"):
+        pools(_target_=cost, repeats=0)
+
+
+def test_pools_of_fusion_bench_without_a_target_are_made_its_old_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TaskPoolFactory._taskpool_types, "old", lambda cfg: Counting(cfg.value))
+    several = SeveralTaskPools(OmegaConf.create({"a": {"type": "old", "value": 3}}))
+    assert several.evaluate(torch.nn.Linear(2, 1)) == {"a": {"task": {"seen": 3}}}
 
 
 def test_active_parameters_leave_out_experts_that_a_token_is_not_sent_to() -> None:
@@ -117,6 +157,24 @@ def test_flops_are_those_of_a_hand_count(tied: bool) -> None:
     assert cost["bytes"] == 4 * model.num_parameters()
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_moe_text"])
+def test_flops_of_every_family_are_those_that_torch_counts(family: str) -> None:
+    # torch counts the whole square of attention scores, no norms, and one expert after the other
+    # only; states of linear attention (qwen3_5) are left out of ours.
+    model, length = moe_model(family).eval(), 32
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    pool = ModelCostTaskPool(prompt_tokens=length, new_tokens=1, repeats=1)
+    ours = pool.evaluate(model)["cost"]["flops_per_token"]
+    scores = attention_score_flops(model.config, length)
+    named = model.named_parameters()
+    not_products = sum(p.numel() for name, p in named if p.dim() < 2 or "bias" in name)
+    expected = ours - 2 * not_products - scores + scores * 2 * length / (length + 1)
+    assert counter.get_total_flops() / length == pytest.approx(expected, rel=1e-9)
+
+
 def test_cost_measures_and_leaves_the_model_as_it_was() -> None:
     model = mixtral().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -127,6 +185,14 @@ def test_cost_measures_and_leaves_the_model_as_it_was() -> None:
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     json.dumps(report, allow_nan=False)
+
+
+def test_reading_and_going_on_have_their_own_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A prompt of 10 s and steps of 1 s, the first round of 100 s more.
+    times = iter([0, 110, 114, 200, 210, 214, 300, 310, 314, 400, 410, 414])
+    monkeypatch.setattr("fusion_upcycle.taskpool.model_cost.time.perf_counter", times.__next__)
+    seconds = ModelCostTaskPool(repeats=3)._speed(mixtral(), prompt=8, new=4)
+    assert seconds[:2] == (10, 4)
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "repeats"])
@@ -162,7 +228,9 @@ def test_routing_of_a_trained_moe_is_that_of_the_analysis() -> None:
 
 
 def test_a_dense_model_has_no_routing() -> None:
-    assert routing_pool().evaluate(LlamaForCausalLM(LlamaConfig(**SHAPE))) == {"routing": {}}
+    report = routing_pool().evaluate(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+    assert report["routing"] == {}
+    assert list(report) == ["routing", "model_info"]  # by which reports of several are known
 
 
 def test_routing_leaves_no_hooks() -> None:

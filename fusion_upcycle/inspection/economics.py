@@ -106,7 +106,7 @@ def attention_score_flops(config: "PreTrainedConfig", context_length: int) -> fl
     d_attn` (arXiv 2001.08361, table 1). Layers of linear attention have no scores.
     """
     heads = config.num_attention_heads
-    if config.model_type == "youtu":  # compressed keys and values: two widths
+    if config.model_type in ("youtu", "deepseek_v3"):  # compressed keys and values: two widths
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     else:
         widths = 2 * (getattr(config, "head_dim", None) or config.hidden_size // heads)

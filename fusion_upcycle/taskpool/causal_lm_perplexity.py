@@ -11,8 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fusion_upcycle.live.inputs import max_positions
-from fusion_upcycle.report import Measured, write_run_record
-from fusion_upcycle.taskpool.pool import check_options, load_tokenizer, named_texts, to_device
+from fusion_upcycle.report import Measured
+from fusion_upcycle.taskpool.pool import (
+    check_options,
+    leave_record,
+    load_tokenizer,
+    named_texts,
+    to_device,
+)
 from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.texts.perplexity import perplexity
 
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LONGEST_DEFAULT_CONTEXT = 1024  # tokens
+_HALF_INTERVAL = 1.96  # standard errors: 95 % of a normal distribution
 _METRICS = ("loss_nats_per_token", "perplexity", "bits_per_byte")
 
 
@@ -37,7 +44,8 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
     ``evaluate`` returns ``{name: metrics, "average": ..., "model_info": ...}`` and adds its report
     to the section ``taskpool`` of the run record, one entry in ``evaluations`` for each model that
     the method yields. The average is the plain mean over the texts of nats per token and of bits
-    per byte; its perplexity is the exponential of that mean loss.
+    per byte; its perplexity is the exponential of that mean loss; its interval is that of a normal
+    distribution, where every text has an error.
 
     Raises:
         UpcyclingError: an unknown option, no text, or a text with a name of the report.
@@ -102,7 +110,7 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
             "stride": stride,
             "batch_size": self.batch_size,
         }
-        write_run_record("taskpool", {"config": settings, "evaluations": self._evaluations})
+        leave_record(self, settings, self._evaluations)
 
 
 def _with_error(scores: dict[str, Any], metric: str) -> str:
@@ -121,4 +129,9 @@ def _average(results: list[dict[str, Any]]) -> dict[str, float]:
         known = [error for error in errors if error is not None]
         if len(known) == number:
             average[f"{metric}_stderr"] = math.hypot(*known) / number
+    if "loss_nats_per_token_stderr" in average:  # of an exponential, to first order
+        average["perplexity_stderr"] = average["perplexity"] * average["loss_nats_per_token_stderr"]
+    if "bits_per_byte_stderr" in average:
+        reach = _HALF_INTERVAL * average["bits_per_byte_stderr"]
+        average |= {"bits_per_byte_low": bits - reach, "bits_per_byte_high": bits + reach}
     return average

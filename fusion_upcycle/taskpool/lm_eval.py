@@ -14,8 +14,14 @@ from rich.table import Table
 from fusion_upcycle.checks import require_flag, require_whole
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.live.modes import evaluating
-from fusion_upcycle.report import Measured, write_run_record
-from fusion_upcycle.taskpool.pool import check_options, load_tokenizer, plain, to_device
+from fusion_upcycle.report import Measured
+from fusion_upcycle.taskpool.pool import (
+    check_options,
+    leave_record,
+    load_tokenizer,
+    plain,
+    to_device,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +159,7 @@ class LMEvalTaskPool(BaseTaskPool):
                 "seed",
             )
         }
-        write_run_record("taskpool", {"config": settings, "evaluations": self._evaluations})
+        leave_record(self, settings, self._evaluations)
 
 
 def _unknown_task(name: str, known: Sequence[str]) -> UpcyclingError:

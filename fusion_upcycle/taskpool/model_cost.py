@@ -1,7 +1,6 @@
 """FusionBench task pool: what a causal language model costs to hold and to run."""
 
 import time
-from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,9 @@ from fusion_upcycle.inspection.economics import attention_score_flops
 from fusion_upcycle.live.cost import active_parameters, looked_up_parameters
 from fusion_upcycle.live.inputs import logits_of_last, max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.report import Measured
 from fusion_upcycle.report.memory import peak_bytes, reset_peak
-from fusion_upcycle.taskpool.pool import check_options, to_device
+from fusion_upcycle.taskpool.pool import check_options, leave_record, to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +56,7 @@ class ModelCostTaskPool(BaseTaskPool):
         super().__init__(**kwargs)
         for name in ("prompt_tokens", "new_tokens", "batch_size", "repeats"):
             require_whole(f"taskpool.{name}", getattr(self, name), at_least=1)
+        self._evaluations: list[dict[str, Any]] = []
 
     def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Measure ``model``, a transformers causal LM; its modes are restored."""
@@ -65,7 +66,8 @@ class ModelCostTaskPool(BaseTaskPool):
         prompt = self.prompt_tokens if limit is None else min(self.prompt_tokens, limit - new)
         active = active_parameters(model)
         scores = attention_score_flops(model.config.get_text_config(), prompt)
-        prefill, decode, peak = self._speed(model, prompt, new)
+        with Measured() as measured:
+            prefill, decode, peak = self._speed(model, prompt, new)
         cost = {
             "total_parameters": model.num_parameters(),
             "active_parameters": active,
@@ -75,7 +77,16 @@ class ModelCostTaskPool(BaseTaskPool):
             "decode_tokens_per_second": self.batch_size * new / decode,
             "peak_memory_bytes": peak,
         }
-        return {"cost": cost, **get_model_summary(model)}
+        report = {"cost": cost, **get_model_summary(model)}
+        self._evaluations.append({"report": report, **measured.as_record()})
+        settings = {
+            "prompt_tokens": prompt,
+            "new_tokens": new,
+            "batch_size": self.batch_size,
+            "repeats": self.repeats,
+        }
+        leave_record(self, settings, self._evaluations)
+        return report
 
     @torch.inference_mode()
     def _speed(self, model: "PreTrainedModel", prompt: int, new: int) -> tuple[float, float, int]:
@@ -86,27 +97,22 @@ class ModelCostTaskPool(BaseTaskPool):
         last = logits_of_last(model, 1)
         reset_peak(model.device)
 
-        def read() -> Any:
-            return model(input_ids=ids_BT, use_cache=True, **last)
+        def now() -> float:
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            return time.perf_counter()
 
-        def go_on() -> None:
-            outputs = read()
-            for _ in range(new):
-                ids_B1 = outputs.logits[:, -1:].argmax(-1)
-                cache = outputs.past_key_values
-                outputs = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
-
+        # Each has its own clock: a difference of two would be noise where one of them is short.
+        reading, going_on = [], []
         with evaluating(model):
-            reading = self._seconds(read, model.device)
-            both = self._seconds(go_on, model.device)
-        return reading, max(both - reading, 1e-9), peak_bytes(model.device)
-
-    def _seconds(self, work: Callable[[], Any], device: torch.device) -> float:
-        found = []
-        for _ in range(1 + self.repeats):
-            began = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - began)
-        return median(found[1:])
+            for _ in range(1 + self.repeats):
+                began = now()
+                outputs = model(input_ids=ids_BT, use_cache=True, **last)
+                read = now()
+                for _ in range(new):
+                    ids_B1 = outputs.logits[:, -1:].argmax(-1)
+                    cache = outputs.past_key_values
+                    outputs = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
+                reading.append(read - began)
+                going_on.append(now() - read)
+        return median(reading[1:]), median(going_on[1:]), peak_bytes(model.device)

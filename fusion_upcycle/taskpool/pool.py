@@ -2,17 +2,21 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseTaskPool
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.report import write_run_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
+_NOT_TEXTS = ("average", "cost", "groups", "model_info", "routing")  # which tables read as such
 
 
 def check_options(pool: BaseTaskPool, given: Mapping[str, Any]) -> None:
@@ -42,9 +46,9 @@ def named_texts(texts: Any) -> dict[str, Any]:
     texts = plain(texts)
     if not isinstance(texts, Mapping) or not texts:
         raise UpcyclingError("taskpool.texts is empty: name at least one text, {name: file}.")
-    reserved = {"average", "model_info"} & texts.keys()
-    if reserved:
-        raise UpcyclingError(f"taskpool.texts.{reserved.pop()} is a name of the report: rename it.")
+    for name in _NOT_TEXTS:
+        if name in texts:
+            raise UpcyclingError(f"taskpool.texts.{name} is a name of the report: rename it.")
     return dict(texts)
 
 
@@ -71,3 +75,12 @@ def to_device(pool: BaseTaskPool, model: "PreTrainedModel") -> None:
     """To the program's device, where a merge left its result on the CPU."""
     if pool._program is not None and next(model.parameters()).device.type == "cpu":
         model.to(pool._program.fabric.device)
+
+
+@rank_zero_only
+def leave_record(
+    pool: BaseTaskPool, config: Mapping[str, Any], evaluations: list[dict[str, Any]]
+) -> None:
+    """Write the run record's section `taskpool`: for a pool among several, its part by its name."""
+    write = getattr(pool, "_write_record", partial(write_run_record, "taskpool"))
+    write({"config": config, "evaluations": evaluations})

@@ -5,11 +5,19 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseTaskPool, auto_register_config
+from fusion_bench.taskpool.dummy import get_model_summary
 
 from fusion_upcycle.analysis.collect import collect
 from fusion_upcycle.analysis.information import domain_information
 from fusion_upcycle.live.routers import Routers, find_routers
-from fusion_upcycle.taskpool.pool import check_options, load_tokenizer, named_texts, to_device
+from fusion_upcycle.report import Measured
+from fusion_upcycle.taskpool.pool import (
+    check_options,
+    leave_record,
+    load_tokenizer,
+    named_texts,
+    to_device,
+)
 from fusion_upcycle.texts.documents import load_documents
 
 if TYPE_CHECKING:
@@ -27,12 +35,13 @@ class RoutingTaskPool(BaseTaskPool):
         tokens: of each domain at most.
         tokenizer: path or Hub name; None for the model pool's own.
 
-    ``evaluate`` returns ``{"routing": {...}}``, means over the MoE layers unless it says otherwise:
-    ``load_cv``, standard deviation of the experts' loads over their mean; ``dead_experts`` with
-    less than a twelfth of an even share, of ``experts``, both summed over layers; ``entropy_bits``
-    of the router's distribution for a token; ``specialisation_bits``, mutual information of expert
-    and domain above its mean under permuted labels (only with two or more domains). For a model
-    without routers of ours, as a dense one, ``routing`` is empty.
+    ``evaluate`` returns ``{"routing": {...}, "model_info": ...}``. In ``routing`` are, as means
+    over the MoE layers unless it says otherwise: ``load_cv``, standard deviation of the experts'
+    loads over their mean; ``dead_experts`` with less than a twelfth of an even share, of
+    ``experts``, both summed over layers; ``entropy_bits`` of the router's distribution for a token;
+    ``specialisation_bits``, mutual information of expert and domain above its mean under permuted
+    labels (only with two or more domains). For a model without routers of ours, as a dense one,
+    ``routing`` is empty.
 
     Raises:
         UpcyclingError: an unknown option, or no text.
@@ -48,6 +57,7 @@ class RoutingTaskPool(BaseTaskPool):
         check_options(self, kwargs)
         super().__init__(**kwargs)
         self.texts: dict[str, Any] = named_texts(texts)
+        self._evaluations: list[dict[str, Any]] = []
 
     def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Listen to the routers of ``model`` on all texts.
@@ -57,9 +67,15 @@ class RoutingTaskPool(BaseTaskPool):
         """
         routers = find_routers(model)
         try:
-            return {"routing": self._health(model, routers) if routers else {}}
+            with Measured() as cost:
+                health = self._health(model, routers) if routers else {}
         finally:
             routers.close()
+        report = {"routing": health, **get_model_summary(model)}
+        self._evaluations.append({"report": report, **cost.as_record()})
+        settings = {"texts": self.texts, "tokens": self.tokens, "tokenizer": self.tokenizer}
+        leave_record(self, settings, self._evaluations)
+        return report
 
     def _health(self, model: "PreTrainedModel", routers: Routers) -> dict[str, float | int]:
         tokenizer = load_tokenizer(self, self.tokenizer)
