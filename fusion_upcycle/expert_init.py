@@ -2,6 +2,8 @@
 
 An initialiser turns the source expert into one new expert. It sees the expert in the dtype of the
 result, must not write into it (it may be a view of the source's file), and returns that dtype.
+An expert may lack the gate and may have biases (`expert.parts`): each function here takes all
+forms, and draws for the matrices first, so that these are the same with biases and without.
 To add one: a function here with `@EXPERT_INITS.add`, a YAML under `config/method/expert_init/`, a
 test; a package of its own adds one as an entry point (`fusion_upcycle.expert_init`).
 """
@@ -15,7 +17,7 @@ from torch import Generator, Tensor
 
 from fusion_upcycle.checks import is_number
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.experts import EXPERT_PARTS, Expert
+from fusion_upcycle.experts import EXPERT_PARTS, Expert, neuron_axis, take_neurons
 from fusion_upcycle.registry import Registry
 
 ExpertInit = Callable[[Expert, Generator], Expert]
@@ -54,6 +56,8 @@ def copy(expert: Expert, generator: Generator) -> Expert:
 def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> Expert:
     """`W + randn * noise_std * std(W)` for each matrix W: breaks the symmetry between copies.
 
+    Biases stay as they are.
+
     Args:
         noise_std: noise relative to the matrix' own standard deviation. 0.001 leaves experts
             identical for many steps, 0.1 destroys the weights.
@@ -68,7 +72,7 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
         exact = weight.to(_compute_dtype(weight))
         return (exact + _randn(weight, generator) * (noise_std * exact.std())).to(weight.dtype)
 
-    return expert.map(add_noise)
+    return expert.map(add_noise, EXPERT_PARTS)
 
 
 @EXPERT_INITS.add
@@ -79,6 +83,9 @@ def drop(
 
     `floor(drop_ratio * F)` neurons are drawn; their rows of gate and up and columns of down are
     redrawn from N(mean, std) of the dropped slice of that same matrix.
+
+    The paper's models have no biases. Here the biases of gate and up are redrawn for the neurons
+    whose rows are, in the same way, from the slice of that bias; the bias of down stays.
 
     Args:
         drop_ratio: share of neurons, 0 <= r <= 1.
@@ -92,40 +99,41 @@ def drop(
         raise UpcyclingError(f"drop_ratio={drop_ratio!r} must be a number 0 to 1 (default 0.5).")
     if not isinstance(paired, bool):  # the text "false" would count as true
         raise UpcyclingError(f"paired={paired!r} must be true or false (default true).")
-    neurons = expert.gate_proj_FD.shape[0]
+    neurons = expert.up_proj_FD.shape[0]
     dropped = math.floor(drop_ratio * neurons)
 
     def draw_indices() -> Tensor:
         return torch.randperm(neurons, generator=generator)[:dropped]
 
     shared = draw_indices()
+    drawn: dict[str, Tensor] = {}  # matrix -> its neurons that are redrawn
 
-    def redraw(part: str) -> Tensor:
-        weight = getattr(expert, part)
-        indices = shared if paired else draw_indices()
+    def redraw(part: str, weight: Tensor) -> Tensor:
+        if (axis := neuron_axis(part)) is None:
+            return weight
+        matrix = part.split("_")[0]
+        if matrix not in drawn:
+            drawn[matrix] = shared if paired else draw_indices()
         if dropped == 0:
             return weight
-        axis = 1 if part == "down_proj_DF" else 0
-        old = weight.index_select(axis, indices).to(_compute_dtype(weight))
+        old = weight.index_select(axis, drawn[matrix]).to(_compute_dtype(weight))
         # correction=0: the spread of the slice itself, defined for a single value too
         new = old.mean() + _randn(old, generator) * old.std(correction=0)
-        return weight.clone().index_copy_(axis, indices, new.to(weight.dtype))
+        return weight.clone().index_copy_(axis, drawn[matrix], new.to(weight.dtype))
 
-    return Expert(*(redraw(part) for part in EXPERT_PARTS))
+    return Expert.from_parts({part: redraw(part, weight) for part, weight in expert.parts.items()})
 
 
 @EXPERT_INITS.add
 @function_preserving
 def permute(expert: Expert, generator: Generator) -> Expert:
-    """One permutation of the neurons, applied to gate, up and down together.
+    """One permutation of the neurons, applied to all parts of the expert together.
 
     The function is kept exactly (up to the order of a sum); the experts differ as points in
     parameter space. Permuting each matrix by itself would destroy the function and is not offered.
     """
-    order = torch.randperm(expert.gate_proj_FD.shape[0], generator=generator)
-    return Expert(
-        expert.gate_proj_FD[order], expert.up_proj_FD[order], expert.down_proj_DF[:, order]
-    )
+    order = torch.randperm(expert.up_proj_FD.shape[0], generator=generator)
+    return take_neurons(expert, order)
 
 
 @EXPERT_INITS.add
@@ -136,6 +144,7 @@ def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Ex
     the left singular vectors of the rest (the right ones of a tall matrix) are turned by a random
     rotation of the space that they span. The singular values stay; a share of the function that no
     large direction carries is drawn anew. Relative change of W: about sqrt(2 * (1 - kept_energy)).
+    Biases stay as they are.
 
     Costs an eigendecomposition of the smaller side of each matrix, in float64: minutes for an
     expert with D = 4096 on two cores.
@@ -163,7 +172,7 @@ def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Ex
         turned = exact + space @ (rotation @ inside - inside)
         return (turned.T if tall else turned).to(weight.dtype).contiguous()
 
-    return expert.map(turn)
+    return expert.map(turn, EXPERT_PARTS)
 
 
 @EXPERT_INITS.add
@@ -171,18 +180,25 @@ def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int
     """Expert e keeps neurons `[e*F/N, (e+1)*F/N)`, and zeros elsewhere: a partition of the FFN.
 
     `down_proj` is scaled by N, so that the mean of all experts is the dense FFN: exact where every
-    expert is used with equal weight (k = N, zero router), else approximate.
+    expert is used with equal weight (k = N, zero router), else approximate. Each expert has the
+    whole bias of down, which that mean gives once.
 
     Args:
         index, num_experts: e and N, given by the conversion.
     """
-    neurons = expert.gate_proj_FD.shape[0]
-    kept = slice(index * neurons // num_experts, (index + 1) * neurons // num_experts)
-    made = expert.map(torch.zeros_like)
-    made.gate_proj_FD[kept] = expert.gate_proj_FD[kept]
-    made.up_proj_FD[kept] = expert.up_proj_FD[kept]
-    made.down_proj_DF[:, kept] = expert.down_proj_DF[:, kept] * num_experts
-    return made
+    neurons = expert.up_proj_FD.shape[0]
+    first, last = index * neurons // num_experts, (index + 1) * neurons // num_experts
+
+    def keep(part: str, weight: Tensor) -> Tensor:
+        if (axis := neuron_axis(part)) is None:
+            return weight
+        kept = weight.narrow(axis, first, last - first)
+        made = torch.zeros_like(weight)
+        scale = num_experts if part == "down_proj_DF" else 1
+        made.narrow(axis, first, last - first).copy_(kept * scale)
+        return made
+
+    return Expert.from_parts({part: keep(part, weight) for part, weight in expert.parts.items()})
 
 
 @EXPERT_INITS.add

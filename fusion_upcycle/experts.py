@@ -5,7 +5,7 @@ Shape suffixes: E experts, F intermediate size (neurons), D hidden size.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,25 +13,92 @@ from torch import Tensor
 
 from fusion_upcycle.errors import UpcyclingError
 
+#: The three matrices of a gated FFN.
+EXPERT_PARTS = ("gate_proj_FD", "up_proj_FD", "down_proj_DF")
+
+#: Every part that an expert may have, in the order in which random draws are made for them.
+ALL_PARTS = (*EXPERT_PARTS, "gate_bias_F", "up_bias_F", "down_bias_D")
+
 
 @dataclass(frozen=True)
 class Expert:
-    """All matrices of one gated FFN, `down(act(gate x) * (up x))`, on named axes.
+    """All tensors of one FFN, on named axes.
 
-    Neuron i is row i of `gate_proj_FD` and `up_proj_FD` and column i of `down_proj_DF`: what is
-    done to a neuron must be done in all three, which is why initialisers see whole experts.
+    With a gate it is `down(act(gate x) * (up x))`, without one `down(act(up x))`, each of the three
+    with a bias or not. What an expert does not have is None.
+
+    Neuron i is row i of `gate_proj_FD` and `up_proj_FD`, column i of `down_proj_DF` and value i of
+    `gate_bias_F` and `up_bias_F`: what is done to a neuron must be done in all of these, which is
+    why initialisers see whole experts. `down_bias_D` belongs to no neuron.
+
+    Raises:
+        UpcyclingError: a bias of a gate that is not there.
     """
 
-    gate_proj_FD: Tensor
+    gate_proj_FD: Tensor | None
     up_proj_FD: Tensor
     down_proj_DF: Tensor
+    gate_bias_F: Tensor | None = None
+    up_bias_F: Tensor | None = None
+    down_bias_D: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Expert":
-        """Apply `function` to each matrix."""
-        return Expert(*(function(getattr(self, part)) for part in EXPERT_PARTS))
+    def __post_init__(self) -> None:
+        if self.gate_proj_FD is None and self.gate_bias_F is not None:
+            raise UpcyclingError(
+                "An Expert has gate_bias_F, but no gate_proj_FD: without a gate the bias is that "
+                "of up. Give it as up_bias_F."
+            )
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor]) -> "Expert":
+        """The expert with these parts, by the names in `ALL_PARTS`, and no others."""
+        return cls(**{"gate_proj_FD": None, **parts})  # type: ignore[arg-type]
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that this expert has, in the order of `ALL_PARTS`."""
+        return {part: weight for part in ALL_PARTS if (weight := getattr(self, part)) is not None}
+
+    def map(
+        self, function: Callable[[Tensor], Tensor], parts: Collection[str] = ALL_PARTS
+    ) -> "Expert":
+        """Apply `function` to each of `parts` that this expert has; the others stay."""
+        return Expert.from_parts(
+            {
+                part: function(weight) if part in parts else weight
+                for part, weight in self.parts.items()
+            }
+        )
 
 
-EXPERT_PARTS = ("gate_proj_FD", "up_proj_FD", "down_proj_DF")
+def part_shape(part: str, neurons: int, hidden_size: int) -> tuple[int, ...]:
+    """Shape of one of `ALL_PARTS`, whose axes its name ends in, in an expert of F neurons."""
+    sizes = {"F": neurons, "D": hidden_size}
+    return tuple(sizes[axis] for axis in _axes(part))
+
+
+def neuron_axis(part: str) -> int | None:
+    """The axis of one of `ALL_PARTS` that counts neurons; None for `down_bias_D`, without one."""
+    axes = _axes(part)
+    return axes.index("F") if "F" in axes else None
+
+
+def _axes(part: str) -> str:
+    return part.rpartition("_")[2]
+
+
+def take_neurons(expert: Expert, neurons: slice | Tensor) -> Expert:
+    """The expert made of these neurons, by index: `down_bias_D` stays as it is."""
+
+    def take(part: str, weight: Tensor) -> Tensor:
+        match neuron_axis(part):
+            case 0:
+                return weight[neurons]
+            case 1:
+                return weight[:, neurons]
+        return weight
+
+    return Expert.from_parts({part: take(part, weight) for part, weight in expert.parts.items()})
 
 
 @dataclass(frozen=True)

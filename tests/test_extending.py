@@ -39,8 +39,7 @@ FLIP = '''
 def flip(expert: Expert, generator: Generator, *, share: float = 0.1) -> Expert:
     """Turn the sign of a share of the neurons' outputs."""
     flipped = torch.rand(expert.down_proj_DF.shape[1], generator=generator) < share
-    down_proj_DF = torch.where(flipped, -expert.down_proj_DF, expert.down_proj_DF)
-    return Expert(expert.gate_proj_FD, expert.up_proj_FD, down_proj_DF)
+    return expert.map(lambda down_DF: torch.where(flipped, -down_DF, down_DF), ["down_proj_DF"])
 '''
 
 TASK_POOL = '''"""How many parameters a model has."""

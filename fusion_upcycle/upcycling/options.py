@@ -1,6 +1,6 @@
 """The options of sparse upcycling: one home for names, defaults, meanings and checks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -198,28 +198,46 @@ class UpcyclingOptions:
             )
 
 
-def check_expert_init(initialiser: "ExpertInit") -> None:
+def check_expert_init(initialiser: "ExpertInit", parts: Collection[str] | None = None) -> None:
     """Run an expert initialiser once on a toy expert.
 
+    Args:
+        parts: of `Expert`, that the toy has; by default those of a gated FFN without biases, which
+            every initialiser must know. A conversion whose experts have others asks again.
+
     Raises:
-        UpcyclingError: bad options, or a function that is no initialiser.
+        UpcyclingError: bad options, a function that is no initialiser, or one that does not know
+            experts of these parts.
     """
     import torch
 
-    from fusion_upcycle.experts import Expert, generator_for
+    from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for, part_shape
 
-    toy = Expert(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3, 4))
-    expert = initialiser(toy, generator_for(0, 0, 0, "rehearsal"))
-    if not all(torch.equal(weight, torch.ones_like(weight)) for weight in vars(toy).values()):
+    toy = Expert.from_parts(
+        {part: torch.ones(part_shape(part, 4, 3)) for part in parts or EXPERT_PARTS}
+    )
+    try:
+        expert = initialiser(toy, generator_for(0, 0, 0, "rehearsal"))
+    except UpcyclingError:
+        raise
+    except Exception as error:
+        raise UpcyclingError(
+            f"expert_init {initialiser} fails on an expert of {', '.join(toy.parts)}: {error!r}. "
+            "Let it go by what is in expert.parts, or choose another expert_init."
+        ) from error
+    if not all(torch.equal(weight, torch.ones_like(weight)) for weight in toy.parts.values()):
         raise UpcyclingError(
             f"expert_init {initialiser} writes into the expert that it is given, which is "
             "the source itself. Make new tensors instead."
         )
-    if not isinstance(expert, Expert) or any(
-        getattr(expert, part).shape != weight.shape for part, weight in vars(toy).items()
-    ):
+    shapes = {part: weight.shape for part, weight in toy.parts.items()}
+    if not isinstance(expert, Expert) or shapes != {
+        part: weight.shape for part, weight in expert.parts.items()
+    }:
         raise UpcyclingError(
-            f"expert_init {initialiser} must return an Expert of the source's shapes."
+            f"expert_init {initialiser} must return an Expert of the source's shapes, with the "
+            f"same parts ({', '.join(shapes)}). Expert.map and dataclasses.replace keep what they "
+            "are not told to change."
         )
 
 

@@ -17,8 +17,7 @@ def flip(expert: Expert, generator: Generator, *, share: float = 0.1) -> Expert:
         raise UpcyclingError(f"share={share!r} of expert_init=flip must be from 0 to 1.")
     neurons = expert.down_proj_DF.shape[1]
     flipped = torch.rand(neurons, generator=generator) < share
-    down_proj_DF = torch.where(flipped, -expert.down_proj_DF, expert.down_proj_DF)
-    return Expert(expert.gate_proj_FD, expert.up_proj_FD, down_proj_DF)
+    return expert.map(lambda down_DF: torch.where(flipped, -down_DF, down_DF), ["down_proj_DF"])
 
 
 def orthogonal(hidden_size: int, generator: Generator, *, norm: float = 0.5) -> Tensor:
