@@ -208,6 +208,12 @@ def test_the_chosen_shards_of_whole_groups_give_the_ffn(
     torch.testing.assert_close(sum(outputs), share * ffn(dense))
 
 
+def test_every_group_has_the_same_shards() -> None:
+    sharding = Sharding(NEURONS, 8, 6)
+    shards = [take_neurons(make_expert(ALL_PARTS), sharding.neurons(0, 0, e)) for e in range(6)]
+    assert same_bits(shards[1], shards[4]) and not same_bits(shards[1], shards[3])
+
+
 def test_the_bias_of_down_is_not_scaled_by_the_number_of_shards() -> None:
     scales = part_scales(ALL_PARTS, Sharding(24, 6, 4), share=0.5)
     assert scales == dict.fromkeys(ALL_PARTS, 1.0) | {"down_proj_DF": 2.0, "down_bias_D": 0.5}
@@ -223,7 +229,7 @@ def test_shards_of_a_shuffled_copy_give_the_ffn(parts: tuple[str, ...]) -> None:
 
 
 @every_form
-@pytest.mark.parametrize("size", [24, 30, 48])
+@pytest.mark.parametrize("size", [24, 30, 48, 60])
 def test_a_wider_ffn_computes_the_same(size: int, parts: tuple[str, ...]) -> None:
     dense = make_expert(parts)
     wide = Expert.from_parts({p: repeat_neurons(p, w, size) for p, w in dense.parts.items()})

@@ -8,40 +8,16 @@ import pytest
 import torch
 from helpers import convert
 from tiny import assert_same_bits, dense_folder, dense_model, load, logits_of, tensors_of
-from torch import Tensor
-from torch.nn import functional as F
 
 from fusion_upcycle import SparseUpcyclingAlgorithm, UpcyclingOptions, upcycle
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import empty_model
 from fusion_upcycle.errors import ProofError, UpcyclingError
-from fusion_upcycle.expert_init import subset
-from fusion_upcycle.experts import Expert
 from fusion_upcycle.upcycling.run import plan_model
-from fusion_upcycle.upcycling.shards import Sharding, repeat_neurons, take_neurons
+from fusion_upcycle.upcycling.shards import Sharding
 
 QWEN2_SHARDS = {"expert_init": "qwen2", "expert_intermediate_size": 20}
 F48 = {"qwen3": {"head_dim": 8}}
-
-
-def random_expert(neurons: int = 24, hidden: int = 7) -> Expert:
-    generator = torch.Generator().manual_seed(3)
-    shapes = ((neurons, hidden), (neurons, hidden), (hidden, neurons))
-    return Expert(*(torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes))
-
-
-def run(expert: Expert) -> Tensor:
-    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    hidden = F.silu(F.linear(x, expert.gate_proj_FD)) * F.linear(x, expert.up_proj_FD)
-    return F.linear(hidden, expert.down_proj_DF)
-
-
-def test_the_shards_of_a_group_are_the_ffn() -> None:
-    sharding = Sharding(24, 8, 6)
-    parts = [take_neurons(random_expert(), sharding.neurons(0, 0, e)) for e in range(6)]
-    for group in (parts[:3], parts[3:]):
-        assert torch.allclose(sum(map(run, group)), run(random_expert()))
-    assert torch.equal(parts[1].up_proj_FD, parts[4].up_proj_FD)
 
 
 def test_shuffled_copies_use_every_neuron_equally_often() -> None:
@@ -52,22 +28,6 @@ def test_shuffled_copies_use_every_neuron_equally_often() -> None:
     assert not torch.equal(drawn[:24], drawn[24:48])
     other_layer = torch.as_tensor(sharding.neurons(0, 3, 0))
     assert not torch.equal(drawn[:10], other_layer)
-
-
-@pytest.mark.parametrize("size", [24, 30, 48, 60])
-def test_a_wider_ffn_computes_the_same(size: int) -> None:
-    dense = random_expert()
-    parts = vars(dense).items()
-    wide = Expert(*(repeat_neurons(part, weight, size) for part, weight in parts))
-    assert wide.down_proj_DF.shape == (7, size)
-    assert torch.allclose(run(wide), run(dense))
-
-
-def test_the_subsets_of_all_experts_have_the_ffn_as_their_mean() -> None:
-    generator = torch.Generator()
-    made = [subset(random_expert(), generator, index=e, num_experts=5) for e in range(5)]
-    assert torch.allclose(sum(map(run, made)) / 5, run(random_expert()))
-    assert all((expert.gate_proj_FD.abs().sum(1) > 0).sum() in (4, 5) for expert in made)
 
 
 #: options -> whether the result is claimed, and proven, to be exact
