@@ -91,3 +91,14 @@ def zeros(hidden_size: int, generator: Generator) -> Tensor:
     training, since ties send all tokens to the same experts.
     """
     return torch.zeros(hidden_size)
+
+
+def hash_table(vocabulary: int, chosen: int, num_experts: int, generator: Generator) -> Tensor:
+    """The experts [V, K] of each token id, drawn once: hash layers (arXiv 2106.04426, section 3).
+
+    The first column is balanced over ids; all K of a row differ.
+    """
+    first = torch.randperm(vocabulary, generator=generator) % num_experts
+    others = torch.rand(vocabulary, num_experts - 1, generator=generator).argsort(-1) + 1
+    rest = (first[:, None] + others[:, : chosen - 1]) % num_experts
+    return torch.cat([first[:, None], rest], dim=1)

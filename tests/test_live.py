@@ -55,7 +55,7 @@ def test_experts_are_found_in_every_family_by_name(family: str, backbone: bool) 
     prefix = "" if backbone else "model."
     assert found.keys() == routers.modules.keys() == find_experts(model, routers).keys()
     for layer, parameters in found.items():
-        names = moe_family(model.config.model_type).packed_names
+        names = moe_family(model.config).packed_names
         assert set(parameters) == {f"{prefix}layers.{layer}.{name}" for name in names}
         for name, parameter in parameters.items():
             assert parameter is model.get_parameter(name)

@@ -45,7 +45,7 @@ from fusion_upcycle.merging.plan import plan_merging
 from fusion_upcycle.merging.prototypes import Moments, prototype
 from fusion_upcycle.merging.source import MergeSource
 from fusion_upcycle.router_init import normal
-from fusion_upcycle.verification.function import Models, sample_tokens
+from fusion_upcycle.verification.function import Models, take_sample
 from fusion_upcycle.verify import verify
 
 BF16 = torch.bfloat16
@@ -170,10 +170,10 @@ def test_experts_of_the_wrong_model_are_found(tmp_path: Path) -> None:
     }
     merging = plan_merging(models, MergingOptions())
     swapped = replace(merging, experts=["two", "one"])
-    tokens = sample_tokens(None, merging.config)
+    sample = take_sample(None, merging.config)
     never = Models(pytest.fail, pytest.fail)
     with pytest.raises(ProofError, match="NOT exact"):
-        swapped.prove(merging, mode="layers", tokens=tokens, models=never)
+        swapped.prove(merging, mode="layers", sample=sample, models=never)
 
 
 # --- the two sinks ----------------------------------------------------------------------------

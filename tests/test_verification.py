@@ -31,7 +31,7 @@ from fusion_upcycle.cli import main
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.upcycling.run import plan_folder, plan_model
-from fusion_upcycle.verification.function import distance, sample_tokens
+from fusion_upcycle.verification.function import distance, take_sample
 from fusion_upcycle.verification.proof import resolve_mode
 from fusion_upcycle.verification.streamed_model import streamed_model
 from fusion_upcycle.verify import verify
@@ -457,10 +457,11 @@ def test_the_proof_runs_on_text_where_there_is_a_tokenizer(source: Path, tmp_pat
 def test_the_tokens_are_at_most_128_of_a_sample_text(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, 67)
     config = LlamaConfig(vocab_size=67, max_position_embeddings=4096)
-    tokens = sample_tokens(tmp_path / "tokenizer.json", config)
-    assert tokens.ids.shape == (1, 128)
-    assert len(tokens.ids.unique()) > 10
-    assert tokens.words == "128 tokens of a sample text"
+    sample = take_sample(tmp_path / "tokenizer.json", config)
+    ids = sample.inputs["input_ids"]
+    assert ids.shape == (1, 128)
+    assert len(ids.unique()) > 10
+    assert sample.words == "128 tokens of a sample text"
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_writing(
@@ -479,7 +480,7 @@ def test_a_tokenizer_that_gives_no_token_is_refused(tmp_path: Path) -> None:
 
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UpcyclingError, match=r"tokenizer\.json gives no token for a plain text"):
-        sample_tokens(tmp_path / "tokenizer.json", LlamaConfig(vocab_size=67))
+        take_sample(tmp_path / "tokenizer.json", LlamaConfig(vocab_size=67))
 
 
 def test_a_damaged_tokenizer_is_refused(source: Path) -> None:

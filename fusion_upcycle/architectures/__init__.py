@@ -1,5 +1,7 @@
 """MoE families, one file each. To add one: its file, its entry here, its line in the tests."""
 
+from typing import TYPE_CHECKING
+
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.deepseek_v3 import DEEPSEEK_V3
 from fusion_upcycle.architectures.ernie4_5_moe import ERNIE4_5_MOE
@@ -11,9 +13,13 @@ from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
 from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
+from fusion_upcycle.architectures.sparse import SPARSE, for_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.errors import UpcyclingError, require_versions, unknown
 from fusion_upcycle.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Whatever runs a model comes through here, and older routers say something else.
 require_versions("transformers")
@@ -41,12 +47,16 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "ernie4_5_moe": ERNIE4_5_MOE,
         "deepseek_v3": DEEPSEEK_V3,
         "glm4_moe": GLM4_MOE,
+        "sparse": SPARSE,
     },
     _check,
 )
 
-#: All families: those that can be trained and expanded.
-MOE_FAMILIES: Registry[Architecture] = ARCHITECTURES.plus(olmoe=OLMOE)
+#: The name of our own class for any dense model, the last that `auto` looks at.
+OWN = "sparse"
+
+#: Families of transformers' own classes: those that can be trained and expanded, beside ours.
+MOE_FAMILIES: Registry[Architecture] = ARCHITECTURES.without(OWN).plus(olmoe=OLMOE)
 
 #: MoE families of transformers that cannot be expanded -> why.
 _NOT_EXPANDED = {
@@ -55,14 +65,22 @@ _NOT_EXPANDED = {
 }
 
 
-def moe_family(model_type: str) -> Architecture:
+def known_family(config: "PreTrainedConfig") -> Architecture | None:
+    """The family of an MoE model, as it is for this config; None for any other model."""
+    if hasattr(config, "dense_model_type"):
+        return for_config(config)
+    return MOE_FAMILIES.get(config.model_type)
+
+
+def moe_family(config: "PreTrainedConfig") -> Architecture:
     """The family of an MoE model that is to be expanded.
 
     Raises:
         UpcyclingError: a dense model, or a family that is not known.
     """
-    if model_type in MOE_FAMILIES:
-        return MOE_FAMILIES[model_type]
+    if (family := known_family(config)) is not None:
+        return family
+    model_type = config.model_type
     if any(model_type in family.dense for family in ARCHITECTURES.values()):
         raise UpcyclingError(
             f"The source is a dense {model_type!r} model, which has no experts to duplicate. Make "
@@ -92,7 +110,8 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
         )
     if target not in (AUTO, *ARCHITECTURES):
         raise unknown("target", str(target), [AUTO, *ARCHITECTURES])
-    candidates = [*ARCHITECTURES] if target == AUTO else [target]
+    # Ours last: other software reads transformers' classes.
+    candidates = [*ARCHITECTURES.without(OWN), OWN] if target == AUTO else [target]
     for name in candidates:  # ours first: a package is loaded only where none of them fits
         if dense_type in ARCHITECTURES[name].dense:
             return ARCHITECTURES[name]

@@ -1,13 +1,19 @@
 """What one MoE family is: accepted dense models, config mapping, tensor names, routing."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fusion_upcycle.experts import EXPERT_PARTS
+from fusion_upcycle.architectures.layout import layer_prefix, target_class
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.experts import ALL_PARTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from fusion_upcycle.architectures.shape import MoEShape
 
@@ -40,21 +46,25 @@ class DenseLayout:
         ffn: part of `Expert` -> name of the tensor, relative to the decoder layer.
         derived: endings of buffers that old checkpoints carry and every model recomputes.
         splits: config -> fused tensors that are to be seen split, if the family has any.
+        turned: endings of the names of matrices that lie transposed.
         zeros: tensors of a layer that the MoE has and this family has not, where zero is the same.
         zeroed_padding: whether transformers zeroes the embedding of `pad_token_id` when it loads
             the dense model, whatever the file says.
         router_norm: weight of the RMS norm whose output the FFN is given, and so the router; None
             where no norm stands between, as in models with norms after attention and FFN.
         zero_centred_norms: whether norms multiply by 1 + weight.
+        kept_whole: whether layers that stay dense keep their tensors as the source has them.
     """
 
     ffn: Mapping[str, str] = field(default_factory=lambda: LLAMA_FFN)
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
     splits: Callable[["PreTrainedConfig"], Splits] | None = None
+    turned: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     zeroed_padding: bool = False
     router_norm: str | None = "post_attention_layernorm.weight"
     zero_centred_norms: bool = False
+    kept_whole: bool = False
 
 
 LLAMA_LAYOUT = DenseLayout()
@@ -121,8 +131,11 @@ class Architecture:
             one tensor per expert and matrix, which vLLM and llama.cpp read. Without the placeholder
             one tensor holds all experts, gate before up.
         router_name: name of the router weight [E, D].
+        hash_name: name of the table [V, K] of hash routing, in families that have it.
         experts_field: the config's own name for the number of experts.
         experts_module: the live module that holds all experts packed.
+        packed: names in it: of the matrices on the inside, gate before up [E, 2F, D] or up alone
+            [E, F, D], and of down [E, D, F].
         live_names: names that differ in the live model, beside the experts' -> live name.
         routing: how top-k weights are made.
         shared: the shared expert of families that have one.
@@ -130,6 +143,9 @@ class Architecture:
             so, or None where the family cannot; None if every layer must be an MoE layer.
         remapped_fields: fields that dense and MoE config share by name but not by meaning, so that
             `convert_config` sets them on purpose.
+        asks_transformers: whether every name in the files is transformers' own answer for the very
+            model, so that there is nothing to compare it with.
+        ships: modelling file of our own that goes into an output folder.
     """
 
     name: str
@@ -137,18 +153,114 @@ class Architecture:
     convert_config: Callable[["PreTrainedConfig", "MoEShape"], "PreTrainedConfig"] | None = None
     expert_names: Mapping[str, str] = field(default_factory=lambda: QWEN_EXPERT_NAMES)
     router_name: str = "mlp.gate.weight"
+    hash_name: str | None = None
     experts_field: str = "num_experts"
     experts_module: str = "mlp.experts"
+    packed: tuple[str, str] = ("gate_up_proj", "down_proj")
     live_names: Mapping[str, str] = field(default_factory=dict)
     routing: Routing = Routing()
     shared: SharedExpert | None = None
     moe_layer_fields: Callable[[Sequence[int], int], dict[str, Any] | None] | None = None
     remapped_fields: frozenset[str] = frozenset()
+    asks_transformers: bool = False
+    ships: Path | None = None
 
     @property
     def packed_names(self) -> tuple[str, str]:
-        """Live names of a layer's experts: gate before up [E, 2F, D], and down [E, D, F]."""
-        return f"{self.experts_module}.gate_up_proj", f"{self.experts_module}.down_proj"
+        """Live names of the matrices of a layer's experts, as `packed` has them."""
+        inside, down = self.packed
+        return f"{self.experts_module}.{inside}", f"{self.experts_module}.{down}"
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of `Expert` that this family's experts have, in the order of `ALL_PARTS`."""
+        return tuple(part for part in ALL_PARTS if part in self.expert_names)
+
+    def for_source(self, source: "PreTrainedConfig") -> "Architecture":
+        """The family as it is for this dense model; most are the same for all."""
+        return self
+
+    def for_config(self, config: "PreTrainedConfig") -> "Architecture":
+        """The family as it is for an MoE of this config; most are the same for all."""
+        return self
+
+    def target_class(self, source: "PreTrainedConfig", config: "PreTrainedConfig") -> str:
+        """The class of the result, for the source's.
+
+        Raises:
+            UpcyclingError: a class that has no counterpart.
+        """
+        return target_class(source, config)
+
+    def num_layers(self, config: "PreTrainedConfig") -> int:
+        """The number of FFNs, for source and result alike."""
+        return int(config.num_hidden_layers)
+
+    def stacks(self, config: "PreTrainedConfig") -> dict[str, Sequence[int]]:
+        """Name of each stack of layers -> their indices; the only one has no name."""
+        return {"": range(self.num_layers(config))}
+
+    def ffn_size(self, source: "PreTrainedConfig") -> int:
+        """F, the neurons of a dense model's FFN."""
+        return int(source.intermediate_size)
+
+    def hidden_size(self, source: "PreTrainedConfig") -> int:
+        """D."""
+        return int(source.hidden_size)
+
+    def layer_prefix(self, config: "PreTrainedConfig", layer: int) -> str:
+        """What the files' names of a layer's tensors start with."""
+        return layer_prefix(config, layer)
+
+    def live_prefix(self, config: "PreTrainedConfig", layer: int) -> str:
+        """What live names of a layer's tensors start with, in the dense model and in the MoE."""
+        return layer_prefix(config, layer)
+
+    def view(self, source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
+        """A dense source under the names that `dense` goes by."""
+        return source
+
+    def file_prefix(self, live_prefix: str) -> str:
+        """What the files' names of a layer's tensors start with, for its live names' start."""
+        return live_prefix
+
+    def ffn_layers(self, model: "PreTrainedModel") -> list["nn.Module"]:
+        """The layers of a live model that hold an FFN or an MoE, in order."""
+        return list(model.base_model.get_submodule("layers").children())
+
+    def ffn_entry(self, layer: "nn.Module") -> "nn.Module":
+        """The module of a dense model's layer that is given what its FFN is given."""
+        dense = next(iter(self.dense.values()))
+        return layer.get_submodule(dense.ffn["gate_proj_FD"].split(".")[0])
+
+    def dense_ffn(self, layer: "nn.Module") -> "Callable[[Tensor], Tensor]":
+        """The FFN of a layer of the dense model."""
+        return self.ffn_entry(layer)
+
+    def live_half(self, part: str) -> tuple[str, int | None]:
+        """Where the live module of experts has a part: name, and which half of its rows if two."""
+        inside, down = self.packed
+        kind = "_bias" if "bias" in part else ""
+        if part.startswith("down"):
+            return down + kind, None
+        half = None if "gate_proj_FD" not in self.parts else int(part.startswith("up"))
+        return inside + kind, half
+
+    def layer_modules(self, model: "nn.Module", path: str) -> dict[int, "nn.Module"]:
+        """Layer -> its live module at `path`, of the layers that have one, in order."""
+        place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
+        found = {
+            int(match[1]): module
+            for name, module in model.named_modules()
+            if (match := place.search(name))
+        }
+        return dict(sorted(found.items()))
+
+    @property
+    def packed_parameters(self) -> tuple[str, ...]:
+        """Live names of all tensors that hold the experts of a layer."""
+        names = dict.fromkeys(self.live_half(part)[0] for part in self.parts)
+        return tuple(f"{self.experts_module}.{name}" for name in names)
 
     @property
     def live_router_name(self) -> str:
@@ -160,7 +272,7 @@ class Architecture:
         name = self.expert_names[part]
         if "{expert}" in name:
             return Place(name.format(expert=expert), 0, elements)
-        together = [other for other in EXPERT_PARTS if self.expert_names[other] == name]
+        together = [other for other in self.parts if self.expert_names[other] == name]
         start = (expert * len(together) + together.index(part)) * elements
         return Place(name, start, start + elements)
 

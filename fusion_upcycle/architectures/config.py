@@ -172,7 +172,7 @@ HARMLESS: dict[str, Any] = {
 #: Dense `model_type` -> fields that it ignores itself, but that a target would obey.
 STRAY = {"llama": {"sliding_window": (None, "Llama ignores it: remove it.")}}
 
-#: Noise of every transformers config: no reader of a causal LM looks at it.
+#: Noise of every transformers config: no reader of a causal language model looks at it.
 _NOT_WRITTEN = frozenset(
     {
         "_name_or_path",
@@ -195,6 +195,10 @@ def readable_config(config: "PreTrainedConfig") -> dict[str, Any]:
     `num_local_experts`; older readers (transformers 4, vLLM, llama.cpp) look for `rope_theta`,
     `rope_scaling`, `partial_rotary_factor`, `torch_dtype`, and the other one.
     """
+    if hasattr(config, "dense_model_type"):  # ours: what transformers writes, and our code's place
+        from fusion_upcycle.models import auto_map
+
+        return config.to_dict() | {"auto_map": auto_map(config)}
     data = {key: value for key, value in config.to_dict().items() if key not in _NOT_WRITTEN}
     rope = data.get("rope_parameters")
     if rope:

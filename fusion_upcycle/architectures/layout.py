@@ -16,11 +16,29 @@ def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
 
     Buffers (rotary frequencies) are real, so that the model can run once it is given weights.
     """
-    import transformers
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return getattr(transformers, class_name(config))._from_config(config)
+        return model_class(class_name(config))._from_config(config)
+
+
+def model_class(name: str) -> "type[PreTrainedModel]":
+    """The class of this name: transformers', or ours, `Sparse` and the name of a dense one.
+
+    Raises:
+        UpcyclingError: neither has it.
+    """
+    import transformers
+
+    from fusion_upcycle.models import modeling_sparse
+
+    found = getattr(transformers, name, None) or getattr(modeling_sparse, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise UpcyclingError(
+            f"transformers has no model class {name}, which config.json names (architectures). "
+            "Set it to the class that the model is of."
+        )
+    return found
 
 
 def class_name(config: "PreTrainedConfig") -> str:
@@ -58,10 +76,22 @@ def file_layout(config: "PreTrainedConfig") -> FileLayout:
             f"transformers cannot build {class_name(config)} from what config.json says: "
             f"{error!r}. Repair the field that it names."
         ) from error
-    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
-    tensors = revert_weight_conversion(model, with_kept_dtypes(model))
+    state = with_kept_dtypes(model)
+    tensors = revert_weight_conversion(model, state)
+    # Saving renames, and does not touch, what is tied.
+    files = {id(tensor): name for name, tensor in tensors.items()}
+    tied = {files[id(state[a])]: files[id(state[b])] for a, b in tied_names(model).items()}
     specs = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items() if n not in tied}
     return FileLayout(specs, tied)
+
+
+def tied_names(model: "PreTrainedModel") -> dict[str, str]:
+    """Second names of tied tensors -> first name, in the live model."""
+    return dict(model.all_tied_weights_keys) if _ties(model.config) else {}
+
+
+def _ties(config: "PreTrainedConfig") -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def with_kept_dtypes(model: "PreTrainedModel") -> dict[str, "Tensor"]:

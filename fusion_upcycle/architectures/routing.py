@@ -84,7 +84,7 @@ def routing_rule(config: "PreTrainedConfig", selection_bias_E: Tensor | None = N
         UpcyclingError: a family that is not known, or one with groups of experts.
     """
     config = config.get_text_config()
-    routing = moe_family(config.model_type).routing
+    routing = moe_family(config).routing
     if (groups := getattr(config, "n_group", None) or 1) > 1:
         raise UpcyclingError(
             f"This {config.model_type} model first chooses among {groups} groups of experts "

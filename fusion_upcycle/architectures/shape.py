@@ -15,7 +15,11 @@ class MoEShape:
         shared_size: width of the shared expert, 0 for none.
         moe_layers: indices of the layers that become MoE layers, ascending.
         num_layers: of the model.
-        normalize_topk_prob: whether the top-k weights are divided by their sum.
+        normalize_topk_prob: whether the weights of a token's experts are divided by their sum.
+        routing: who chooses: `token_choice`, `expert_choice` or `hash`.
+        router_scores: `softmax` or `sigmoid`.
+        capacity_factor: of expert choice, C.
+        routing_group: of expert choice: among whose tokens experts choose.
         ignored: unknown fields of the dense config that the user knows to be without effect.
     """
 
@@ -26,4 +30,8 @@ class MoEShape:
     moe_layers: Sequence[int]
     num_layers: int
     normalize_topk_prob: bool
+    routing: str = "token_choice"
+    router_scores: str = "softmax"
+    capacity_factor: float = 2.0
+    routing_group: str = "batch"
     ignored: Sequence[str] = ()

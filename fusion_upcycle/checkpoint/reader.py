@@ -18,11 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, DTYPES, TensorSpec
+from fusion_upcycle.checkpoint.tensors import (
+    CHUNK_ELEMENTS,
+    DTYPES,
+    INTEGERS,
+    TensorSpec,
+    is_buffer,
+)
 from fusion_upcycle.errors import UpcyclingError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = DTYPES | INTEGERS
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _READ_AHEAD = 16 * 2**20
 #: Linux maps this much around a page that is read; what is left mapped adds up over many tensors.
@@ -146,7 +153,7 @@ class CheckpointReader:
                     f"{self.folder}. Keep one."
                 )
             start, stop = entry["data_offsets"]
-            self.specs[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
             self._places[name] = _Place(file, data_start + start, data_start + stop)
         return set(header)
 
@@ -198,12 +205,12 @@ def _data_bytes(path: Path, header: dict[str, Any]) -> int:
             whole = False
         if not whole:
             raise UpcyclingError(f"{path}: damaged safetensors entry for tensor {name}: {entry}.")
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not (dtype in INTEGERS and is_buffer(name)):
             raise UpcyclingError(
                 f"{path}: tensor {name} has dtype {dtype}, probably quantised. Upcycle the "
                 f"unquantised checkpoint; supported: {', '.join(DTYPES)}."
             )
-        if stop - start != TensorSpec(DTYPES[dtype], tuple(shape)).nbytes:
+        if stop - start != TensorSpec(_DTYPES[dtype], tuple(shape)).nbytes:
             raise UpcyclingError(
                 f"{path}: tensor {name} of shape {shape} does not fill its {stop - start} bytes: "
                 "the file is damaged."

@@ -34,8 +34,7 @@ COMPANIONS = (
 )
 
 
-#: Fields that say how to run a model, or what a classifier's labels are: a stranger's file does not
-#: decide which code is loaded here, nor how long a list of names is made.
+#: Fields that say how to run a model: a stranger's file does not decide which code is loaded here.
 _NOT_THE_MODEL = (
     "_attn_implementation",
     "_attn_implementation_internal",
@@ -43,10 +42,12 @@ _NOT_THE_MODEL = (
     "_experts_implementation",
     "_experts_implementation_internal",
     "experts_implementation",
-    "num_labels",
-    "id2label",
-    "label2id",
 )
+
+#: What a classifier's labels are, which other models' files say as well: by a number, which would
+#: be made a list of names, or by the names.
+_LABELS = ("num_labels", "id2label", "label2id")
+_MOST_LABELS = 10**6
 
 #: Numbers by which a model is built: far beyond any that there is.
 _BOUNDS = {
@@ -124,6 +125,9 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     from transformers import CONFIG_MAPPING, GraniteConfig
 
     data = {name: value for name, value in data.items() if name not in _NOT_THE_MODEL}
+    _check_labels(path, data)
+    import fusion_upcycle.models  # noqa: F401  whose classes are known from here on
+
     try:
         if model_type == "minicpm":
             return GraniteConfig(**granite_fields(data))
@@ -144,6 +148,27 @@ def read_config(folder: Path) -> "PreTrainedConfig":
         raise UpcyclingError(
             f"transformers refuses {path} (model_type {model_type}): {error}"
         ) from error
+
+
+def _check_labels(path: Path, data: dict[str, Any]) -> None:
+    """Leave out labels of what is no classifier, and refuse those of none that there is.
+
+    Raises:
+        UpcyclingError: names the field.
+    """
+    named = data.get("architectures")
+    if not (isinstance(named, list) and any("Classification" in str(name) for name in named)):
+        for name in _LABELS:
+            data.pop(name, None)
+        return
+    for name in _LABELS:
+        value = data.get(name)
+        count = value if type(value) is int else len(value) if isinstance(value, dict) else 0
+        if value is not None and not 1 <= count <= _MOST_LABELS:
+            raise UpcyclingError(
+                f"{path}: {name}={str(value)[:60]} is not of a classifier: it must be of 1 to "
+                f"{_MOST_LABELS:,} labels."
+            )
 
 
 def _check_values(path: Path, data: dict[str, Any]) -> None:

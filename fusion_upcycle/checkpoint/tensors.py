@@ -1,6 +1,7 @@
 """Sources of tensors, read one piece at a time: the contract, and the one for live models."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,10 @@ DTYPES = {
 }
 
 
+#: Other dtypes, of tables and of buffers that every model computes.
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """What is known of a tensor without reading it."""
@@ -37,6 +42,17 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this name may hold integers: what every quantised weight does, too."""
+    return bool(_BUFFERS.search(name))
+
+
+#: Causal masks and positions in old files, and the table of hash routing.
+_BUFFERS = re.compile(
+    r"(attn|attention)\.(bias|masked_bias|causal_mask)$|position_ids$|hash_table$"
+)
 
 
 class TensorSource(Protocol):
@@ -70,7 +86,7 @@ class StateDictSource:
     def __init__(self, state_dict: Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
-            if tensor.dtype not in DTYPES.values():
+            if tensor.dtype not in DTYPES.values() and not is_buffer(name):
                 raise UpcyclingError(
                     f"Tensor {name} of the model has dtype {tensor.dtype}, which cannot be "
                     f"upcycled. Load the model in one of: {', '.join(map(str, DTYPES.values()))}."

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fusion_upcycle.checkpoint.durable import sync
 from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE
-from fusion_upcycle.checkpoint.tensors import DTYPES, TensorSpec
+from fusion_upcycle.checkpoint.tensors import DTYPES, INTEGERS, TensorSpec
 from fusion_upcycle.errors import UpcyclingError
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 _WRITE_BEHIND_BYTES = 8 * 2**20
 
 Chunks = Callable[[str], Iterator[Tensor]]

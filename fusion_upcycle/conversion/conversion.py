@@ -23,8 +23,8 @@ from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, Rule, Zeros
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import ExpertInit
-from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan, Expert, generator_for
-from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.experts import DuplicationPlan, Expert, generator_for
+from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.names import check_names, check_shared_fields
 from fusion_upcycle.verification.proof import Findings, Proof
 from fusion_upcycle.verification.tensors import check_tensors
@@ -137,7 +137,7 @@ class Conversion(ABC):
 
     @abstractmethod
     def _prove_function(
-        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+        self, result: TensorSource, *, mode: str, sample: Sample, models: Models, progress: bool
     ) -> Findings:
         """The operation's own part of `prove`, for tensors and names that are right."""
 
@@ -164,7 +164,7 @@ class Conversion(ABC):
         result: TensorSource,
         *,
         mode: str,
-        tokens: Tokens,
+        sample: Sample,
         models: Models,
         progress: bool = False,
     ) -> Proof:
@@ -173,7 +173,7 @@ class Conversion(ABC):
         Args:
             result: the tensors that were made, from the written folder or the live model.
             mode: `layers` (streaming, in float32), `logits` (both models in memory) or `none`.
-            tokens: to run the models on.
+            sample: what to run the models on.
             models: source and result in memory, for `mode="logits"`.
             progress: show progress bars.
 
@@ -187,19 +187,19 @@ class Conversion(ABC):
         check_names(self.config, self.architecture)
         tensors = check_tensors(self, result, progress=progress)
         found = self._prove_function(
-            result, mode=mode, tokens=tokens, models=models, progress=progress
+            result, mode=mode, sample=sample, models=models, progress=progress
         )
         check_shared_fields(self.source_config, self.config, self._changed_fields)
         return Proof(
             mode,
             claim,
             found.holds,
-            tokens.words,
+            sample.words,
             tensors,
             found.function,
             found.details,
             round(time.perf_counter() - started, 3),
-            f"{found.words}; {sum(tensors.values())} tensors bit-equal; {tokens.words}",
+            f"{found.words}; {sum(tensors.values())} tensors bit-equal; {sample.words}",
         )
 
     @abstractmethod
@@ -257,11 +257,8 @@ class Conversion(ABC):
             source, names = self._source_expert(layer, expert)
             generator = generator_for(self.options.seed, layer, expert, "expert")
             made = self._initialiser(expert)(source, generator)
-            for part in EXPERT_PARTS:
-                if (
-                    not getattr(made, part).isfinite().all()
-                    and getattr(source, part).isfinite().all()
-                ):
+            for part, tensor in made.parts.items():
+                if not tensor.isfinite().all() and getattr(source, part).isfinite().all():
                     raise UpcyclingError(
                         f"expert_init gives expert {expert} of layer {layer} values of {part} that "
                         f"{self.dtype} cannot hold. Choose other options of it, or {self._wider}."

@@ -4,10 +4,10 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
+from torch import nn
 from transformers.initialization import no_init_weights
 
-from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.architectures.layout import class_name, model_class
 from fusion_upcycle.checkpoint.tensors import aligned
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.live.tensors import LiveTensors
@@ -26,10 +26,10 @@ def live_config(model: "PreTrainedModel") -> "PreTrainedConfig":
 
 def fill_live(conversion: Conversion, source: "PreTrainedModel") -> "PreTrainedModel":
     """transformers' own class with the planned tensors; device, mode and the like from `source`."""
-    model_class = getattr(transformers, class_name(conversion.config))
+    kind = model_class(class_name(conversion.config))
     config = copy.deepcopy(conversion.config)
     with no_init_weights(), source.device:
-        moe = model_class._from_config(
+        moe = kind._from_config(
             config, dtype=conversion.dtype, attn_implementation=source.config._attn_implementation
         )
     architecture, state = conversion.architecture, moe.state_dict()
@@ -37,7 +37,7 @@ def fill_live(conversion: Conversion, source: "PreTrainedModel") -> "PreTrainedM
         live_name, _ = architecture.live_slot(name, 1)
         module, _, attribute = live_name.rpartition(".")
         getattr(moe.get_submodule(module), attribute).data = state[live_name].to(spec.dtype)
-    moe.tie_weights()  # skipped together with the initialisation
+    _tie(moe, {architecture.live_slot(name, 1)[0] for name in conversion.specs})
     live = LiveTensors(moe, architecture, conversion.specs)
     # Nothing is initialised: what is not filled below would be uninitialised memory.
     whole = {t.data_ptr(): t.numel() for t in moe.state_dict().values()}  # tied tensors once
@@ -50,3 +50,13 @@ def fill_live(conversion: Conversion, source: "PreTrainedModel") -> "PreTrainedM
         moe.generation_config = copy.deepcopy(source.generation_config)
     moe.train(source.training)
     return moe
+
+
+def _tie(model: "PreTrainedModel", own: set[str]) -> None:
+    """Tie what is tied, but for tensors with a value of their `own`: a T5 may have such a head."""
+    for name in own & model.all_tied_weights_keys.keys():
+        del model.all_tied_weights_keys[name]
+        module, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(module)
+        setattr(owner, attribute, nn.Parameter(getattr(owner, attribute).detach().clone()))
+    model.tie_weights(recompute_mapping=False)  # skipped together with the initialisation

@@ -1,6 +1,7 @@
 """An output folder: shards, config, companions, record and model card, all or nothing."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,8 @@ def write_output(
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             write_shards(staging, shards, conversion.chunks, bar.update)
             _write_json(staging / "config.json", readable_config(conversion.config))
+            if conversion.architecture.ships is not None:
+                shutil.copy(conversion.architecture.ships, staging)
             record["copied_files"] = companions(staging)
         with Measured() as proving:
             proof = prove(staging)

@@ -46,6 +46,13 @@ class RouterRows:
 
 
 @dataclass(frozen=True)
+class HashTable:
+    """Rule: the experts of each token id in a layer, drawn at random."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
 class SelectionBias:
     """Rule: the selection bias of a layer's router, extended."""
 
@@ -68,4 +75,4 @@ class Joined:
     rules: Sequence["Rule"]
 
 
-Rule = Carried | Initialised | Repeated | RouterRows | SelectionBias | Zeros | Joined
+Rule = Carried | Initialised | Repeated | RouterRows | HashTable | SelectionBias | Zeros | Joined

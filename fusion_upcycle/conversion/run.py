@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
-from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.architectures.layout import class_name, model_class
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate, read_config
 from fusion_upcycle.conversion.conversion import Conversion
@@ -24,7 +23,7 @@ from fusion_upcycle.conversion.output import Converted, OutputOptions, write_out
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.live.tensors import LiveTensorsOnCPU
 from fusion_upcycle.report.progress import loading_bars
-from fusion_upcycle.verification.function import Models, sample_tokens
+from fusion_upcycle.verification.function import Models, take_sample
 from fusion_upcycle.verification.names import check_written_config
 from fusion_upcycle.verification.proof import Proof, resolve_mode
 from fusion_upcycle.verification.tensors import check_tensors
@@ -71,7 +70,7 @@ class Folders:
         Raises:
             UpcyclingError: it is damaged, or gives ids that the model has not.
         """
-        sample_tokens(self.tokenizer_file, config)
+        take_sample(self.tokenizer_file, config)
 
     def to_json(self) -> dict[str, Any]:
         """Identity of each source model, for the record: enough to notice that it has changed."""
@@ -161,7 +160,7 @@ def prove_folder(
 def _prover(
     conversion: Conversion, source: Path, mode: str, progress: bool
 ) -> Callable[[Path], Proof]:
-    tokens = sample_tokens(source / "tokenizer.json", conversion.config)
+    sample = take_sample(source / "tokenizer.json", conversion.config)
     mode = resolve_mode(mode, streaming=True, total_bytes=conversion.total_bytes)
     load = partial(load_model, dtype=conversion.dtype, progress=progress)
 
@@ -169,7 +168,7 @@ def _prover(
         return conversion.prove(
             _open_result(conversion, result),
             mode=mode,
-            tokens=tokens,
+            sample=sample,
             models=Models(
                 lambda: load(source, conversion.source_config),
                 lambda: load(result, conversion.config, complete=True),
@@ -201,13 +200,13 @@ def to_model(
         UpcyclingError: a tokenizer of another model.
         ProofError: the result is not what it claims to be.
     """
-    tokens = sample_tokens(tokenizer_file, conversion.config)
+    sample = take_sample(tokenizer_file, conversion.config)
     mode = resolve_mode(verify, streaming=False, total_bytes=conversion.total_bytes)
     made = fill_live(conversion, source)
     proof = conversion.prove(
         LiveTensorsOnCPU(made, conversion.architecture, conversion.specs),
         mode=mode,
-        tokens=tokens,
+        sample=sample,
         models=Models(lambda: source, lambda: made),
         progress=progress,
     )
@@ -263,7 +262,8 @@ def load_model(
         ProofError: with `complete`, a tensor that transformers misses or does not expect.
     """
     with loading_bars(progress):
-        model, info = getattr(transformers, class_name(config)).from_pretrained(
+        kind: Any = model_class(class_name(config))
+        model, info = kind.from_pretrained(
             folder,
             # A result must say itself what it is; a source may be read in another family's words.
             config=read_config(folder) if complete else copy.deepcopy(config),

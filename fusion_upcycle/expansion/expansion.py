@@ -5,6 +5,7 @@
 Shape suffixes: E source experts, M experts of the result, F intermediate size, D hidden size.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fusion_upcycle.architectures.layout import file_layout, layer_prefix
+from fusion_upcycle.architectures.layout import file_layout
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
 from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion
@@ -22,8 +23,8 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expansion.proof import prove_expansion
 from fusion_upcycle.expert_init import ExpertInit
-from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
-from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.experts import Expert, generator_for, part_shape
+from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.proof import Findings
 
 
@@ -175,19 +176,20 @@ class Expansion(Conversion):
 
     def router_name(self, layer: int) -> str:
         """Name in the files of the router, [E, D] in the source and [M, D] in the result."""
-        return layer_prefix(self.config, layer) + self.architecture.router_name
+        return self.architecture.layer_prefix(self.config, layer) + self.architecture.router_name
 
     def bias_name(self, layer: int) -> str | None:
         """Name in the files of the selection bias, [E] and [M]; None where the family has none."""
         name = self.architecture.routing.selection_bias
-        return None if name is None else layer_prefix(self.config, layer) + name
+        return None if name is None else self.architecture.layer_prefix(self.config, layer) + name
 
     @property
     def parameters(self) -> dict[str, int]:
         """Parameters of the source and of the result, total and active per token."""
         source = sum(spec.numel for spec in file_layout(self.source_config).specs.values())
         total = sum(spec.numel for spec in self.specs.values())
-        layers = len(self.layers) * 3 * self.expert_shape[0] * self.expert_shape[1]
+        expert = sum(math.prod(self._shape(part)) for part in self.architecture.parts)
+        layers = len(self.layers) * expert
         before, after = self.experts_per_token
         return {
             "source": source,
@@ -241,25 +243,29 @@ It has not been trained since.""",
         return names | {aliases[name] for name in names if name in aliases}
 
     def _prove_function(
-        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+        self, result: TensorSource, *, mode: str, sample: Sample, models: Models, progress: bool
     ) -> Findings:
         return prove_expansion(
-            self, result, mode=mode, tokens=tokens, models=models, progress=progress
+            self, result, mode=mode, sample=sample, models=models, progress=progress
         )
 
     def _initialiser(self, expert: int) -> ExpertInit:
         return self.options.initialise_copy
 
+    def _shape(self, part: str) -> tuple[int, ...]:
+        return part_shape(part, *self.expert_shape)
+
     def _source_expert(self, layer: int, expert: int) -> tuple[Expert, Iterable[str]]:
-        size, hidden = self.expert_shape
         origin = self.plan.source_experts[layer][expert]
-        parts, names = [], []
-        for part in EXPERT_PARTS:
-            place = self.architecture.place(origin, part, size * hidden)
-            names.append(name := layer_prefix(self.config, layer) + place.name)
+        prefix = self.architecture.layer_prefix(self.config, layer)
+        parts, names = {}, []
+        for part in self.architecture.parts:
+            shape = self._shape(part)
+            place = self.architecture.place(origin, part, math.prod(shape))
+            names.append(name := prefix + place.name)
             flat = self.source.tensor(name).reshape(-1)[place.start : place.stop]
-            parts.append(flat.view((hidden, size) if part == "down_proj_DF" else (size, hidden)))
-        return Expert(*parts), names
+            parts[part] = flat.view(shape)
+        return Expert.from_parts(parts), names
 
     def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
         match rule:

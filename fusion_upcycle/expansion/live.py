@@ -137,7 +137,7 @@ def _check_live(moe: "PreTrainedModel") -> tuple[Architecture, "PreTrainedConfig
         raise UpcyclingError(
             f"A {type(moe).__name__} is no model of transformers. Give the model that it wraps."
         )
-    architecture = moe_family(moe.config.model_type)
+    architecture = moe_family(moe.config)
     state = StateDictSource(moe.state_dict())  # refuses what is not in memory, not floating point
     config = checked_config(live_config(moe))
     expected = {name: tuple(t.shape) for name, t in empty_model(config).state_dict().items()}

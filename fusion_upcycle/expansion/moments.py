@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle import expert_init
-from fusion_upcycle.architectures.layout import empty_model, layer_prefix
+from fusion_upcycle.architectures.layout import empty_model
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, moments_reader
 from fusion_upcycle.checkpoint.tensors import TensorSpec
 from fusion_upcycle.checkpoint.writer import Shard, write_shards
@@ -124,9 +124,9 @@ def _expert_parameters(expansion: Expansion) -> dict[str, tuple[int, ...]]:
     """Live names of the parameters that have one entry for each expert -> plan of their layer."""
     family = expansion.architecture
     return {
-        layer_prefix(expansion.config, layer) + name: plan
+        family.live_prefix(expansion.config, layer) + name: plan
         for layer, plan in expansion.plan.source_experts.items()
-        for name in (*family.packed_names, family.live_router_name)
+        for name in (*family.packed_parameters, family.live_router_name)
     }
 
 

@@ -5,6 +5,7 @@ refused by name, every target tensor is made exactly once.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,6 @@ from fusion_upcycle.architectures.layout import (
     FileLayout,
     class_name,
     file_layout,
-    layer_prefix,
 )
 from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
@@ -33,7 +33,7 @@ from fusion_upcycle.conversion.rules import (
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
-from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan
+from fusion_upcycle.experts import DuplicationPlan, part_shape
 from fusion_upcycle.selection import select
 from fusion_upcycle.upcycling.frame import source_dtype
 
@@ -66,13 +66,24 @@ def plan_expansion(
         UpcyclingError: a dense model, an unsupported family, config field, tensor or shape; fewer
             experts than there are; scores or a plan of another model.
     """
-    architecture = moe_family(source_config.model_type)
+    architecture = moe_family(source_config)
     source_config = checked_config(source_config)
+    if (routing := getattr(source_config, "moe_routing", "token_choice")) != "token_choice":
+        raise UpcyclingError(
+            f"config.json of the {source_config.model_type} source: moe_routing={routing}. Only "
+            "token choice can be expanded: "
+            + (
+                "a table of token ids has no router whose rows could be copied."
+                if routing == "hash"
+                else "with more experts, each would take fewer tokens."
+            )
+            + " Upcycle the dense model into more experts instead."
+        )
     num_experts: int = getattr(source_config, architecture.experts_field)
     before = file_layout(source_config)
     routers = {
-        layer: layer_prefix(source_config, layer) + architecture.router_name
-        for layer in range(source_config.num_hidden_layers)
+        layer: architecture.layer_prefix(source_config, layer) + architecture.router_name
+        for layer in range(architecture.num_layers(source_config))
     }
     layers = [layer for layer, router in routers.items() if router in before.specs]
     if not layers:
@@ -85,16 +96,18 @@ def plan_expansion(
     plan.check_expansion(layers, num_experts)
     _check_number(len(plan.source_experts[layers[0]]))
     config = _target_config(source_config, architecture, plan, num_experts, options)
+    after = architecture.for_config(config)
     said = source_config.dtype is not None
     dtype = source_dtype(source, source_config) if said else _main_dtype(source)
     source_config.dtype = config.dtype = dtype
     down = architecture.place(0, "down_proj_DF", 0).name
-    hidden, size = source.specs[layer_prefix(config, layers[0]) + down].shape[-2:]
+    first = architecture.layer_prefix(source_config, layers[0])
+    hidden, size = source.specs[first + down].shape[-2:]
     expansion = Expansion(
         source=source,
         source_config=source_config,
         config=config,
-        architecture=architecture,
+        architecture=after,
         options=options,
         plan=plan,
         dtype=dtype,
@@ -230,13 +243,14 @@ def _fill(expansion: Expansion) -> None:
 
 def _expert_rules(expansion: Expansion, layer: int, origins: Sequence[int]) -> dict[str, Rule]:
     """The rules of one layer's experts, by target name."""
-    place, prefix = expansion.architecture.place, layer_prefix(expansion.config, layer)
-    elements = expansion.expert_shape[0] * expansion.expert_shape[1]
+    place = expansion.architecture.place
+    prefix = expansion.architecture.layer_prefix(expansion.config, layer)
     # A plain copy is carried straight through, without holding an expert in memory.
     straight = expansion.options.expert_init is expert_init.copy
     made: dict[str, dict[int, Rule]] = {}
     for expert, origin in enumerate(origins):
-        for part in EXPERT_PARTS:
+        for part in expansion.architecture.parts:
+            elements = math.prod(part_shape(part, *expansion.expert_shape))
             new, old = place(expert, part, elements), place(origin, part, elements)
             made.setdefault(prefix + new.name, {})[new.start] = (
                 Carried(prefix + old.name, start=old.start)
@@ -257,7 +271,7 @@ def _origin(expansion: Expansion, name: str, rule: Rule) -> str:
         case Initialised():
             origin = expansion.plan.source_experts[rule.layer][rule.expert]
             place = expansion.architecture.place(origin, rule.part, 0)
-            return layer_prefix(expansion.config, rule.layer) + place.name
+            return expansion.architecture.layer_prefix(expansion.config, rule.layer) + place.name
     return name
 
 

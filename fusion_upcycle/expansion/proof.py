@@ -7,18 +7,19 @@ Details of the proof, beside the common fields:
 - `own_dtype`: distance of both models in memory, in their own dtype.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.experts import EXPERT_PARTS
+from fusion_upcycle.experts import part_shape
 from fusion_upcycle.verification.function import (
+    Inputs,
     Models,
-    Tokens,
+    Sample,
     compare_live,
     distance,
     output_of,
@@ -40,7 +41,7 @@ def prove_expansion(
     result: TensorSource,
     *,
     mode: str,
-    tokens: Tokens,
+    sample: Sample,
     models: Models,
     progress: bool = False,
 ) -> Findings:
@@ -56,19 +57,19 @@ def prove_expansion(
             source.
     """
     exact = expansion.claims_exact
-    reference, is_logits = _outputs(expansion, expansion.source, tokens.ids, whole=False)
+    reference, is_logits = _outputs(expansion, expansion.source, sample.inputs, whole=False)
     restricted = None
     if not expansion.is_identity:
-        within, _ = _outputs(expansion, SourceWithin(expansion, result), tokens.ids, whole=False)
+        within, _ = _outputs(expansion, SourceWithin(expansion, result), sample.inputs, whole=False)
         require_exact(restricted := distance(reference, within, logits=is_logits), None)
-    outputs, _ = _outputs(expansion, result, tokens.ids, whole=True)
+    outputs, _ = _outputs(expansion, result, sample.inputs, whole=True)
     found = distance(reference, outputs, logits=is_logits)
     if exact:
         require_exact(found, None)
     require_finite(found)
     own = None
     if mode == "logits":
-        own = compare_live(models.source(), models.result(), tokens.ids)
+        own = compare_live(models.source(), models.result(), sample.inputs)
     why = None if exact else reason(expansion)
     verdict = (
         "exact, proven"
@@ -131,11 +132,11 @@ class SourceWithin:
                     self._pieces[name] = [(name, 0, self.specs[name].numel)]
 
     def _take_experts(self, expansion: "Expansion", layer: int, places: Mapping[int, int]) -> None:
-        prefix = layer_prefix(expansion.config, layer)
-        elements = expansion.expert_shape[0] * expansion.expert_shape[1]
+        prefix = expansion.architecture.layer_prefix(expansion.config, layer)
         found: dict[str, dict[int, tuple[str, int, int]]] = {}
         for origin, expert in places.items():
-            for part in EXPERT_PARTS:
+            for part in expansion.architecture.parts:
+                elements = math.prod(part_shape(part, *expansion.expert_shape))
                 old = expansion.architecture.place(origin, part, elements)
                 new = expansion.architecture.place(expert, part, elements)
                 piece = prefix + new.name, new.start, new.stop
@@ -173,12 +174,12 @@ class SourceWithin:
 
 @torch.inference_mode()
 def _outputs(
-    expansion: "Expansion", weights: TensorSource, ids: Tensor, *, whole: bool
+    expansion: "Expansion", weights: TensorSource, inputs: Inputs, *, whole: bool
 ) -> tuple[Tensor, bool]:
     """Outputs in float32 or better of the result (`whole`) or the source, one expert in memory."""
     compute = torch.promote_types(expansion.dtype, torch.float32)
     config = expansion.config if whole else expansion.source_config
-    return output_of(streamed_model(config, weights, expansion.architecture, None, compute), ids)
+    return output_of(streamed_model(config, weights, expansion.architecture, None, compute), inputs)
 
 
 def _relative(reference: Tensor, found: Tensor) -> float:

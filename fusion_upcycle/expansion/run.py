@@ -103,7 +103,7 @@ def expand(
     )
     folder = folders.source
     config = read_config(folder)
-    moe_family(config.model_type)
+    moe_family(config)
     folders.check_tokenizer(config)
     if state is not None:
         check_state(state, checked_config(config), folder_identity(folder))

@@ -75,7 +75,7 @@ def score_folder(
     import transformers
 
     config = read_config(folder)
-    moe_family(config.model_type)
+    moe_family(config)
     name = class_name(checked_config(config))
     if not name.endswith("ForCausalLM"):
         raise UpcyclingError(

@@ -86,7 +86,7 @@ def upcycling_advice(
     """
     costs = economics(upcycling, context_length)
     config = upcycling.config
-    routing = moe_family(config.model_type).routing
+    routing = moe_family(config).routing
     return advise(
         Case(
             parameters=upcycling.parameters["dense"] - embedding_parameters(upcycling)[1],

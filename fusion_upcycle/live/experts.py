@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.routers import Routers, modules_of_layers
+from fusion_upcycle.live.routers import Routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ def find_experts(model: "PreTrainedModel", routers: Routers) -> dict[int, nn.Mod
     family = routers.architecture
     if family is None:
         return {}
-    found = modules_of_layers(model, family.experts_module)
+    found = family.layer_modules(model, family.experts_module)
     if found.keys() != routers.modules.keys():
         raise UpcyclingError(
             f"This {family.name} model has routers in layers {list(routers.modules)} but experts, "

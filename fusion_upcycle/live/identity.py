@@ -37,7 +37,7 @@ def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str
         UpcyclingError: a family that is not known, or a tensor that the source lacks.
     """
     text = config.get_text_config()
-    architecture = moe_family(text.model_type)
+    architecture = moe_family(text)
     expected = file_layout(config).specs
     for name in sorted(expected):
         if name not in source.specs:
@@ -95,7 +95,7 @@ def live_identity(model: "PreTrainedModel") -> dict[str, Any]:
     # FSDP2 gives a model a class of its own, derived from transformers'.
     classes = (cls.__name__ for cls in type(model).__mro__)
     config.architectures = [next(name for name in classes if hasattr(transformers, name))]
-    architecture = moe_family(config.get_text_config().model_type)
+    architecture = moe_family(config.get_text_config())
     source = LiveTensors(model, architecture, file_layout(config).specs)
     return model_identity(source, config)
 

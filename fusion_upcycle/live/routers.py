@@ -6,7 +6,6 @@ Works for every family in `fusion_upcycle.architectures`, also where transformer
 balance loss. Shapes: L MoE layers, E experts, N tokens, K experts per token, D hidden size.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusion_upcycle.architectures import MOE_FAMILIES
+from fusion_upcycle.architectures import MOE_FAMILIES, known_family
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.errors import UpcyclingError
 
@@ -111,7 +110,7 @@ def find_routers(model: "PreTrainedModel") -> Routers:
         UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`.
     """
     config = model.config.get_text_config()
-    architecture = MOE_FAMILIES.get(config.model_type)
+    architecture = known_family(config)
     if architecture is None:
         if any("router_logits" in (m._can_record_outputs or {}) for m in _submodels(model)):
             raise UpcyclingError(
@@ -121,7 +120,7 @@ def find_routers(model: "PreTrainedModel") -> Routers:
             )
         return Routers({})
     path = architecture.live_router_name.removesuffix(".weight")
-    modules = modules_of_layers(model, path)
+    modules = architecture.layer_modules(model, path)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
     first: Any = next(iter(modules.values()))
@@ -131,17 +130,6 @@ def find_routers(model: "PreTrainedModel") -> Routers:
         experts_per_token=first.top_k,
         architecture=architecture,
     )
-
-
-def modules_of_layers(model: nn.Module, path: str) -> dict[int, nn.Module]:
-    """Decoder layer -> its module at `path`, of the layers that have one, in order."""
-    place = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
-    found = {
-        int(match[1]): module
-        for name, module in model.named_modules()
-        if (match := place.search(name))
-    }
-    return dict(sorted(found.items()))
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
-from fusion_upcycle.upcycling.proof import ffn_of, streamed_dense
-from fusion_upcycle.verification.function import layers_of
+from fusion_upcycle.upcycling.proof import streamed_dense
 
 #: Tokens of one window, less where the model has fewer positions.
 WINDOW_TOKENS = 256
@@ -86,13 +85,14 @@ def router_moments(
 
     Model i runs as the merge would if only its experts were chosen: shared weights with its FFNs.
     """
-    layers, size = merging.resolved.moe_layers, merging.config.hidden_size
+    layers, size = merging.resolved.moe_layers, merging.resolved.hidden_size
     moments = {layer: Moments.empty(len(merging.experts), size) for layer in layers}
     total = sum(len(ids_WT) for ids_WT in windows.ids.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
         for index, model in enumerate(merging.experts):
             dense = streamed_dense(merging, merging.as_dense(model))
-            ffns = {layer: ffn_of(merging, layers_of(dense)[layer]) for layer in layers}
+            blocks = merging.architecture.ffn_layers(dense)
+            ffns = {layer: merging.architecture.ffn_entry(blocks[layer]) for layer in layers}
             ids_WT = windows.ids[model]
             with hearing_inputs(ffns, partial(_add, moments, index, ids_WT.numel())):
                 for batch in ids_WT.split(BATCH_WINDOWS):

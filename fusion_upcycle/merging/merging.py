@@ -15,7 +15,7 @@ from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.proof import prove_merging
 from fusion_upcycle.merging.source import DenseView, MergeSource
 from fusion_upcycle.upcycling.upcycling import Upcycling
-from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.proof import Findings
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ The experts of each layer are these models' FFNs; all else is {rest}. The router
         )
 
     def _prove_function(
-        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+        self, result: TensorSource, *, mode: str, sample: Sample, models: Models, progress: bool
     ) -> Findings:
         return prove_merging(
-            self, result, mode=mode, tokens=tokens, models=models, progress=progress
+            self, result, mode=mode, sample=sample, models=models, progress=progress
         )

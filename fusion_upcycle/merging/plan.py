@@ -5,10 +5,10 @@ everything after the plan is what sparse upcycling does.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import DuplicationPlan
@@ -61,6 +61,10 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         _check_dtypes(models)
     first = next(iter(models.values()))
     frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
+    models = {
+        name: replace(model, source=frame.architecture.view(model.source, model.config))
+        for name, model in models.items()
+    }
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
         kept=_kept_names(frame),
@@ -94,7 +98,8 @@ def _kept_names(frame: Frame) -> list[str]:
         for fused, parts in frame.dense.splits(frame.source_config).items():
             if endings & (split := {part for part, _ in parts}):
                 endings = endings - split | {fused}
-    layers = (layer_prefix(frame.source_config, layer) for layer in frame.resolved.moe_layers)
+    prefix = frame.architecture.live_prefix
+    layers = [prefix(frame.source_config, layer) for layer in frame.resolved.moe_layers]
     return [layer + ending for layer in layers for ending in endings]
 
 

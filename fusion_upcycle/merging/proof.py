@@ -14,7 +14,7 @@ import torch
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
-from fusion_upcycle.verification.function import Models, Tokens, distance, output_of
+from fusion_upcycle.verification.function import Models, Sample, distance, output_of
 from fusion_upcycle.verification.proof import Findings, require_exact
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def prove_merging(
     result: TensorSource,
     *,
     mode: str,
-    tokens: Tokens,
+    sample: Sample,
     models: Models,
     progress: bool = False,
 ) -> Findings:
@@ -46,7 +46,7 @@ def prove_merging(
         found, layers = compare_streamed(
             merging,
             twin,
-            tokens.ids,
+            sample.inputs,
             reference=merging.as_dense(model),
             expert=merging.first_expert(model),
             dense_ffn=not merging.resolved.exact,
@@ -54,7 +54,7 @@ def prove_merging(
         )
         require_exact(found, layers)
         experts[model] = found.to_json()
-    sources = _distances(merging, result, tokens, models if mode == "logits" else None)
+    sources = _distances(merging, result, sample, models if mode == "logits" else None)
     far = [
         f"{name} {found['kl_nats']:.2g} nats KL"
         if "kl_nats" in found
@@ -70,17 +70,17 @@ def prove_merging(
 
 @torch.inference_mode()
 def _distances(
-    merging: "Merging", result: TensorSource, tokens: Tokens, models: Models | None
+    merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
     if models is None:
-        outputs, is_logits = output_of(streamed_moe(merging, result), tokens.ids)
+        outputs, is_logits = output_of(streamed_moe(merging, result), sample.inputs)
     else:
         with evaluating(moe := models.result(), experts="eager"):
-            outputs, is_logits = output_of(moe, tokens.ids)
+            outputs, is_logits = output_of(moe, sample.inputs)
     return {
         name: distance(
-            output_of(streamed_dense(merging, model.source), tokens.ids)[0],
+            output_of(streamed_dense(merging, model.source), sample.inputs)[0],
             outputs.cpu(),
             logits=is_logits,
         ).to_json()

@@ -7,7 +7,7 @@ import torch
 
 from fusion_upcycle.architectures import architecture_for
 from fusion_upcycle.architectures.base import Architecture, DenseLayout
-from fusion_upcycle.architectures.layout import FileLayout, file_layout, target_class
+from fusion_upcycle.architectures.layout import FileLayout, file_layout
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checks import parse_dtype
 from fusion_upcycle.errors import UpcyclingError
@@ -51,7 +51,8 @@ def plan_frame(
     Raises:
         UpcyclingError: unsupported family, option, config field or mix of dtypes.
     """
-    architecture = architecture_for(source_config.model_type, options.target)
+    family = architecture_for(source_config.model_type, options.target)
+    architecture = family.for_source(source_config)
     resolved = resolve(options, architecture, source_config)
     assert architecture.convert_config is not None, architecture.name
     try:
@@ -63,7 +64,8 @@ def plan_frame(
             f"transformers refuses the config of a {architecture.name} made of this "
             f"{source_config.model_type} model: {error}"
         ) from error
-    config.architectures = [target_class(source_config, config)]
+    config.architectures = [architecture.target_class(source_config, config)]
+    architecture = architecture.for_config(config)
     config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
     resolved.check_rows(dtype)
     dense = architecture.dense[source_config.model_type]
@@ -84,7 +86,7 @@ def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtyp
             raise UpcyclingError(f"config.json of the source, dtype: {error}") from error
         assert dtype is not None
         return dtype
-    dtypes = {spec.dtype for spec in source.specs.values()}
+    dtypes = {s.dtype for s in source.specs.values() if s.dtype.is_floating_point}
     if len(dtypes) > 1:
         raise UpcyclingError(
             f"The source mixes dtypes ({', '.join(sorted(map(str, dtypes)))}) and its config.json "

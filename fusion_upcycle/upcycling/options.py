@@ -1,6 +1,6 @@
 """The options of sparse upcycling: one home for names, defaults, meanings and checks."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from fusion_upcycle.checks import (
     bare_function,
     describe,
     dtype_name,
+    is_number,
     make_initialiser,
     parse_dtype,
     require_flag,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
 #: Router initialisers that do not draw row by row: of merging only.
+ROUTINGS = ("token_choice", "expert_choice", "hash")
+ROUTER_SCORES = (AUTO, "softmax", "sigmoid")
+ROUTING_GROUPS = ("batch", "sequence")
 CALIBRATED_ROUTERS = ("prototype",)
 #: Files of `config/method/router_init/` that are another one's with options, for recipes.
 PRESET_ROUTERS = ("normal_0_02",)
@@ -55,11 +59,24 @@ class UpcyclingOptions:
         expert_intermediate_size: width of an expert; by default the dense FFN's, divided by G.
             Another width than a whole fraction needs `expert_init=qwen2`.
         moe_layers: layers that become MoE layers: `all`, `every_N`, `last_N` or a list of indices.
-            `every_N` are layers N-1, 2N-1, ... The family's config must be able to say it.
-        normalize_topk_prob: divide the top-k weights by their sum. Without it only a zero router is
-            exact: router logits of std 1 make the routed experts' output 1.5 (4 experts, top-2) to
-            4.4 times (60, top-4) too large at step 0, larger ones more. It is refused where a
-            family always does it.
+            `every_N` are layers N-1, 2N-1, ... The family's config must be able to say it. With
+            encoder and decoder both, either stack by itself; `{encoder: last_6, decoder: []}` says
+            it apart.
+        routing: `token_choice`: each token goes to its top-k experts. `expert_choice`: each expert
+            takes the C * tokens / N tokens that it likes best (arXiv 2202.09368); for models in
+            which a token sees those behind it, and of a T5 the encoder. `hash`: the token's id says
+            its k experts, by a table that is drawn once (arXiv 2106.04426); there is no router. The
+            last two need our own class (`target=sparse`).
+        router_scores: of an expert: `softmax` over all, or `sigmoid` of its own; `auto` is the
+            family's.
+        capacity_factor: C of expert choice, experts per token on average. From C = N on every
+            expert takes all; below, some tokens are taken by none, and get nothing.
+        routing_group: of expert choice: experts choose among the tokens of the whole `batch`, or of
+            each `sequence` by itself, so that a row does not depend on its neighbours.
+        normalize_topk_prob: divide the weights of a token's experts by their sum. Without it only a
+            zero router is exact: router logits of std 1 make the routed experts' output 1.5 (4
+            experts, top-2) to 4.4 times (60, top-4) too large at step 0, larger ones more. It is
+            refused where a family always does it.
         shared_expert: an expert that every token uses, for families that have one. `copy` of the
             FFN, which takes half of the function; `zero`, with a zero `down_proj`; `none`, of width
             0. `auto` is the family's choice, `none` where it has none.
@@ -83,7 +100,11 @@ class UpcyclingOptions:
     experts_per_token: int = 2
     granularity: int = 1
     expert_intermediate_size: int | None = None
-    moe_layers: str | Sequence[int] = "all"
+    moe_layers: str | Sequence[int] | Mapping[str, Any] = "all"
+    routing: str = choice("token_choice", ROUTINGS)
+    router_scores: str = choice(AUTO, ROUTER_SCORES)
+    capacity_factor: float = 2.0
+    routing_group: str = choice("batch", ROUTING_GROUPS)
     normalize_topk_prob: bool = True
     shared_expert: str = choice(AUTO, SHARED_EXPERTS)
     shared_expert_intermediate_size: int | None = None
@@ -119,15 +140,28 @@ class UpcyclingOptions:
             )
         if self.shared_expert not in SHARED_EXPERTS:
             raise unknown("shared_expert", str(self.shared_expert), SHARED_EXPERTS)
+        for name, known in (
+            ("routing", ROUTINGS),
+            ("router_scores", ROUTER_SCORES),
+            ("routing_group", ROUTING_GROUPS),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
+        if not (is_number(self.capacity_factor) and self.capacity_factor > 0):
+            raise UpcyclingError(
+                f"capacity_factor={self.capacity_factor!r} must be a number above 0 (default 2)."
+            )
         require_flag("normalize_topk_prob", self.normalize_topk_prob)
         require_list("ignore_config_fields", self.ignore_config_fields, str, "[FIELD, ...]")
-        if not isinstance(self.moe_layers, str):
-            require_list("moe_layers", self.moe_layers, int, "all, every_N, last_N or [0, 2, ...]")
+        given = self.moe_layers
+        for layers in given.values() if isinstance(given, Mapping) else [given]:
+            if not isinstance(layers, str):
+                require_list("moe_layers", layers, int, "all, every_N, last_N or [0, 2, ...]")
         set_field = partial(object.__setattr__, self)
         set_field("ignore_config_fields", tuple(self.ignore_config_fields))
         set_field("dtype", parse_dtype(self.dtype))
-        if not isinstance(self.moe_layers, str):
-            set_field("moe_layers", tuple(self.moe_layers))
+        set_field("moe_layers", _plain_layers(given, tuple))
+        set_field("capacity_factor", float(self.capacity_factor))
         set_field("expert_init", make_initialiser(self.expert_init, EXPERT_INITS, "expert_init"))
         router = make_initialiser(self.router_init, ROUTER_INITS, "router_init")
         set_field("router_init", with_default(router))
@@ -175,9 +209,7 @@ class UpcyclingOptions:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         assert callable(self.expert_init) and callable(self.router_init)
         return plain | {
-            "moe_layers": self.moe_layers
-            if isinstance(self.moe_layers, str)
-            else list(self.moe_layers),
+            "moe_layers": _plain_layers(self.moe_layers, list),
             "expert_init": describe(self.expert_init, EXPERT_INITS),
             "router_init": describe(self.router_init, ROUTER_INITS),
             "dtype": None if self.dtype is None else dtype_name(self.dtype),
@@ -196,6 +228,13 @@ class UpcyclingOptions:
             raise UpcyclingError(
                 f"router_init {self.router_init} must return a row of shape [hidden_size]."
             )
+
+
+def _plain_layers(layers: Any, kind: type) -> Any:
+    """`moe_layers` with its lists as `kind`."""
+    if isinstance(layers, Mapping):
+        return {stack: _plain_layers(inside, kind) for stack, inside in layers.items()}
+    return layers if isinstance(layers, str) else kind(layers)
 
 
 def check_expert_init(initialiser: "ExpertInit", parts: Collection[str] | None = None) -> None:

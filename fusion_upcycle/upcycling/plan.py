@@ -4,17 +4,20 @@ Decided from names and shapes alone; nothing is read but what may be tied. Compl
 optional: every source tensor is used or refused by name, every target tensor is made exactly once.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fusion_upcycle import expert_init
 from fusion_upcycle.architectures.base import LLAMA_FFN, DenseLayout, SharedExpert
-from fusion_upcycle.architectures.layout import class_name, layer_prefix
+from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.checkpoint.view import TurnedSource
 from fusion_upcycle.conversion.completeness import check_complete, check_shape, check_tied
 from fusion_upcycle.conversion.rules import (
     Carried,
+    HashTable,
     Initialised,
     Joined,
     Repeated,
@@ -23,7 +26,7 @@ from fusion_upcycle.conversion.rules import (
     Zeros,
 )
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.experts import EXPERT_PARTS, DuplicationPlan
+from fusion_upcycle.experts import ALL_PARTS, DuplicationPlan, part_shape
 from fusion_upcycle.upcycling.frame import Frame, plan_frame
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.resolution import ResolvedOptions
@@ -52,6 +55,7 @@ def plan_upcycling(
         UpcyclingError: unsupported family, config field, tensor, shape or dtype.
     """
     frame = plan_frame(source, source_config, options)
+    source = frame.architecture.view(source, source_config)
     plan = DuplicationPlan.from_dense(frame.resolved.moe_layers, options.num_experts)
     return plan_tensors(frame, source, plan, lambda name: [name], Upcycling)
 
@@ -75,23 +79,24 @@ def plan_tensors(
     Raises:
         UpcyclingError: a tensor that is missing, left over, or of another shape.
     """
-    config, dense = frame.source_config, frame.dense
-    if dense.splits is not None:
-        source = SplitSource(source, dense.splits(config))
+    config, dense, family = frame.source_config, frame.dense, frame.architecture
+    source = _as_ffns(source, frame, plan)
     if dense.zeroed_padding and config.pad_token_id is not None:
         _check_padding(source, config.pad_token_id)
     ffn_names: dict[int, list[dict[str, str]]] = {}
     rules: dict[str, Rule] = {}
-    for layer in range(config.num_hidden_layers):
-        prefix = layer_prefix(config, layer)
-        names = {part: [prefix + name] for part, name in dense.ffn.items()}
+    for layer in range(family.num_layers(config)):
+        prefix, before = family.layer_prefix(config, layer), family.live_prefix(config, layer)
+        names = {part: [before + name] for part, name in dense.ffn.items()}
         if is_moe := layer in plan.source_experts:
-            _check_router_norm(source, config, prefix, dense)
+            _check_router_norm(source, config, before, dense)
             names = {part: list(expert_sources(name)) for part, (name,) in names.items()}
+        elif dense.kept_whole:
+            continue
         experts = zip(*names.values(), strict=True)
         ffn_names[layer] = [dict(zip(names, expert, strict=True)) for expert in experts]
         for expert in ffn_names[layer]:
-            _check_ffn(source, config, expert)
+            _check_ffn(source, frame, expert)
         made = (
             _moe_rules(frame, layer, plan.source_experts[layer], ffn_names[layer])
             if is_moe
@@ -101,17 +106,26 @@ def plan_tensors(
         rules |= {prefix + name: Zeros() for name in dense.zeros}
     used = {name for layer in ffn_names.values() for names in layer for name in names.values()}
     used |= {name for name in source.specs if name.endswith(dense.derived)}
-    used |= check_tied(source, frame.layout.tied)
+    tied = (
+        {
+            family.live_slot(name, 1)[0]: family.live_slot(twin, 1)[0]
+            for name, twin in frame.layout.tied.items()
+        }
+        if dense.kept_whole
+        else frame.layout.tied
+    )
+    used |= check_tied(source, tied)
     for name in source.specs:
         if name not in used:
-            if name not in frame.layout.specs:
+            target = family.file_name(name) if dense.kept_whole else name
+            if target not in frame.layout.specs:
                 raise UpcyclingError(
                     f"Source tensor {name} {list(source.specs[name].shape)} has no place in "
                     f"{class_name(frame.config)}: the model has something that config.json does "
                     "not say. Remove the tensor if it is unused; otherwise this model cannot be "
                     "upcycled without changing what it computes."
                 )
-            rules[name] = Carried(name)
+            rules[target] = Carried(name)
     return make(
         source=source,
         source_config=config,
@@ -127,18 +141,37 @@ def plan_tensors(
     )
 
 
-def _check_ffn(source: TensorSource, config: "PreTrainedConfig", names: Mapping[str, str]) -> None:
+def _as_ffns(source: TensorSource, frame: Frame, plan: DuplicationPlan) -> TensorSource:
+    """The source as `DenseLayout.ffn` names it: fused matrices split, transposed ones turned."""
+    config, dense, family = frame.source_config, frame.dense, frame.architecture
+    layers = plan.source_experts if dense.kept_whole else [None]
+    starts = ["" if x is None else family.live_prefix(config, x) for x in layers]
+    if dense.turned:
+        source = TurnedSource(source, [start + name for start in starts for name in dense.turned])
+    if dense.splits is None:
+        return source
+    splits = dense.splits(config)
+    return SplitSource(
+        source, {start + name: _whole(start, splits[name]) for start in starts for name in splits}
+    )
+
+
+def _whole(start: str, parts: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:
+    return [(start + name, rows) for name, rows in parts]
+
+
+def _check_ffn(source: TensorSource, frame: Frame, names: Mapping[str, str]) -> None:
     """Part of `Expert` -> the source's tensor: they exist, with the shape that the config says."""
-    wide, narrow = config.intermediate_size, config.hidden_size
+    config, family = frame.source_config, frame.architecture
+    wide, narrow = family.ffn_size(config), family.hidden_size(config)
     for part, name in names.items():
         if name not in source.specs:
             raise UpcyclingError(
                 f"The source lacks tensor {name}: its config.json says "
-                f"{config.num_hidden_layers} layers of {config.model_type}. "
+                f"{family.num_layers(config)} layers of {config.model_type}. "
                 "The checkpoint is incomplete, or the config belongs to another model."
             )
-        shape = (narrow, wide) if part == "down_proj_DF" else (wide, narrow)
-        check_shape(name, source.specs[name].shape, shape)
+        check_shape(name, source.specs[name].shape, part_shape(part, wide, narrow))
 
 
 def _check_router_norm(
@@ -164,11 +197,11 @@ def _moe_rules(
     architecture, resolved = frame.architecture, frame.resolved
     # A plain copy is carried straight through, without holding an expert in memory.
     straight = resolved.asked.expert_init is expert_init.copy and resolved.sharding.whole
-    elements = resolved.expert_size * frame.source_config.hidden_size
+    sizes = resolved.expert_size, resolved.hidden_size
     made: dict[str, dict[int, Rule]] = {}
     for expert, origin in enumerate(source_experts):
         for part, source in ffn_names[origin].items():
-            place = architecture.place(expert, part, elements)
+            place = architecture.place(expert, part, math.prod(part_shape(part, *sizes)))
             made.setdefault(place.name, {})[place.start] = (
                 Carried(source, resolved.scales[part])
                 if straight
@@ -178,7 +211,11 @@ def _moe_rules(
     for name, parts in made.items():
         in_order = [rule for _, rule in sorted(parts.items())]
         rules[name] = Joined(in_order) if len(in_order) > 1 else in_order[0]
-    rules[architecture.router_name] = RouterRows(layer)
+    if resolved.asked.routing == "hash":
+        assert architecture.hash_name is not None
+        rules[architecture.hash_name] = HashTable(layer)
+    else:
+        rules[architecture.router_name] = RouterRows(layer)
     if architecture.routing.selection_bias is not None:
         rules[architecture.routing.selection_bias] = Zeros()
     if architecture.shared is not None and (
@@ -192,11 +229,12 @@ def _shared_rules(
     shared: SharedExpert, resolved: ResolvedOptions, names: Mapping[str, str]
 ) -> dict[str, Rule]:
     """The rules of a layer's shared expert."""
-    empty: dict[str, Sequence[str]] = {"copy": (), "zero": ("down_proj_DF",), "none": EXPERT_PARTS}
+    outputs = ("down_proj_DF", "down_bias_D")
+    empty: dict[str, Sequence[str]] = {"copy": (), "zero": outputs, "none": ALL_PARTS}
     rules: dict[str, Rule] = {}
     for part, name in shared.names.items():
         # Half of the function, by the gate at sigmoid(0) or else by the scale.
-        halved = part == "down_proj_DF" and shared.gate_name is None
+        halved = part in outputs and shared.gate_name is None
         scale = 0.5 if halved else 1.0
         if part in empty[resolved.shared_expert]:
             rules[name] = Zeros()

@@ -9,6 +9,7 @@ Details of the proof, beside the common fields:
   rounding.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +20,11 @@ from fusion_upcycle.errors import ProofError
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.verification.function import (
     Distance,
+    Inputs,
     Models,
-    Tokens,
+    Sample,
     compare_live,
     distance,
-    layers_of,
     output_of,
 )
 from fusion_upcycle.verification.proof import (
@@ -32,12 +33,14 @@ from fusion_upcycle.verification.proof import (
     require_exact,
     require_finite,
 )
-from fusion_upcycle.verification.streamed_model import streamed_model
+from fusion_upcycle.verification.streamed_model import holding, streamed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fusion_upcycle.upcycling.upcycling import Upcycling
+
+FFN = Callable[[Tensor], Tensor]
 
 #: Largest difference of an exact conversion in half precision arithmetic, whose rounding is 1-3 %.
 LOADED_TOLERANCE = 0.3
@@ -48,7 +51,7 @@ def prove_upcycling(
     result: TensorSource,
     *,
     mode: str,
-    tokens: Tokens,
+    sample: Sample,
     models: Models,
     progress: bool = False,
 ) -> Findings:
@@ -60,13 +63,13 @@ def prove_upcycling(
     own, layers, precise = None, None, False
     if mode == "logits":
         dense, moe = models.source(), models.result()
-        own = compare_live(dense, moe, tokens.ids)
+        own = compare_live(dense, moe, sample.inputs)
         precise = min(dense.dtype.itemsize, moe.dtype.itemsize) >= 4
     if own is not None and precise:
         judged = own
     else:
         # Exactness is judged in float32 or better, whatever the dtype of the weights.
-        judged, layers = compare_streamed(upcycling, result, tokens.ids, progress=progress)
+        judged, layers = compare_streamed(upcycling, result, sample.inputs, progress=progress)
     require_finite(judged)
     exact, rounded = upcycling.claims_exact, upcycling.rounds_scales
     if exact and not rounded:
@@ -82,7 +85,7 @@ def prove_upcycling(
             *compare_streamed(
                 twin or upcycling,
                 twin or result,
-                tokens.ids,
+                sample.inputs,
                 dense_ffn=twin is None,
                 progress=progress,
             )
@@ -109,7 +112,7 @@ def prove_upcycling(
 def compare_streamed(
     upcycling: "Upcycling",
     result: TensorSource,
-    ids: Tensor,
+    inputs: Inputs,
     *,
     reference: TensorSource | None = None,
     expert: int | None = None,
@@ -130,25 +133,31 @@ def compare_streamed(
     """
     dense = streamed_dense(upcycling, reference or upcycling.source)
     moe = streamed_moe(upcycling, result, expert)
-    moe_block = upcycling.architecture.experts_module.rpartition(".")[0]
+    family = upcycling.architecture
+    moe_block = family.experts_module.rpartition(".")[0]
     layers: list[Distance] = []
-    count = 2 * upcycling.config.num_hidden_layers
-    with progress_bar("Running both models", count, progress, unit="layer") as bar:
-        for dense_layer, moe_layer in zip(layers_of(dense), layers_of(moe), strict=True):
-            ffn = ffn_of(upcycling, dense_layer)
+    pairs = list(zip(family.ffn_layers(dense), family.ffn_layers(moe), strict=True))
+    if family.dense[upcycling.source_config.model_type].kept_whole:
+        pairs = [pairs[layer] for layer in upcycling.resolved.moe_layers]
+    with progress_bar("Running both models", 2 * len(pairs), progress, unit="layer") as bar:
+        for dense_layer, moe_layer in pairs:
+            ffn = family.dense_ffn(dense_layer)
 
-            def measure(_: nn.Module, args: Any, output: Tensor, ffn: nn.Module = ffn) -> None:
-                layers.append(distance(ffn(args[0]), output, logits=False))
+            def measure(
+                _: nn.Module, args: Any, output: Tensor, ffn: FFN = ffn, of: nn.Module = dense_layer
+            ) -> None:
+                with holding(dense, of):
+                    layers.append(distance(ffn(args[0]), output, logits=False))
 
             block = moe_layer.get_submodule(moe_block)
             block.register_forward_hook(measure)
             if dense_ffn:
-                block.forward = ffn.forward
+                block.forward = ffn
             for layer in (dense_layer, moe_layer):
                 layer.register_forward_hook(lambda *_: bar.update(1) and None)
-        outputs, is_logits = output_of(moe, ids)
-        expected, _ = output_of(dense, ids)
-    assert len(layers) == upcycling.config.num_hidden_layers
+        outputs, is_logits = output_of(moe, inputs)
+        expected, _ = output_of(dense, inputs)
+    assert len(layers) == len(pairs)
     worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
     return distance(expected, outputs, logits=is_logits), {
         "compared": len(layers),
@@ -157,12 +166,6 @@ def compare_streamed(
         "worst_layer_scale": layers[worst].scale,
         "within_tolerance": all(layer.within_tolerance for layer in layers),
     }
-
-
-def ffn_of(upcycling: "Upcycling", dense_layer: nn.Module) -> nn.Module:
-    """The FFN of a decoder layer of the dense model."""
-    layout = upcycling.architecture.dense[upcycling.source_config.model_type]
-    return dense_layer.get_submodule(layout.ffn["gate_proj_FD"].split(".")[0])
 
 
 def streamed_dense(upcycling: "Upcycling", source: TensorSource) -> "PreTrainedModel":

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,8 @@ from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.shape import MoEShape
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.experts import EXPERT_PARTS
 from fusion_upcycle.upcycling.options import UpcyclingOptions
-from fusion_upcycle.upcycling.shards import Sharding
+from fusion_upcycle.upcycling.shards import Sharding, part_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,6 +30,8 @@ class ResolvedOptions:
         num_layers: of the model.
         shared_expert: `copy`, `zero` or `none`.
         shared_size: width of the shared expert, 0 for none.
+        hidden_size: D.
+        router_scores: `softmax` or `sigmoid`.
         scales: part of `Expert` -> factor of every routed expert.
         exact: whether the MoE computes the dense function at step 0, given initialisers that keep
             it.
@@ -42,6 +43,8 @@ class ResolvedOptions:
     num_layers: int
     shared_expert: str
     shared_size: int
+    hidden_size: int
+    router_scores: str
     scales: dict[str, float]
     exact: bool
 
@@ -70,6 +73,10 @@ class ResolvedOptions:
             moe_layers=self.moe_layers,
             num_layers=self.num_layers,
             normalize_topk_prob=self.asked.normalize_topk_prob,
+            routing=self.asked.routing,
+            router_scores=self.router_scores,
+            capacity_factor=self.asked.capacity_factor,
+            routing_group=self.asked.routing_group,
             ignored=self.asked.ignore_config_fields,
         )
 
@@ -102,34 +109,79 @@ def resolve(
             f"normalize_topk_prob=false: {architecture.name} always divides the top-k weights by "
             "their sum. Leave it at true, or choose another target."
         )
-    sharding = _sharding(asked, source.intermediate_size)
+    scores = _router_scores(asked, architecture)
+    sharding = _sharding(asked, architecture.ffn_size(source))
     shared, shared_size = _shared_expert(asked, architecture, sharding)
-    n, k = asked.num_experts, asked.experts_per_token
-    scale = sharding.dense_size / sharding.expert_size
-    if not asked.normalize_topk_prob:
-        # The weights that a zero router gives: 1/N each after a softmax, 1/2 after a sigmoid.
-        scale /= k * (1 / n if routing.scores == "softmax" else 1 / 2)
-    # On `down_proj` alone. Megatron-Core gives each matrix the cube root, but the gate's goes
-    # through SiLU: 3.3 % (G = 2) to 7.2 % (G = 8) off an FFN's largest output (at 843da5f).
-    scales = dict.fromkeys(EXPERT_PARTS, 1.0) | {"down_proj_DF": scale}
-    if shared == "copy":  # it takes half of the function, the routed experts the other half
-        scales["down_proj_DF"] *= 0.5
+    _check_routing(asked, architecture, sharding)
     return ResolvedOptions(
         asked=asked,
         sharding=sharding,
-        moe_layers=_moe_layers(asked.moe_layers, architecture, source.num_hidden_layers),
-        num_layers=source.num_hidden_layers,
+        moe_layers=chosen_layers(asked.moe_layers, architecture, source),
+        num_layers=architecture.num_layers(source),
         shared_expert=shared,
         shared_size=shared_size,
-        scales=scales,
-        exact=_exact(asked, sharding, softmax=routing.scores == "softmax"),
+        hidden_size=architecture.hidden_size(source),
+        router_scores=scores,
+        scales=part_scales(
+            architecture.parts,
+            sharding,
+            weights_sum=_weights_sum(asked, scores),
+            # A copy takes half of the function, the routed experts the other half.
+            share=0.5 if shared == "copy" else 1.0,
+        ),
+        exact=_exact(asked, sharding, softmax=scores == "softmax"),
     )
+
+
+def _weights_sum(asked: UpcyclingOptions, scores: str) -> float:
+    """Of the weights that a token's experts have, as a zero router gives them."""
+    if asked.normalize_topk_prob or asked.routing == "hash":
+        return 1.0
+    chosen: float = asked.experts_per_token
+    if asked.routing == "expert_choice":  # on average
+        chosen = min(asked.capacity_factor, asked.num_experts)
+    return chosen * (1 / asked.num_experts if scores == "softmax" else 1 / 2)
+
+
+def _router_scores(asked: UpcyclingOptions, architecture: Architecture) -> str:
+    scores = architecture.routing.scores if asked.router_scores == AUTO else asked.router_scores
+    if scores != architecture.routing.scores and architecture.hash_name is None:
+        raise UpcyclingError(
+            f"router_scores={scores}: {architecture.name} has {architecture.routing.scores}. Leave "
+            f"it at auto, or choose {OWN_CLASS}."
+        )
+    return scores
+
+
+#: The remedy where a family of transformers cannot say what was asked for.
+OWN_CLASS = "target=sparse, our own class for any dense model"
+
+
+def _check_routing(asked: UpcyclingOptions, architecture: Architecture, sharding: Sharding) -> None:
+    """Refuse a routing that this family cannot do."""
+    if asked.routing == "token_choice":
+        return
+    if architecture.hash_name is None:
+        raise UpcyclingError(
+            f"routing={asked.routing}: {architecture.name} knows token_choice alone. Choose "
+            f"{OWN_CLASS}."
+        )
+    if asked.routing == "hash" and sharding.granularity > 1:
+        raise UpcyclingError(
+            f"routing=hash sends tokens to single experts, and here {sharding.granularity} shards "
+            "make one FFN. Set granularity=1 and leave expert_intermediate_size out."
+        )
 
 
 def _exact(asked: UpcyclingOptions, sharding: Sharding, *, softmax: bool) -> bool:
     """Whether the weighted sum of the chosen experts is the FFN, whatever the router says."""
     if sharding.shuffled:
         return False
+    if asked.routing == "hash":
+        return True
+    if asked.routing == "expert_choice":  # exact where every expert takes all tokens
+        takes_all = asked.capacity_factor >= asked.num_experts
+        return takes_all and (asked.normalize_topk_prob or asked.zero_router or softmax)
     if sharding.granularity > 1:
         # A zero router ties all experts, and which of them top-k takes is nobody's promise.
         whole_groups = asked.experts_per_token % sharding.granularity == 0
@@ -199,32 +251,64 @@ def _shared_expert(
     return kind, size
 
 
-def _moe_layers(
-    asked: str | Sequence[int], architecture: Architecture, num_layers: int
+def chosen_layers(
+    asked: str | Sequence[int] | Mapping[str, str | Sequence[int]],
+    architecture: Architecture,
+    source: "PreTrainedConfig",
 ) -> tuple[int, ...]:
-    layers = tuple(range(num_layers))
-    if isinstance(asked, str):
-        match = re.fullmatch(r"all|(every|last)_([1-9]\d*)", asked)
-        if match is None:
+    """The indices of the layers that become MoE layers, ascending.
+
+    Raises:
+        UpcyclingError: layers that are not there, or that the family's config cannot say.
+    """
+    stacks, count = architecture.stacks(source), architecture.num_layers(source)
+    if isinstance(asked, Mapping):
+        if asked.keys() != stacks.keys():
             raise UpcyclingError(
-                f"moe_layers={asked!r} must be all, every_N, last_N or a list of layer indices."
+                f"moe_layers={dict(asked)}: "
+                + (
+                    f"say layers for each of {', '.join(stacks)}, and nothing else."
+                    if len(stacks) > 1
+                    else "this model has one stack of layers. Give all, every_N, last_N or a list."
+                )
             )
-        kind, count = match[1], int(match[2] or 1)
-        chosen = layers[count - 1 :: count] if kind != "last" else layers[-count:]
-        if count > num_layers:
-            raise UpcyclingError(f"moe_layers={asked}: the model has {num_layers} layers only.")
+        by_stack = dict(asked)
+    elif isinstance(asked, str) or len(stacks) == 1:
+        by_stack = dict.fromkeys(stacks, asked)
     else:
-        chosen = tuple(sorted(set(asked)))
-        if not chosen or len(chosen) < len(asked) or not set(chosen) <= set(layers):
-            raise UpcyclingError(
-                f"moe_layers={list(asked)} must name layers 0 to {num_layers - 1}, each once."
-            )
-    if chosen != layers:
+        both = ", ".join(f"{name}: {list(asked)}" for name in stacks)
+        raise UpcyclingError(
+            f"moe_layers={list(asked)}: this model has layers in {' and '.join(stacks)}. Give "
+            f"{{{both}}}."
+        )
+    chosen = sorted(x for name, layers in stacks.items() for x in _of_stack(by_stack[name], layers))
+    if not chosen:
+        raise UpcyclingError(f"moe_layers={asked} must name layers, and names none.")
+    if len(chosen) < count:
         fields = architecture.moe_layer_fields
-        if fields is None or fields(chosen, num_layers) is None:
+        if fields is None or fields(chosen, count) is None:
             raise UpcyclingError(
                 f"moe_layers={asked}: {architecture.name} "
                 + ("makes every layer an MoE layer." if fields is None else "cannot say these.")
-                + " Choose others, or another target."
+                + f" Choose others, another target, or {OWN_CLASS}."
             )
-    return chosen
+    return tuple(chosen)
+
+
+def _of_stack(asked: str | Sequence[int], layers: Sequence[int]) -> Sequence[int]:
+    """The chosen ones of one stack of layers."""
+    if not isinstance(asked, str):
+        if len(set(asked)) < len(asked) or not set(asked) <= set(range(len(layers))):
+            raise UpcyclingError(
+                f"moe_layers={list(asked)} must name layers 0 to {len(layers) - 1}, each once."
+            )
+        return [layers[index] for index in asked]
+    match = re.fullmatch(r"all|(every|last)_([1-9]\d*)", asked)
+    if match is None:
+        raise UpcyclingError(
+            f"moe_layers={asked!r} must be all, every_N, last_N or a list of layer indices."
+        )
+    kind, count = match[1], int(match[2] or 1)
+    if count > len(layers):
+        raise UpcyclingError(f"moe_layers={asked}: the model has {len(layers)} layers only.")
+    return layers[count - 1 :: count] if kind != "last" else layers[-count:]

@@ -12,19 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_upcycle.architectures.layout import layer_prefix
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec, cast
 from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion, scaled
-from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, RouterRows, Rule
+from fusion_upcycle.conversion.rules import (
+    Carried,
+    HashTable,
+    Initialised,
+    Joined,
+    Repeated,
+    RouterRows,
+    Rule,
+)
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import ExpertInit
-from fusion_upcycle.experts import EXPERT_PARTS, Expert, generator_for
+from fusion_upcycle.experts import Expert, generator_for, part_shape, take_neurons
+from fusion_upcycle.router_init import hash_table
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.proof import prove_upcycling
 from fusion_upcycle.upcycling.resolution import ResolvedOptions
-from fusion_upcycle.upcycling.shards import repeat_neurons, take_neurons
-from fusion_upcycle.verification.function import Models, Tokens
+from fusion_upcycle.upcycling.shards import repeat_neurons
+from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.proof import Findings
 
 
@@ -69,10 +77,10 @@ since.""",
         )
 
     def _prove_function(
-        self, result: TensorSource, *, mode: str, tokens: Tokens, models: Models, progress: bool
+        self, result: TensorSource, *, mode: str, sample: Sample, models: Models, progress: bool
     ) -> Findings:
         return prove_upcycling(
-            self, result, mode=mode, tokens=tokens, models=models, progress=progress
+            self, result, mode=mode, sample=sample, models=models, progress=progress
         )
 
     def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
@@ -83,13 +91,17 @@ since.""",
                 return scaled(repeated, rule.scale, rule.source)
             case RouterRows():
                 return self._router(rule.layer).to(spec.dtype)
+            case HashTable():
+                generator = generator_for(self.options.seed, rule.layer, 0, "hash")
+                ids, chosen = spec.shape
+                return hash_table(ids, chosen, self.options.num_experts, generator)
         raise AssertionError(rule)
 
     def _router(self, layer: int) -> Tensor:
         """[E, D], the experts of a virtual group with the same row."""
         if self.router_rows is not None:
             return self.router_rows[layer]
-        group, size = self.resolved.sharding.granularity, self.config.hidden_size
+        group, size = self.resolved.sharding.granularity, self.resolved.hidden_size
         norm, input_rms = self._router_input(layer)
         initialise = self.options.router_initialiser(input_rms)
         try:
@@ -110,11 +122,15 @@ since.""",
         dense = self.architecture.dense[self.source_config.model_type]
         if dense.router_norm is None:
             return "no norm", 1.0
-        name = layer_prefix(self.source_config, layer) + dense.router_norm
+        name = self.architecture.live_prefix(self.source_config, layer) + dense.router_norm
         # Cast and summed exactly: the same for every source of these weights.
         weight_D = cast(self.source.tensor(name), name, self.dtype).double()
         factors_D = weight_D + 1.0 if dense.zero_centred_norms else weight_D
-        return name, math.sqrt(math.fsum(factors_D.square().tolist()) / len(factors_D))
+        squares = factors_D.square().tolist()
+        bias = name.removesuffix("weight") + "bias"
+        if bias in self.source.specs:  # of a LayerNorm
+            squares += cast(self.source.tensor(bias), bias, self.dtype).double().square().tolist()
+        return name, math.sqrt(math.fsum(squares) / len(factors_D))
 
     def _initialiser(self, expert: int) -> ExpertInit:
         return self.options.expert_initialiser(expert)
@@ -127,11 +143,8 @@ since.""",
         names = self.ffn_names[layer][self.plan.source_experts[layer][expert]]
         # Cast before, so that a source of another dtype and a model loaded in the asked-for
         # one give the same bits.
-        source = Expert(
-            *(
-                cast(self.source.tensor(names[part]), names[part], self.dtype)
-                for part in EXPERT_PARTS
-            )
+        source = Expert.from_parts(
+            {part: cast(self.source.tensor(name), name, self.dtype) for part, name in names.items()}
         )
         if not self.resolved.sharding.whole:
             neurons = self.resolved.sharding.neurons(self.options.seed, layer, expert)
@@ -171,12 +184,16 @@ since.""",
         used = {name for rule in self.rules.values() for name in self._sources(rule)}
         for _, *others in self.ffn_names.values():  # of further source models
             used -= {name for names in others for name in names.values()}
-        idle = self.options.num_experts - self.options.experts_per_token
-        expert = 3 * self.resolved.expert_size * self.config.hidden_size
+        chosen: float = self.options.experts_per_token
+        if self.options.routing == "expert_choice":  # on average
+            chosen = min(self.options.capacity_factor, self.options.num_experts)
+        sizes = self.resolved.expert_size, self.resolved.hidden_size
+        expert = sum(math.prod(part_shape(part, *sizes)) for part in self.architecture.parts)
+        idle = (self.options.num_experts - chosen) * len(self.resolved.moe_layers)
         return {
             "dense": sum(self.source.specs[name].numel for name in used),
             "total": total,
-            "active": total - idle * len(self.resolved.moe_layers) * expert,
+            "active": total - round(idle * expert),
         }
 
     def _sources(self, rule: Rule) -> list[str]:

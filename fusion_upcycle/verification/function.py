@@ -1,20 +1,25 @@
 """How far apart two models are on the same tokens."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
+from fusion_upcycle.architectures.layout import class_name, model_class
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.texts.tokens import check_vocabulary, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Arguments of a forward pass, by name.
+Inputs = Mapping[str, Tensor]
 
 #: Largest difference of an exact conversion, relative to the largest value of the reference.
 TOLERANCE = 1e-4
@@ -82,11 +87,11 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
 
 
 @torch.inference_mode()
-def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", ids: Tensor) -> Distance:
+def compare_live(dense: "PreTrainedModel", moe: "PreTrainedModel", inputs: Inputs) -> Distance:
     """Both models in memory, in their own dtype, on their own devices."""
     with evaluating(dense, experts="eager"), evaluating(moe, experts="eager"):
-        reference, is_logits = output_of(dense, ids)
-        return distance(reference.cpu(), output_of(moe, ids)[0].cpu(), logits=is_logits)
+        reference, is_logits = output_of(dense, inputs)
+        return distance(reference.cpu(), output_of(moe, inputs)[0].cpu(), logits=is_logits)
 
 
 @dataclass(frozen=True)
@@ -98,29 +103,59 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Sample:
     """What both models are run on.
 
     Attributes:
-        ids: [1, T].
+        inputs: `input_ids` [1, T], for a T5 `decoder_input_ids` beside; or `pixel_values`.
         words: where they come from.
     """
 
-    ids: Tensor
+    inputs: Inputs
     words: str
 
 
-def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> Tokens:
-    """Tokens of a fixed text, or random ones where there is no `tokenizer.json`.
+def take_sample(tokenizer_file: Path | None, config: "PreTrainedConfig") -> Sample:
+    """What a model of this config is run on: tokens of a fixed text, or a few images.
+
+    Args:
+        tokenizer_file: `tokenizer.json`; without one tokens are random.
+        config: with `architectures` set.
 
     Raises:
         UpcyclingError: the tokenizer is damaged or does not fit the model's vocabulary.
     """
-    count = min(NUM_TOKENS, config.max_position_embeddings)
+    if config.architectures and "pixel_values" in _takes(config):
+        images = _images(config.num_channels, config.image_size)
+        return Sample({"pixel_values": images}, f"{len(images)} images made on the spot")
+    ids, words = _sample_ids(tokenizer_file, config)
+    if not config.is_encoder_decoder:
+        return Sample({"input_ids": ids}, words)
+    # A decoder reads on where its start token was: the text's own beginning will do.
+    return Sample({"input_ids": ids, "decoder_input_ids": ids[:, : NUM_TOKENS // 4]}, words)
+
+
+def _takes(config: "PreTrainedConfig") -> str:
+    return str(model_class(class_name(config)).main_input_name)
+
+
+def _images(channels: int, size: int | Sequence[int]) -> Tensor:
+    """Smooth random pictures [4, C, H, W] of mean 0 and standard deviation 1."""
+    height, width = (size, size) if isinstance(size, int) else size
+    coarse = torch.randn(4, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (height, width), mode="bicubic")
+    return (images - images.mean()) / images.std()
+
+
+def _sample_ids(tokenizer_file: Path | None, config: "PreTrainedConfig") -> tuple[Tensor, str]:
+    """Token ids [1, T], and where they come from."""
+    # RoBERTa's positions begin behind that of padding.
+    positions = getattr(config, "max_position_embeddings", None) or NUM_TOKENS
+    count = min(NUM_TOKENS, positions - (2 if "roberta" in config.model_type else 0))
     if tokenizer_file is None or not tokenizer_file.is_file():
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (1, count), generator=generator)
-        return Tokens(ids, f"{count} random token ids (no tokenizer.json at hand)")
+        return ids, f"{count} random token ids (no tokenizer.json at hand)"
     found = read_tokenizer(tokenizer_file).encode(SAMPLE_TEXT).ids
     if not found:
         raise UpcyclingError(
@@ -129,20 +164,27 @@ def sample_tokens(tokenizer_file: Path | None, config: "PreTrainedConfig") -> To
         )
     check_vocabulary(max(found), config.vocab_size, str(tokenizer_file))
     ids = torch.tensor([found])
-    return Tokens(ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text")
+    return ids[:, :count], f"{ids[:, :count].shape[1]} tokens of a sample text"
 
 
-def layers_of(model: "PreTrainedModel") -> nn.ModuleList:
-    layers = model.base_model.get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+def compute_dtype(model: "PreTrainedModel") -> torch.dtype:
+    """The dtype in which a model computes: that of its weights, or what it is streamed in."""
+    return getattr(model, "streamed_dtype", model.dtype)
 
 
-def output_of(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, bool]:
-    """Logits of a causal LM, or last hidden states of a backbone; and which."""
+def output_of(model: "PreTrainedModel", inputs: Inputs) -> tuple[Tensor, bool]:
+    """Logits of a model with a head, or last hidden states of a backbone; and which."""
     device = model.device
     # A streamed model computes on the CPU; its own weights are on the meta device.
-    output = model(input_ids=ids if device.type == "meta" else ids.to(device), use_cache=False)
+    given: dict[str, Any] = {
+        name: tensor if device.type == "meta" else tensor.to(device)
+        for name, tensor in inputs.items()
+    }
+    if "pixel_values" in given:
+        given["pixel_values"] = given["pixel_values"].to(compute_dtype(model))
+    else:
+        given["use_cache"] = False
+    output = model(**given)
     if "logits" in output:
         return output.logits, True
     return output.last_hidden_state, False

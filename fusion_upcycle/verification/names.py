@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.config import NO_EFFECT
-from fusion_upcycle.architectures.layout import class_name, file_layout
+from fusion_upcycle.architectures.layout import class_name, file_layout, model_class
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.live.tensors import LiveTensors
@@ -51,6 +50,8 @@ def check_names(config: "PreTrainedConfig", architecture: Architecture) -> None:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    if architecture.asks_transformers:
+        return
     config = copy.deepcopy(config)
     for name, value in _MICRO.items():
         if getattr(config, name, None):  # absent, or 0 for a shared expert that is not there
@@ -62,7 +63,7 @@ def check_names(config: "PreTrainedConfig", architecture: Architecture) -> None:
             setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, class_name(config))._from_config(config)
+        model = model_class(class_name(config))._from_config(config)
     ours = LiveTensors(model, architecture, file_layout(config).specs)
     theirs = revert_weight_conversion(model, model.state_dict())
     for name in ours.specs:

@@ -8,18 +8,23 @@ bfloat16 arithmetic would hide what the proof looks for.
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_upcycle.architectures.base import Architecture
-from fusion_upcycle.architectures.layout import empty_model
+from fusion_upcycle.architectures.layout import (
+    class_name,
+    empty_model,
+    model_class,
+    tied_names,
+)
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource
-from fusion_upcycle.experts import EXPERT_PARTS
+from fusion_upcycle.models.modeling_sparse import SparseExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -45,34 +50,66 @@ def streamed_model(
             stay, its choice does not count.
     """
     config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"
+    sdpa = model_class(class_name(config))._supports_sdpa
+    config._attn_implementation = "sdpa" if sdpa else "eager"
     config._experts_implementation = "eager"
     weights = _Weights(source, dtype, compute_dtype)
     model = empty_model(config).eval()
-    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
+    tied = tied_names(model)
 
     def file_name(live: str) -> str:
-        live = tied.get(live, live)
-        return architecture.file_name(live) if architecture else live
+        own = architecture.file_name(live) if architecture else live
+        if own in source.specs or live not in tied:  # a T5 may have a head of its own, tied or not
+            return own
+        return file_name(tied[live])
 
     single: nn.Module | None = None
+    read: set[int] = set()
     for name, module in list(model.named_modules()):
         if architecture and name.endswith("." + architecture.experts_module):
-            prefix = name.removesuffix(architecture.experts_module)
-            single = single or _single_expert(module, config, architecture, compute_dtype)
+            prefix = architecture.file_prefix(name.removesuffix(architecture.experts_module))
+            single = _single_expert(module, single, config, architecture, compute_dtype)
             model.set_submodule(
                 name, _StreamedExperts(single, config, architecture, prefix, weights, expert)
             )
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.MultiheadAttention):  # looks into its output projection itself
+            read |= {id(inner) for inner in module.modules()}
+        elif id(module) not in read and type(module).forward is nn.Embedding.forward:
             table = file_name(f"{name}.weight")
-            module.forward = _reading(_embed, table, weights)  # type: ignore[method-assign, assignment]
-        elif isinstance(module, nn.Linear):
+            module.forward = _reading(_embed, table, weights)
+            module.streamed = True
+        elif id(module) not in read and type(module).forward is nn.Linear.forward:
             names = {p: file_name(f"{name}.{p}") for p, _ in module.named_parameters()}
-            module.forward = _reading(_linear, names, weights)  # type: ignore[method-assign, assignment]
-    layers = [m for n, m in model.named_modules() if n.rpartition(".")[0].endswith("layers")]
-    for owner in (*layers, model):
-        _hold_small_ones(owner, model, file_name, weights)
+            module.forward = _reading(_linear, names, weights)
+            module.streamed = True
+    layers = _blocks(model)
+    outside = {*model.modules()}.difference(*(layer.modules() for layer in layers))
+    for owner, modules in [(model, outside), *((layer, {*layer.modules()}) for layer in layers)]:
+        small = _Small(model, modules, file_name, weights)
+        owner.register_forward_pre_hook(lambda *_, small=small: small.load())
+        owner.register_forward_hook(lambda *_, small=small: small.drop())
+    model.streamed_dtype = compute_dtype
+    model.small_ones = lambda modules: _Small(model, modules, file_name, weights)
     return model
+
+
+@contextmanager
+def holding(model: "PreTrainedModel", module: nn.Module) -> Iterator[None]:
+    """Within the block, a part of a streamed model can be run by itself."""
+    small: _Small = cast("Any", model).small_ones({*module.modules()})
+    small.load()
+    try:
+        yield
+    finally:
+        small.drop()
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, of each of its stacks: elements of the outermost module lists."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += child if isinstance(child, nn.ModuleList) else _blocks(child)
+    return found
 
 
 class _Weights:
@@ -83,6 +120,8 @@ class _Weights:
         self._place = torch.empty(0, dtype=compute_dtype)
 
     def cast(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():  # the table of hash routing
+            return tensor
         return tensor.to(self.dtype or tensor.dtype).to(self.compute_dtype)
 
     def cast_block(self, block: Tensor) -> Tensor:
@@ -113,40 +152,39 @@ def _reading(
     return lambda x: function(x, names, weights)
 
 
-def _hold_small_ones(
-    owner: nn.Module,
-    model: "PreTrainedModel",
-    file_name: Callable[[str], str],
-    weights: "_Weights",
-) -> None:
-    """Hold the norms, routers, biases, ... of a layer, or of what is outside, while it runs.
+class _Small:
+    """The norms, routers, biases, ... of some modules: all that is not read when it is used.
 
-    Not for each module by itself: some look into the parameters of their children.
+    Held together, not module by module: some look into the parameters of their children.
     """
-    inside = {id(module) for module in owner.modules()}
-    if owner is model:
-        layers = model.base_model.get_submodule("layers")
-        inside -= {id(module) for module in layers.modules()}
-    small: list[tuple[nn.Module, str, str]] = []
-    saved = model.state_dict()  # parameters and those buffers that are in files
-    for name, module in model.named_modules():
-        if id(module) in inside and not isinstance(module, nn.Embedding | nn.Linear):
-            own = (*module._parameters, *module._buffers)
-            full = {attribute: f"{name}.{attribute}" if name else attribute for attribute in own}
-            small += [(module, a, file_name(n)) for a, n in full.items() if n in saved]
 
-    def load(*_: Any) -> None:
-        for module, attribute, name in small:
-            with weights.borrow(name) as tensor:
-                _replace(module, attribute, weights.cast(tensor).clone())
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        modules: Collection[nn.Module],
+        file_name: Callable[[str], str],
+        weights: "_Weights",
+    ):
+        self._weights = weights
+        self._places: list[tuple[nn.Module, str, str]] = []
+        saved = model.state_dict()  # parameters and those buffers that are in files
+        for name, module in model.named_modules():
+            if module in modules and not hasattr(module, "streamed"):
+                own = (*module._parameters, *module._buffers)
+                full = {
+                    attribute: f"{name}.{attribute}" if name else attribute for attribute in own
+                }
+                self._places += [(module, a, file_name(n)) for a, n in full.items() if n in saved]
 
-    def unload(*_: Any) -> None:
-        for module, attribute, _name in small:
+    def load(self) -> None:
+        for module, attribute, name in self._places:
+            with self._weights.borrow(name) as tensor:
+                _replace(module, attribute, self._weights.cast(tensor).clone())
+
+    def drop(self) -> None:
+        for module, attribute, _ in self._places:
             _replace(module, attribute, getattr(module, attribute).to("meta"))
         _trim_heap()
-
-    owner.register_forward_pre_hook(load)
-    owner.register_forward_hook(unload)
 
 
 def _replace(module: nn.Module, attribute: str, value: Tensor) -> None:
@@ -174,9 +212,25 @@ def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
 
 
 def _single_expert(
-    experts: nn.Module, config: "PreTrainedConfig", architecture: Architecture, dtype: torch.dtype
+    experts: nn.Module,
+    last: nn.Module | None,
+    config: "PreTrainedConfig",
+    architecture: Architecture,
+    dtype: torch.dtype,
 ) -> nn.Module:
-    """The family's own experts class with room for one expert, which all layers use in turn."""
+    """A layer's experts with room for one, in memory that all layers use in turn.
+
+    Args:
+        last: that of another layer.
+    """
+    if isinstance(experts, SparseExperts):  # activations may have parameters of their layer
+        for name, parameter in list(experts.named_parameters()):
+            one = torch.empty(1, *parameter.shape[1:], dtype=dtype)
+            memory = last.get_parameter(name) if last else nn.Parameter(one, requires_grad=False)
+            setattr(experts, name, memory)
+        return experts
+    if last is not None:
+        return last
     single = copy.deepcopy(config)
     setattr(single, architecture.experts_field, 1)
     return type(experts)(single).to(dtype).requires_grad_(False)
@@ -207,13 +261,16 @@ class _StreamedExperts(nn.Module):
             top_k_index = torch.full_like(top_k_index, self._only)
         # Weights are cast into the memory of the last expert: new memory costs more than the sums.
         (single,) = self._shared
-        gate_up, down = (single.get_parameter(n)[0] for n in ("gate_up_proj", "down_proj"))
-        places = (*gate_up.chunk(2), down)
+        places = {}
+        for part in self.architecture.parts:
+            name, half = self.architecture.live_half(part)
+            memory = single.get_parameter(name)[0]
+            places[part] = memory if half is None else memory.chunk(2)[half]
         for expert in range(self.num_experts):
             tokens, slots = torch.where(top_k_index == expert)
             if len(tokens) == 0:
                 continue
-            for part, memory in zip(EXPERT_PARTS, places, strict=True):
+            for part, memory in places.items():
                 place = self.architecture.place(expert, part, memory.numel())
                 self.weights.read_into(memory, self.prefix + place.name, place.start)
             index = torch.zeros_like(tokens)[:, None]

@@ -89,7 +89,7 @@ def folder_router_inputs(
         UpcyclingError: a family that is not known, token ids outside the vocabulary, or more tokens
             than there is room for.
     """
-    model = streamed_model(config, source, moe_family(config.model_type), None, torch.float32)
+    model = streamed_model(config, source, moe_family(config), None, torch.float32)
     scratch = scratch or Path(tempfile.gettempdir())
     return _inputs(model, sequences, torch.device("cpu"), scratch, progress)
 
