@@ -222,12 +222,13 @@ def test_a_registry_that_is_not_there_is_no_empty_list() -> None:
 
 def sparse_upcycling(
     num_experts, experts_per_token, save_checkpoint=None, *, target="auto", granularity=1,
-    expert_intermediate_size=None, moe_layers="all", normalize_topk_prob=True,
-    shared_expert="auto", shared_expert_intermediate_size=None, expert_init="copy",
-    router_init="normal", dtype=None, seed=0, verify="auto", return_model=True, overwrite=False,
-    max_shard_size="5GB", ignore_config_fields=(), **kwargs,
+    expert_intermediate_size=None, moe_layers="all", routing="token_choice", router_scores="auto",
+    capacity_factor=2.0, routing_group="batch", normalize_topk_prob=True, shared_expert="auto",
+    shared_expert_intermediate_size=None, expert_init="copy", router_init="normal", dtype=None,
+    seed=0, verify="auto", return_model=True, overwrite=False, max_shard_size="5GB",
+    ignore_config_fields=(), **kwargs,
 ):  # fmt: skip
-    """The signature before options had one home."""
+    """The signature before options had one home; `routing` and the three behind it are new."""
 
 
 def moe_merging(
@@ -541,7 +542,7 @@ def test_the_help_of_a_command_is_the_text_of_its_options_and_quick(command: str
     shown = " ".join(result.stdout.split())
     for field, text in explained(COMMANDS.get(command, UpcyclingOptions)):
         said = text.replace("`", "")
-        if isinstance(field.default, str | int):
+        if isinstance(field.default, str | int | float):
             said = f"{said.rstrip('.')} (default: {str(field.default).lower()})"
         assert f" --{field.name.replace('_', '-')}" in shown
         assert f" {said}" in shown

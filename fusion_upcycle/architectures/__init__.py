@@ -52,7 +52,8 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     _check,
 )
 
-#: The name of our own class for any dense model, the last that `auto` looks at.
+#: The name of our own class for any dense model. Behind transformers' classes, which other software
+#: reads.
 OWN = "sparse"
 
 #: Families of transformers' own classes: those that can be trained and expanded, beside ours.
@@ -110,8 +111,7 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
         )
     if target not in (AUTO, *ARCHITECTURES):
         raise unknown("target", str(target), [AUTO, *ARCHITECTURES])
-    # Ours last: other software reads transformers' classes.
-    candidates = [*ARCHITECTURES.without(OWN), OWN] if target == AUTO else [target]
+    candidates = [*ARCHITECTURES] if target == AUTO else [target]
     for name in candidates:  # ours first: a package is loaded only where none of them fits
         if dense_type in ARCHITECTURES[name].dense:
             return ARCHITECTURES[name]

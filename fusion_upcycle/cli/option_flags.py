@@ -53,6 +53,8 @@ def _add_flags(group: "argparse._ArgumentGroup", options: type) -> None:
         kinds: dict[str, Any] = {"metavar": "NAME"}
         if option.type in (int, int | None):
             kinds = {"type": int, "metavar": "N"}
+        elif option.type is float:
+            kinds = {"type": float, "metavar": "X"}
         elif option.type is bool:
             kinds = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
         if option.name in _METAVARS:
@@ -108,8 +110,13 @@ def _initialiser(text: str) -> dict[str, Any]:
     return spec
 
 
-def _layers(text: str) -> str | list[int]:
-    """`0,2,5` as a list; names as they are."""
+def _layers(text: str) -> Any:
+    """`0,2,5` as a list; names as they are; `encoder=last_6,decoder=none` for each stack apart."""
+    if "=" in text:
+        stacks = [stack.partition("=") for stack in text.split(",")]
+        return {name: _layers(layers.replace("+", ",")) for name, _, layers in stacks}
+    if text == "none":
+        return []
     return [int(index) for index in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 

@@ -60,19 +60,19 @@ class UpcyclingOptions:
             Another width than a whole fraction needs `expert_init=qwen2`.
         moe_layers: layers that become MoE layers: `all`, `every_N`, `last_N` or a list of indices.
             `every_N` are layers N-1, 2N-1, ... The family's config must be able to say it. With
-            encoder and decoder both, either stack by itself; `{encoder: last_6, decoder: []}` says
-            it apart.
-        routing: `token_choice`: each token goes to its top-k experts. `expert_choice`: each expert
-            takes the C * tokens / N tokens that it likes best (arXiv 2202.09368); for models in
-            which a token sees those behind it, and of a T5 the encoder. `hash`: the token's id says
-            its k experts, by a table that is drawn once (arXiv 2106.04426); there is no router. The
-            last two need our own class (`target=sparse`).
+            encoder and decoder both, either stack by itself; `{encoder: last_6, decoder: []}`, on
+            the command line `encoder=last_6,decoder=none`, says them apart.
+        routing: who chooses. `token_choice`: each token goes to its top-k experts. `expert_choice`:
+            each expert takes the C * tokens / N tokens that it likes best (arXiv 2202.09368); for
+            models in which a token sees those behind it, and of a T5 the encoder. `hash`: the
+            token's id says its k experts, by a table that is drawn once (arXiv 2106.04426); there
+            is no router. The last two need our own class (`target=sparse`).
         router_scores: of an expert: `softmax` over all, or `sigmoid` of its own; `auto` is the
             family's.
         capacity_factor: C of expert choice, experts per token on average. From C = N on every
             expert takes all; below, some tokens are taken by none, and get nothing.
-        routing_group: of expert choice: experts choose among the tokens of the whole `batch`, or of
-            each `sequence` by itself, so that a row does not depend on its neighbours.
+        routing_group: of expert choice: the tokens among which experts choose, of the whole
+            `batch`, or of each `sequence`. With `sequence` a row does not depend on its neighbours.
         normalize_topk_prob: divide the weights of a token's experts by their sum. Without it only a
             zero router is exact: router logits of std 1 make the routed experts' output 1.5 (4
             experts, top-2) to 4.4 times (60, top-4) too large at step 0, larger ones more. It is
