@@ -7,7 +7,7 @@ transformers' own answer for the very class.
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,13 @@ from torch import nn
 from fusion_upcycle.architectures.base import LiveSlot, Splits
 from fusion_upcycle.architectures.families import LEFT_OUT, NORMS
 from fusion_upcycle.architectures.layout import class_name, empty_model
+from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import RenamedSource
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -175,47 +176,62 @@ def _file_slots(_: str, held: _Held) -> dict[str, LiveSlot]:
             shape = (1,)
         numbers[name] = torch.arange(first, len(slots)).view(shape)
     saved = revert_weight_conversion(model, numbers)
+    for name, number in saved.items():
+        if number.numel() > 1:
+            raise UpcyclingError(
+                f"transformers saves several tensors of a {type(model).__name__} as one, {name}. "
+                "Choose moe_layers=all: experts have tensors of their own."
+            )
     return {name: slots[int(number)] for name, number in saved.items()}
-
-
-def live_names(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
-    """What transformers makes of the names in a file: name in the file -> in the live model.
-
-    Old names, and a base model's without its prefix, are read as transformers reads them.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    found = {}
-    for name in names:
-        live, made = rename_source_key(name, renamings, converters, prefix, state)
-        if (live not in state and name in state) or made is not None:
-            live, _ = rename_source_key(name, [], [], prefix, state)
-        found[name] = live
-    return found
 
 
 def dense_view(source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
     """A dense checkpoint under the names that transformers gives its tensors in the live model.
 
+    Old names, and a base model's without its prefix, are read as transformers reads them; what it
+    cuts in parts is cut.
+
     Raises:
-        UpcyclingError: two tensors for one place.
+        UpcyclingError: two tensors for one place, or one that transformers makes in another way.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Chunk,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
     model = empty_model(config)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    left_out = LEFT_OUT.get(config.model_type, ())
     names: dict[str, str] = {}
-    for name, live in live_names(model, source.specs).items():
-        if any(re.search(pattern, name) for pattern in LEFT_OUT.get(config.model_type, ())) and (
-            live not in model.state_dict()
-        ):
+    splits: dict[str, list[tuple[str, int]]] = {}
+    for name, spec in source.specs.items():
+        live, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if live not in state and name in state:
+            live, pattern = rename_source_key(name, [], [], prefix, state)
+        if live not in state and any(re.search(left, name) for left in left_out):
             continue
-        if live in names:
-            raise UpcyclingError(
-                f"Source tensors {names[live]} and {name} are both {live} of {class_name(config)}. "
-                "Remove the one that is not used."
-            )
-        names[live] = name
-    return RenamedSource(source, names)
+        found = [live]
+        if pattern is not None:
+            made = next(entry for entry in converters if pattern in entry.source_patterns)
+            if not all(isinstance(step, Chunk) and step.dim == 0 for step in made.operations):
+                raise UpcyclingError(
+                    f"Source tensor {name} is not what {class_name(config)} has in memory. Load "
+                    "the model with transformers, and save it again (save_pretrained)."
+                )
+            first, *_ = made.target_patterns
+            found = [live.replace(first, part) for part in made.target_patterns]
+            splits[name] = [(part, spec.shape[0] // len(found)) for part in found]
+        for part in found:
+            if part in names:
+                raise UpcyclingError(
+                    f"Source tensors {names[part]} and {name} are both {part} of "
+                    f"{class_name(config)}. Remove the one that is not used."
+                )
+            names[part] = part if pattern is not None else name
+    return RenamedSource(SplitSource(source, splits), names)
