@@ -538,7 +538,11 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    REFUSED,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
+)
 def test_images_that_cannot_be_used_are_refused(given: Any, message: str, tmp_path: Path) -> None:
     task = given(tmp_path) if callable(given) else given
     with pytest.raises(
