@@ -19,6 +19,7 @@ from fusion_upcycle.benchmark.application import config_tree, experiments
 from fusion_upcycle.benchmark.board import Board
 from fusion_upcycle.benchmark.experiment import Experiment, Validation, read_experiment
 from fusion_upcycle.benchmark.overrides import override
+from fusion_upcycle.benchmark.planning import Pool, plan_runs
 from fusion_upcycle.benchmark.preparation import Plan, prepare, prepare_runs
 from fusion_upcycle.benchmark.request import Request, read_request
 from fusion_upcycle.benchmark.trials import choose
@@ -75,7 +76,9 @@ def requests(plan: Plan) -> dict[str, Request]:
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(0), inner, max_size=3)
+        ),
         max_leaves=6,
     )
 )
@@ -284,6 +287,37 @@ def test_no_trial_with_the_metric_is_an_error(tmp_path: Path) -> None:
     by = Validation(taskpools={}, metric="p.average.m", better="higher")
     with pytest.raises(UpcyclingError, match=r"No trial gave.*it broke"):
         choose([request], ["x"], by)
+
+
+@pytest.mark.parametrize(
+    ("pool", "options", "expected"),
+    [
+        ("CausalLMPool/demo", {}, ["modelpool=CausalLMPool/folders", "modelpool.tokenizer={}"]),
+        (
+            "Seq2SeqLMPool/folders",
+            {"tokenizer": "x"},
+            ["modelpool=Seq2SeqLMPool/folders", "modelpool.tokenizer={}"],
+        ),
+        ("CLIPVisionModelPool/folders", {}, ["modelpool=CLIPVisionModelPool/folders"]),
+        (
+            "ImageClassificationModelPool/folders",
+            {"processor": "./vit"},
+            ["modelpool=ImageClassificationModelPool/folders", "modelpool.processor=./vit"],
+        ),
+    ],
+)
+def test_a_model_made_elsewhere_is_in_a_pool_of_the_kind_of_the_others(
+    pool: str, options: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    choice = {"config": pool, "options": {"models": {"a": str(tmp_path)}, **options}}
+    mine = experiment(
+        modelpool=choice, methods={"moe": {"folder": str(tmp_path)}}, references=False
+    )
+    (found,) = plan_runs(mine, lambda choice: Pool(choice, ["a"]))
+    wanted = [text.replace("{}", str(tmp_path)) for text in expected]
+    wanted.append(f"+modelpool.models._pretrained_={tmp_path}")
+    given = [text.replace("'", "") for text in found.run.arguments if "modelpool" in text]
+    assert sorted(given) == sorted(wanted)
 
 
 def request_in(folder: Path, config_hash: str = "h", **facts: Any) -> Request:

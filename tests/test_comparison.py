@@ -482,3 +482,24 @@ return [...all].map(e => {
   const a = light(parse(getComputedStyle(e).color)), b = light(ground(e));
   return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); });
 """
+
+
+def test_pools_of_images_and_of_answers_are_read_by_what_they_measure(tmp_path: Path) -> None:
+    """As our task pools report them: accuracy, else exact match, else the loss."""
+    scores = {"accuracy": 0.5, "accuracy_stderr": 0.1, "loss": 1.2, "examples": 12}
+    answers = {"exact_match": 0.25, "loss_nats_per_token": 2.0, "truncated_inputs": 0}
+    info = {"average": {}, "model_info": {"all_params": 3}}
+    for name, better in (("a", 0.0), ("b", 0.25)):
+        report = {
+            "vision": {"pets": {**scores, "accuracy": 0.5 + better}, **info},
+            "words": {"rte": {**answers, "exact_match": 0.25 + better}, **info},
+            "losses": {"rte": {"loss_nats_per_token": 2 - better, "examples": 3}, **info},
+        }
+        record(tmp_path / name, name, {}, error=None, report=report, tasks={})
+    table = tables_of(tmp_path)["scores"]
+    shown = texts(table)
+    assert [shown["a"][0], shown["b"][0]] == ["50.0 ± 10.0", "75.0 ± 10.0"]
+    assert [shown["a"][1], shown["b"][1]] == ["25.0", "50.0"]
+    assert [shown["a"][2], shown["b"][2]] == ["2.0000", "1.7500"]
+    best = {line.label: [cell.mark for cell in line.cells[:3]] for line in table.lines}
+    assert best["b"] == ["best"] * 3

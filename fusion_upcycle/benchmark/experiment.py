@@ -70,7 +70,7 @@ class Method:
         subsets: sizes of subsets of the fine-tunes: a run for each subset. None takes all at once.
         pretrained: whether the model pool keeps the base model.
         modelpool: instead of the experiment's.
-        folder: of a model made elsewhere; nothing is run.
+        folder: of a model made elsewhere, of the kind of the pool; nothing is run.
     """
 
     name: str

@@ -47,6 +47,8 @@ def quoted(value: Any) -> str:
 
 def _key(name: Any) -> str:
     text = str(name)
+    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+        return text
     if not re.fullmatch(r"[A-Za-z_][\w./@ -]*", text, re.ASCII) or text.lower() in _KEYWORDS:
         raise UpcyclingError(
             f"{text!r} as a key cannot be said in Hydra's grammar: use letters, digits, _ - . / @ "

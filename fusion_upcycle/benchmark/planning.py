@@ -12,6 +12,13 @@ from fusion_upcycle.errors import UpcyclingError
 
 PRETRAINED = "_pretrained_"
 REFERENCES = "Reference Results"
+#: Groups of model pools with a config `folders`: what is named beside the models.
+_BESIDE = {
+    "CausalLMPool": "tokenizer",
+    "CLIPVisionModelPool": "processor",
+    "ImageClassificationModelPool": "processor",
+    "Seq2SeqLMPool": "tokenizer",
+}
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ def _of_method(experiment: Experiment, method: Method, pool: Pool) -> Iterator[P
     for chosen in _subsets(method, fine_tunes):
         for seed in seeds:
             kept = [*chosen, *([PRETRAINED] if method.pretrained else [])]
-            beginning = _folder(method) or [
+            beginning = _folder(method, pool.choice) or [
                 f"method={method.method or method.name}",
                 *pool.arguments(kept),
             ]
@@ -239,16 +246,20 @@ def _subsets(method: Method, fine_tunes: Sequence[str]) -> list[tuple[str, ...]]
     return [chosen for size in method.subsets for chosen in combinations(fine_tunes, size)]
 
 
-def _folder(method: Method) -> list[str] | None:
-    """A model made elsewhere: a pool of it alone."""
+def _folder(method: Method, choice: Choice) -> list[str] | None:
+    """A model made elsewhere: a pool of it alone, of the kind of the experiment's."""
     if method.folder is None:
         return None
     folder = str(Path(method.folder).expanduser().absolute())
+    group = choice.config.partition("/")[0]
+    group = group if group in _BESIDE else "CausalLMPool"
+    beside = _BESIDE[group]
+    given = folder if beside == "tokenizer" else choice.options.get("processor")
     return [
         "method=dummy",
-        "modelpool=CausalLMPool/folders",
+        f"modelpool={group}/folders",
         override(f"modelpool.models.{PRETRAINED}", folder, sign="+"),
-        override("modelpool.tokenizer", folder),
+        *([] if given is None else [override(f"modelpool.{beside}", given)]),
     ]
 
 

@@ -22,11 +22,10 @@ from fusion_upcycle.taskpool.pool import (
     plain,
     to_device,
 )
+from fusion_upcycle.taskpool.scores import STDERR, average, is_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_STDERR = "_stderr"
 
 
 @auto_register_config
@@ -113,7 +112,7 @@ class LMEvalTaskPool(BaseTaskPool):
             name: dict(_plain_metrics(scores)) for name, scores in _scores(found).items()
         }
         report["groups"] = {group: list(of) for group, of in found["group_subtasks"].items() if of}
-        report["average"] = _average([report[name] for name in self.tasks if name in report])
+        report["average"] = average([report[name] for name in self.tasks if name in report])
         report.update(get_model_summary(model))
         versions = {name: str(version) for name, version in found["versions"].items()}
         self._evaluations.append({"report": report, "versions": versions, **cost.as_record()})
@@ -141,7 +140,7 @@ class LMEvalTaskPool(BaseTaskPool):
             if name in ("model_info", "groups"):
                 continue
             for metric, value in scores.items():
-                if _is_error(metric):
+                if is_error(metric):
                     continue
                 error = scores.get(_error_of(metric))
                 table.add_row(name, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
@@ -190,23 +189,4 @@ def _plain_metrics(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _error_of(metric: str) -> str:
     name, comma, kind = metric.partition(",")
-    return f"{name}{_STDERR}{comma}{kind}"
-
-
-def _is_error(metric: str) -> bool:
-    return metric.partition(",")[0].endswith(_STDERR)
-
-
-def _average(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    average: dict[str, float] = {}
-    number = len(tasks)
-    for metric in tasks[0] if tasks else ():
-        values = [task.get(metric) for task in tasks]
-        known = [value for value in values if value is not None]
-        if len(known) < number:
-            continue
-        squares = _is_error(metric)
-        average[metric] = (
-            sum(value**2 for value in known) ** 0.5 / number if squares else sum(known) / number
-        )
-    return average
+    return f"{name}{STDERR}{comma}{kind}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
-_NOT_TEXTS = ("average", "cost", "groups", "model_info", "routing")  # which tables read as such
+_NOT_TASKS = ("average", "cost", "groups", "model_info", "routing")  # which tables read as such
 
 
 def check_options(pool: BaseTaskPool, given: Mapping[str, Any]) -> None:
@@ -37,19 +37,39 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if is_config else value
 
 
+def in_record(value: Any) -> Any:
+    """As a record can hold it: what is in memory, as a model, by its class."""
+    if isinstance(value, Mapping):
+        return {str(key): in_record(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_record(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
+
+
 def named_texts(texts: Any) -> dict[str, Any]:
     """Texts by name, as plain Python.
 
     Raises:
         UpcyclingError: no text, or a text with a name of the report.
     """
-    texts = plain(texts)
-    if not isinstance(texts, Mapping) or not texts:
-        raise UpcyclingError("taskpool.texts is empty: name at least one text, {name: file}.")
-    for name in _NOT_TEXTS:
-        if name in texts:
-            raise UpcyclingError(f"taskpool.texts.{name} is a name of the report: rename it.")
-    return dict(texts)
+    return named(plain(texts), "texts", "text, {name: file}")
+
+
+def named(given: Any, option: str, example: str) -> dict[str, Any]:
+    """What an option of a task pool names: the tasks of its report.
+
+    Args:
+        example: of what it must hold, for the error.
+
+    Raises:
+        UpcyclingError: nothing, or something with a name of the report.
+    """
+    if not isinstance(given, Mapping) or not given:
+        raise UpcyclingError(f"taskpool.{option} is empty: name at least one {example}.")
+    for name in _NOT_TASKS:
+        if name in given:
+            raise UpcyclingError(f"taskpool.{option}.{name} is a name of the report: rename it.")
+    return {str(name): value for name, value in given.items()}
 
 
 def load_tokenizer(pool: BaseTaskPool, name: str | None) -> "PreTrainedTokenizerBase":

@@ -1,0 +1,139 @@
+"""Models of folders, as transformers loads them: what it would draw at random is refused.
+
+transformers fills tensors that a folder lacks with random values and goes on. A dense class given
+the folder of an MoE would so lose its FFNs in silence.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from fusion_upcycle import models
+from fusion_upcycle.errors import UpcyclingError
+
+_SHOWN = 3  # tensors that an error names
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def load_folder(
+    auto_class: Any, folder: str | Path, *, may_lack: Sequence[str] = (), **kwargs: Any
+) -> Any:
+    """The model of a folder or Hub id, in evaluation mode, with every tensor of it from there.
+
+    Our own MoE classes are known to `auto_class`.
+
+    Args:
+        auto_class: of transformers, as `AutoModelForImageClassification`, or a model's own class.
+        folder: as `from_pretrained` takes it; `~` is understood.
+        may_lack: beginnings of names of tensors that may be missing, as of a head to be trained.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        UpcyclingError: no model there that the class can load, a tensor that is missing or of
+            another shape, or `trust_remote_code`, which is never done.
+    """
+    models.register()
+    if kwargs.pop("trust_remote_code", False):
+        raise UpcyclingError(
+            f"trust_remote_code: {folder} would run code of its own. Use a model that transformers "
+            "or fusion_upcycle has a class for."
+        )
+    name = getattr(auto_class, "__name__", str(auto_class))
+    try:
+        model, found = auto_class.from_pretrained(
+            _source(folder),
+            **kwargs
+            | {
+                "output_loading_info": True,
+                "trust_remote_code": False,
+                "ignore_mismatched_sizes": True,  # refused below, by name
+            },
+        )
+    except UpcyclingError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, name, error) from error
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(tuple(may_lack)))
+    if missing:
+        raise UpcyclingError(
+            f"{folder} lacks {_some(missing)} of {type(model).__name__}, which would be random. "
+            "Give the folder of a model of this class, or the class of this model."
+        )
+    shapes = [
+        f"{key} {tuple(there)}, not {tuple(wanted)}"
+        for key, there, wanted in sorted(found["mismatched_keys"], key=lambda each: each[0])
+    ]
+    if shapes:
+        raise UpcyclingError(
+            f"{folder} has tensors of another shape than {type(model).__name__}: {_some(shapes)}. "
+            "Give the folder as it was saved, and no option that changes its shape."
+        )
+    return model
+
+
+def model_type(folder: str | Path) -> str:
+    """The family that the config of a folder or Hub id names; empty where it names none.
+
+    Raises:
+        UpcyclingError: no config there.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(_source(folder))
+    except UpcyclingError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _unloadable(folder, "AutoConfig", error) from error
+    return str(config.get("model_type", ""))
+
+
+def as_folder(entry: Any) -> tuple[Any, str, dict[str, Any]] | None:
+    """What a config of FusionBench loads from a folder: class, folder and options; None for others.
+
+    Args:
+        entry: a folder or Hub id, whose class is then None; or a mapping `{_target_:
+            transformers.CLASS.from_pretrained, pretrained_model_name_or_path: FOLDER}`, which
+            would load whatever is there.
+    """
+    from hydra.utils import get_object
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    if isinstance(entry, str | Path):
+        return None, str(entry), {}
+    target = str(entry.get("_target_", "")) if isinstance(entry, Mapping) else ""
+    folder = entry.get("pretrained_model_name_or_path") if target else None
+    if not target.endswith(".from_pretrained") or folder is None:
+        return None
+    method = get_object(target)
+    owner = method.__self__ if isinstance(method, MethodType) else None
+    if not isinstance(owner, type) or not issubclass(owner, PreTrainedModel | _BaseAutoModelClass):
+        return None
+    own = ("_target_", "_recursive_", "_convert_", "pretrained_model_name_or_path")
+    return owner, str(folder), {str(k): v for k, v in entry.items() if k not in own}
+
+
+def _source(folder: str | Path) -> str:
+    """For `from_pretrained`; what is no folder and cannot be a Hub id is not asked of the Hub."""
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or not _HUB_ID.fullmatch(str(folder)):
+        raise UpcyclingError(f"{folder} is not a folder. Give the one that holds config.json.")
+    return str(folder)
+
+
+def _unloadable(folder: str | Path, name: str, error: Exception) -> UpcyclingError:
+    said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+    return UpcyclingError(
+        f"{folder} cannot be loaded by {name}: {said[:300]}. Give the folder or Hub id of a model "
+        "that it can load."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
