@@ -12,6 +12,7 @@ from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.experts import ALL_PARTS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -216,9 +217,20 @@ class Architecture:
         """What live names of a layer's tensors start with, in the dense model and in the MoE."""
         return layer_prefix(config, layer)
 
+    def check_dtype(self, dtype: "torch.dtype") -> None:
+        """Refuse a dtype that the experts of this family cannot have.
+
+        Raises:
+            UpcyclingError: it is beyond what transformers lets the dense model have.
+        """
+
     def view(self, source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
         """A dense source under the names that `dense` goes by."""
         return source
+
+    def pieces(self, live_name: str) -> Sequence[LiveSlot]:
+        """Files' tensors that make up a live one, with their places; none where it is one."""
+        return []
 
     def file_prefix(self, live_prefix: str) -> str:
         """What the files' names of a layer's tensors start with, for its live names' start."""

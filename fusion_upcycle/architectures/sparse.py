@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.architectures.base import (
@@ -28,7 +29,7 @@ from fusion_upcycle.architectures.introspection import (
     dense_view,
     file_slots,
 )
-from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.architectures.layout import class_name, model_class
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.errors import UpcyclingError
@@ -110,6 +111,17 @@ class SparseArchitecture(Architecture):
     def for_config(self, config: "PreTrainedConfig") -> "SparseArchitecture":
         return _ours(self.ffns, self.config.dense_model_type, config)
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        dense = model_class(class_name(dense_config(self.config)))
+        kept = {*(getattr(dense, "_keep_in_fp32_modules", None) or ())}
+        inside = {word for name in self.ffns.parts.values() for word in name.split(".")}
+        if dtype == torch.float16 and kept & inside:
+            raise UpcyclingError(
+                f"dtype=float16: transformers keeps {', '.join(sorted(kept & inside))} of "
+                f"{dense.__name__} in float32 there, whose values are beyond float16, and experts "
+                "have one dtype. Choose dtype=bfloat16 or float32."
+            )
+
     def view(self, source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
         return dense_view(source, config)
 
@@ -124,6 +136,13 @@ class SparseArchitecture(Architecture):
 
     def file_name(self, live_name: str) -> str:
         return self._files.get(live_name, live_name)
+
+    def pieces(self, live_name: str) -> Sequence[LiveSlot]:
+        return [
+            (name, index)
+            for name, (live, index) in self.slots.items()
+            if live == live_name and index
+        ]
 
     def file_prefix(self, live_prefix: str) -> str:
         return self._prefixes[self.ffns.prefixes.index(live_prefix)]

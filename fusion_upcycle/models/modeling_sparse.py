@@ -405,7 +405,7 @@ def _make_sparse(model, config):
             continue
         routing = config.moe_routing
         if routing == "expert_choice":
-            if dense_type not in BIDIRECTIONAL or config.is_decoder:
+            if dense_type not in BIDIRECTIONAL or getattr(config, "is_decoder", False):
                 raise ValueError(f"expert choice sees the whole text, and {dense_type} must not")
             if "decoder." in f"{name}.":
                 routing = "token_choice"  # T5's

@@ -68,6 +68,7 @@ def plan_frame(
     architecture = architecture.for_config(config)
     config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
     resolved.check_rows(dtype)
+    architecture.check_dtype(dtype)
     dense = architecture.dense[source_config.model_type]
     layout = file_layout(config)
     return Frame(architecture, dense, options, resolved, source_config, config, dtype, layout)

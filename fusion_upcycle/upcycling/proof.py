@@ -4,12 +4,14 @@ Details of the proof, beside the common fields:
 
 - `rounded`: True where half precision rounds scales that are no powers of two: exactness is proven
   before that, in float32.
-- `layers`: each FFN against its MoE block, in float32.
+- `layers`: each FFN against its MoE block, in float32. In expert choice on the tokens that an
+  expert takes, with `unchosen`, the share of the others in each layer, and `smallest_capacity`, the
+  least C at which there would be none on this sample.
 - `own_dtype`: distance of the outputs computed in the dtype of half-precision weights, with its
   rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.report.progress import progress_bar
+from fusion_upcycle.upcycling.taken import Taken, watch
 from fusion_upcycle.verification.function import (
     Distance,
     Inputs,
@@ -75,10 +78,14 @@ def prove_upcycling(
     if exact and not rounded:
         require_exact(judged, layers)
     else:
+        if upcycling.options.routing == "expert_choice" and layers is None:  # who is left out
+            _, layers = compare_streamed(upcycling, result, sample.inputs, progress=progress)
+        # In expert choice tokens that no expert takes may differ, too: here all take all.
+        full = upcycling.with_full_capacity()
         # Only the experts may differ: the same conversion with plain copies must be exact, or,
         # where no copies could be (shards that make no whole), with the dense FFNs themselves.
         # And in float32, where half precision rounds what it scales.
-        twin = upcycling.with_copied_experts() if upcycling.resolved.exact else None
+        twin = full.with_copied_experts() if full.resolved.exact else None
         if twin is not None and rounded:
             twin = twin.unrounded()
         require_exact(
@@ -93,6 +100,8 @@ def prove_upcycling(
     if own is not None and exact:
         _require_close(own)
     verdict = "exact, proven" if exact else "approximate"
+    if layers is not None and "unchosen" in layers:
+        verdict += f" ({_taken_in_words(layers)})"
     if exact and rounded:
         verdict = "exact but for the rounding of scaled weights, proven in float32"
     function = judged.to_json()
@@ -136,20 +145,36 @@ def compare_streamed(
     family = upcycling.architecture
     moe_block = family.experts_module.rpartition(".")[0]
     layers: list[Distance] = []
+    taken: dict[int, Taken] = {}
+    indices = list(range(family.num_layers(upcycling.source_config)))
     pairs = list(zip(family.ffn_layers(dense), family.ffn_layers(moe), strict=True))
     if family.dense[upcycling.source_config.model_type].kept_whole:
-        pairs = [pairs[layer] for layer in upcycling.resolved.moe_layers]
+        indices = list(upcycling.resolved.moe_layers)
+        pairs = [pairs[layer] for layer in indices]
     with progress_bar("Running both models", 2 * len(pairs), progress, unit="layer") as bar:
-        for dense_layer, moe_layer in pairs:
+        for index, (dense_layer, moe_layer) in zip(indices, pairs, strict=True):
             ffn = family.dense_ffn(dense_layer)
 
-            def measure(
-                _: nn.Module, args: Any, output: Tensor, ffn: FFN = ffn, of: nn.Module = dense_layer
-            ) -> None:
-                with holding(dense, of):
-                    layers.append(distance(ffn(args[0]), output, logits=False))
-
             block = moe_layer.get_submodule(moe_block)
+            seen = watch(block)
+
+            def measure(
+                _: nn.Module,
+                args: Any,
+                output: Tensor,
+                index: int = index,
+                layer: nn.Module = dense_layer,
+                ffn: FFN = ffn,
+                seen: list[Taken] = seen,
+            ) -> None:
+                with holding(dense, layer):
+                    expected = ffn(args[0])
+                if seen:  # what no expert takes gets nothing
+                    taken[index] = seen.pop()
+                    expected = expected.flatten(0, -2)[taken[index].tokens_N]
+                    output = output.flatten(0, -2)[taken[index].tokens_N]
+                layers.append(distance(expected, output, logits=False))
+
             block.register_forward_hook(measure)
             if dense_ffn:
                 block.forward = ffn
@@ -161,10 +186,30 @@ def compare_streamed(
     worst = max(range(len(layers)), key=lambda i: _relative(layers[i]))
     return distance(expected, outputs, logits=is_logits), {
         "compared": len(layers),
-        "worst_layer": worst,
+        "worst_layer": indices[worst],
         "worst_layer_max_abs": layers[worst].max_abs,
         "worst_layer_scale": layers[worst].scale,
         "within_tolerance": all(layer.within_tolerance for layer in layers),
+    } | _left_out(taken)
+
+
+def _taken_in_words(layers: Mapping[str, Any]) -> str:
+    share, enough = max(layers["unchosen"].values()), layers["smallest_capacity"]
+    if share == 0:
+        return f"every token of the sample is taken, as it is from capacity_factor={enough:g} on"
+    return (
+        f"in a layer up to {share:.1%} of the tokens are taken by no expert; by "
+        f"capacity_factor={enough:g} all of the sample would be"
+    )
+
+
+def _left_out(taken: Mapping[int, Taken]) -> dict[str, Any]:
+    """What expert choice leaves out, layer by layer; nothing for other routings."""
+    if not taken:
+        return {}
+    return {
+        "unchosen": {str(layer): found.unchosen for layer, found in taken.items()},
+        "smallest_capacity": max(found.smallest_capacity for found in taken.values()),
     }
 
 

@@ -3,6 +3,7 @@
 `fusion_upcycle.upcycling.plan` makes the rules.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from fusion_upcycle.experts import Expert, generator_for, part_shape, take_neuro
 from fusion_upcycle.router_init import hash_table
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.proof import prove_upcycling
-from fusion_upcycle.upcycling.resolution import ResolvedOptions
+from fusion_upcycle.upcycling.resolution import ResolvedOptions, resolve
 from fusion_upcycle.upcycling.shards import repeat_neurons
 from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.proof import Findings
@@ -151,6 +152,20 @@ since.""",
             source = take_neurons(source, neurons)
         return source, names.values()
 
+    def with_full_capacity(self) -> "Upcycling":
+        """The same conversion where in expert choice every expert takes all tokens.
+
+        Itself for other routings, and where weights are not normalised: those of C experts are
+        scaled as C sum up, not as all do.
+        """
+        if self.options.routing != "expert_choice" or not self.options.normalize_topk_prob:
+            return self
+        config = copy.deepcopy(self.config)
+        config.capacity_factor = float(self.options.num_experts)
+        options = replace(self.options, capacity_factor=config.capacity_factor)
+        resolved = resolve(options, self.architecture, self.source_config)
+        return replace(self, config=config, options=options, resolved=resolved, _last_expert=None)
+
     def with_copied_experts(self) -> "Upcycling":
         """The same conversion with plain copies as experts; exact wherever `resolved.exact`."""
         options = replace(self.options, expert_init="copy")
@@ -184,17 +199,24 @@ since.""",
         used = {name for rule in self.rules.values() for name in self._sources(rule)}
         for _, *others in self.ffn_names.values():  # of further source models
             used -= {name for names in others for name in names.values()}
-        chosen: float = self.options.experts_per_token
-        if self.options.routing == "expert_choice":  # on average
-            chosen = min(self.options.capacity_factor, self.options.num_experts)
         sizes = self.resolved.expert_size, self.resolved.hidden_size
         expert = sum(math.prod(part_shape(part, *sizes)) for part in self.architecture.parts)
-        idle = (self.options.num_experts - chosen) * len(self.resolved.moe_layers)
+        idle = sum(
+            self.options.num_experts - self._experts_of_a_token(layer)
+            for layer in self.plan.source_experts
+        )
         return {
             "dense": sum(self.source.specs[name].numel for name in used),
             "total": total,
             "active": total - round(idle * expert),
         }
+
+    def _experts_of_a_token(self, layer: int) -> float:
+        """That a token goes to in a layer; in expert choice, on average."""
+        routed = self.options.routing == "expert_choice"
+        if not routed or layer in self.architecture.stacks(self.source_config).get("decoder", ()):
+            return self.options.experts_per_token
+        return min(self.options.capacity_factor, self.options.num_experts)
 
     def _sources(self, rule: Rule) -> list[str]:
         """Names of the source tensors that a rule reads."""

@@ -8,7 +8,7 @@ bfloat16 arithmetic would hide what the proof looks for.
 
 import copy
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.base import Architecture, LiveSlot
 from fusion_upcycle.architectures.layout import (
     class_name,
     empty_model,
@@ -82,14 +82,19 @@ def streamed_model(
             names = {p: file_name(f"{name}.{p}") for p, _ in module.named_parameters()}
             module.forward = _reading(_linear, names, weights)
             module.streamed = True
+
+    def pieces(live: str) -> Sequence[LiveSlot]:
+        inside = architecture.pieces(live) if architecture else []
+        return inside or [(file_name(live), ())]
+
     layers = _blocks(model)
     outside = {*model.modules()}.difference(*(layer.modules() for layer in layers))
     for owner, modules in [(model, outside), *((layer, {*layer.modules()}) for layer in layers)]:
-        small = _Small(model, modules, file_name, weights)
+        small = _Small(model, modules, pieces, weights)
         owner.register_forward_pre_hook(lambda *_, small=small: small.load())
         owner.register_forward_hook(lambda *_, small=small: small.drop())
     model.streamed_dtype = compute_dtype
-    model.small_ones = lambda modules: _Small(model, modules, file_name, weights)
+    model.small_ones = lambda modules: _Small(model, modules, pieces, weights)
     return model
 
 
@@ -156,35 +161,46 @@ class _Small:
     """The norms, routers, biases, ... of some modules: all that is not read when it is used.
 
     Held together, not module by module: some look into the parameters of their children.
+
+    Args:
+        pieces: live name -> names in the files, and where in the tensor each goes.
     """
 
     def __init__(
         self,
         model: "PreTrainedModel",
         modules: Collection[nn.Module],
-        file_name: Callable[[str], str],
+        pieces: Callable[[str], Sequence[LiveSlot]],
         weights: "_Weights",
     ):
         self._weights = weights
-        self._places: list[tuple[nn.Module, str, str]] = []
+        self._places: list[tuple[nn.Module, str, Sequence[LiveSlot]]] = []
         saved = model.state_dict()  # parameters and those buffers that are in files
         for name, module in model.named_modules():
             if module in modules and not hasattr(module, "streamed"):
                 own = (*module._parameters, *module._buffers)
-                full = {
-                    attribute: f"{name}.{attribute}" if name else attribute for attribute in own
-                }
-                self._places += [(module, a, file_name(n)) for a, n in full.items() if n in saved]
+                full = {a: f"{name}.{a}" if name else a for a in own}
+                self._places += [(module, a, pieces(n)) for a, n in full.items() if n in saved]
 
     def load(self) -> None:
-        for module, attribute, name in self._places:
-            with self._weights.borrow(name) as tensor:
-                _replace(module, attribute, self._weights.cast(tensor).clone())
+        for module, attribute, pieces in self._places:
+            _replace(module, attribute, self._read(getattr(module, attribute), pieces))
 
     def drop(self) -> None:
         for module, attribute, _ in self._places:
             _replace(module, attribute, getattr(module, attribute).to("meta"))
         _trim_heap()
+
+    def _read(self, like: Tensor, pieces: Sequence[LiveSlot]) -> Tensor:
+        (name, index), *more = pieces
+        if not more and not index:
+            with self._weights.borrow(name) as tensor:
+                return self._weights.cast(tensor).clone()
+        whole = torch.empty(like.shape, dtype=self._weights.compute_dtype)
+        for name, index in pieces:
+            with self._weights.borrow(name) as tensor:
+                whole[index] = self._weights.cast(tensor)
+        return whole
 
 
 def _replace(module: nn.Module, attribute: str, value: Tensor) -> None:
