@@ -13,7 +13,7 @@ from fusion_upcycle.experts import ALL_PARTS
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from fusion_upcycle.architectures.shape import MoEShape
@@ -146,6 +146,8 @@ class Architecture:
             `convert_config` sets them on purpose.
         asks_transformers: whether every name in the files is transformers' own answer for the very
             model, so that there is nothing to compare it with.
+        may_untie: whether the class keeps a second tensor that its config says is tied and that
+            differs in the file, as transformers does for any.
         ships: modelling file of our own that goes into an output folder.
     """
 
@@ -165,6 +167,7 @@ class Architecture:
     remapped_fields: frozenset[str] = frozenset()
     asks_transformers: bool = False
     ships: Path | None = None
+    may_untie: bool = False
 
     @property
     def packed_names(self) -> tuple[str, str]:
@@ -245,7 +248,7 @@ class Architecture:
         dense = next(iter(self.dense.values()))
         return layer.get_submodule(dense.ffn["gate_proj_FD"].split(".")[0])
 
-    def dense_ffn(self, layer: "nn.Module") -> "Callable[[Tensor], Tensor]":
+    def dense_ffn(self, layer: "nn.Module") -> "nn.Module":
         """The FFN of a layer of the dense model."""
         return self.ffn_entry(layer)
 

@@ -5,14 +5,14 @@ the meta device, and what files call a tensor is transformers' own answer for th
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusion_upcycle.architectures.base import (
     Architecture,
@@ -157,7 +157,7 @@ class SparseArchitecture(Architecture):
     def ffn_entry(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.ffns.at)
 
-    def dense_ffn(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    def dense_ffn(self, layer: nn.Module) -> nn.Module:
         from fusion_upcycle.models.modeling_sparse import FAMILIES
 
         # Where it is spread over the layer, one module after the other.
@@ -211,6 +211,7 @@ def _ours(ffns: DenseFFNs, dense_type: str, config: "PreTrainedConfig") -> Spars
         shared=SharedExpert(names("shared_expert.0"), default="none", optional=True),
         moe_layer_fields=moe_layers_field,
         asks_transformers=True,
+        may_untie=dense_type == "t5",  # its config cannot say that the head is another tensor
         ships=Path(modeling_sparse.__file__),
         config=config,
         ffns=ffns,
@@ -288,6 +289,12 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
             f"config.json of the {source.model_type} source: the model brings code of its own "
             "(auto_map), which is never run here. Where transformers' own class computes the same, "
             "pass ignore_config_fields=[auto_map]."
+        )
+    images = model_class(class_name(source)).main_input_name == "pixel_values"
+    if shape.routing == "hash" and images:
+        raise UpcyclingError(
+            f"routing=hash goes by token ids, and a {source.model_type} model is given images. "
+            "Choose routing=expert_choice or token_choice."
         )
     own = {field: getattr(shape, name) for name, field in _FIELDS.items()}
     return _as_sparse(source, own | moe_layers_field(shape.moe_layers, shape.num_layers))

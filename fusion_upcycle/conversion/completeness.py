@@ -11,20 +11,27 @@ from fusion_upcycle.errors import UpcyclingError
 
 def check_tied(source: TensorSource, tied: Mapping[str, str]) -> set[str]:
     """Tied tensors that the source holds a second time: fine when equal, refused when not."""
-    used = set()
+    equal, different = held_twice(source, tied)
+    for name in different:
+        raise UpcyclingError(
+            f"config.json says tie_word_embeddings=true, but {name} differs from {tied[name]}. "
+            "Set it to false to keep both, or remove the tensor that is not used."
+        )
+    return equal
+
+
+def held_twice(source: TensorSource, tied: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Tied tensors that the source holds a second time: those that are equal, and the others."""
+    equal: set[str] = set()
+    different: set[str] = set()
     for name, twin in tied.items():
         if name not in source.specs or twin not in source.specs:
             continue
         same = source.specs[name].shape == source.specs[twin].shape and all(
             torch.equal(a, b) for a, b in aligned(source.chunks(name), source.chunks(twin))
         )
-        if not same:
-            raise UpcyclingError(
-                f"config.json says tie_word_embeddings=true, but {name} differs from {twin}. "
-                "Set it to false to keep both, or remove the tensor that is not used."
-            )
-        used.add(name)
-    return used
+        (equal if same else different).add(name)
+    return equal, different
 
 
 def check_complete(

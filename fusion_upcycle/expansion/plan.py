@@ -6,7 +6,7 @@ refused by name, every target tensor is made exactly once.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,12 @@ from fusion_upcycle.architectures.layout import (
 )
 from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
-from fusion_upcycle.conversion.completeness import check_shape, check_tied, writing_order
+from fusion_upcycle.conversion.completeness import (
+    check_shape,
+    check_tied,
+    held_twice,
+    writing_order,
+)
 from fusion_upcycle.conversion.rules import (
     Carried,
     Initialised,
@@ -91,7 +96,7 @@ def plan_expansion(
             f"config.json of the {architecture.name} source makes every layer dense: there are no "
             "experts to duplicate."
         )
-    _check_source(source, source_config, before)
+    untied = _check_source(source, source_config, before, may_untie=architecture.may_untie)
     plan = plan or _choose(options, layers, num_experts, scores)
     plan.check_expansion(layers, num_experts)
     _check_number(len(plan.source_experts[layers[0]]))
@@ -116,7 +121,7 @@ def plan_expansion(
         num_experts=num_experts,
         expert_shape=(size, hidden),
     )
-    _fill(expansion)
+    _fill(expansion, untied)
     if options.extends_by_bias and not expansion.is_identity:
         _rehearse_bias(expansion)
     return expansion
@@ -200,8 +205,14 @@ def _check_number(total: int) -> None:
         raise UpcyclingError(f"num_experts={total} is more than the {_MOST_EXPERTS:,} possible.")
 
 
-def _check_source(source: TensorSource, config: "PreTrainedConfig", layout: FileLayout) -> None:
-    """The source has all tensors that its config calls for, and no other."""
+def _check_source(
+    source: TensorSource, config: "PreTrainedConfig", layout: FileLayout, *, may_untie: bool
+) -> set[str]:
+    """The source has all tensors that its config calls for, and no other.
+
+    Returns:
+        Names of tensors that its config says are tied, and that are not.
+    """
     for name, spec in layout.specs.items():
         if name not in source.specs:
             raise UpcyclingError(
@@ -210,7 +221,10 @@ def _check_source(source: TensorSource, config: "PreTrainedConfig", layout: File
                 "save it again (save_pretrained)."
             )
         check_shape(name, source.specs[name].shape, spec.shape)
-    allowed = layout.specs.keys() | check_tied(source, layout.tied)
+    equal, different = held_twice(source, layout.tied)
+    if not may_untie:
+        check_tied(source, layout.tied)
+    allowed = layout.specs.keys() | equal | different
     for name in source.specs:
         if name not in allowed and not name.endswith(LLAMA_LAYOUT.derived):
             raise UpcyclingError(
@@ -219,11 +233,13 @@ def _check_source(source: TensorSource, config: "PreTrainedConfig", layout: File
                 "run (multi-token prediction). Load the model with transformers and save it again "
                 "(save_pretrained): that leaves such tensors out."
             )
+    return different
 
 
-def _fill(expansion: Expansion) -> None:
+def _fill(expansion: Expansion, untied: Collection[str]) -> None:
     """Give the expansion the rules and specs of all tensors."""
     after = file_layout(expansion.config).specs
+    after |= {name: expansion.source.specs[name] for name in untied}
     made: dict[str, Rule] = {}
     for layer, origins in expansion.plan.source_experts.items():
         made |= _expert_rules(expansion, layer, origins)

@@ -458,7 +458,7 @@ class SparseMixin:
         with _given(SimpleNamespace(input_ids=ids, mask=mask)):
             return super().__call__(*args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **more):
         def run_again(function, *args, **kwargs):
             """Runs the layer in the backward pass with what the forward pass was given."""
             inputs = _GIVEN.get()
@@ -470,7 +470,7 @@ class SparseMixin:
             return gradient_checkpointing_func(layer, *args, **kwargs)
 
         checkpoint = None if gradient_checkpointing_func is None else run_again
-        super()._set_gradient_checkpointing(enable, checkpoint)
+        super()._set_gradient_checkpointing(enable, checkpoint, **more)
 
     @torch.no_grad()
     def _init_weights(self, module):

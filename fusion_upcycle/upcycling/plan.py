@@ -12,9 +12,14 @@ from fusion_upcycle import expert_init
 from fusion_upcycle.architectures.base import LLAMA_FFN, DenseLayout, SharedExpert
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.split import SplitSource
-from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
 from fusion_upcycle.checkpoint.view import TurnedSource
-from fusion_upcycle.conversion.completeness import check_complete, check_shape, check_tied
+from fusion_upcycle.conversion.completeness import (
+    check_complete,
+    check_shape,
+    check_tied,
+    held_twice,
+)
 from fusion_upcycle.conversion.rules import (
     Carried,
     HashTable,
@@ -106,19 +111,12 @@ def plan_tensors(
         rules |= {prefix + name: Zeros() for name in dense.zeros}
     used = {name for layer in ffn_names.values() for names in layer for name in names.values()}
     used |= {name for name in source.specs if name.endswith(dense.derived)}
-    tied = (
-        {
-            family.live_slot(name, 1)[0]: family.live_slot(twin, 1)[0]
-            for name, twin in frame.layout.tied.items()
-        }
-        if dense.kept_whole
-        else frame.layout.tied
-    )
-    used |= check_tied(source, tied)
+    expected = dict(frame.layout.specs)
+    used |= _twins(source, frame, expected)
     for name in source.specs:
         if name not in used:
-            target = family.file_name(name) if dense.kept_whole else name
-            if target not in frame.layout.specs:
+            target = family.file_name(name)
+            if target not in expected:
                 raise UpcyclingError(
                     f"Source tensor {name} {list(source.specs[name].shape)} has no place in "
                     f"{class_name(frame.config)}: the model has something that config.json does "
@@ -135,10 +133,28 @@ def plan_tensors(
         resolved=frame.resolved,
         plan=plan,
         dtype=frame.dtype,
-        rules=(ordered := check_complete(source, rules, frame.layout.specs)),
-        specs={name: frame.layout.specs[name] for name in ordered},
+        rules=(ordered := check_complete(source, rules, expected)),
+        specs={name: expected[name] for name in ordered},
         ffn_names={layer: ffn_names[layer] for layer in plan.source_experts},
     )
+
+
+def _twins(source: TensorSource, frame: Frame, expected: dict[str, TensorSpec]) -> set[str]:
+    """Second names of tied tensors that need no place in the result.
+
+    Where transformers' class keeps a second tensor that differs, as T5's does, it is expected.
+    """
+    family = frame.architecture
+    tied = {
+        family.live_slot(name, 1)[0]: family.live_slot(twin, 1)[0]
+        for name, twin in frame.layout.tied.items()
+    }
+    if not family.may_untie:
+        return check_tied(source, tied)
+    equal, different = held_twice(source, tied)
+    for name in different:
+        expected[family.file_name(name)] = expected[family.file_name(tied[name])]
+    return equal
 
 
 def _as_ffns(source: TensorSource, frame: Frame, plan: DuplicationPlan) -> TensorSource:

@@ -11,7 +11,7 @@ Details of the proof, beside the common fields:
   rounding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fusion_upcycle.upcycling.upcycling import Upcycling
-
-FFN = Callable[[Tensor], Tensor]
 
 #: Largest difference of an exact conversion in half precision arithmetic, whose rounding is 1-3 %.
 LOADED_TOLERANCE = 0.3
@@ -164,7 +162,7 @@ def compare_streamed(
                 output: Tensor,
                 index: int = index,
                 layer: nn.Module = dense_layer,
-                ffn: FFN = ffn,
+                ffn: nn.Module = ffn,
                 seen: list[Taken] = seen,
             ) -> None:
                 with holding(dense, layer):
@@ -177,7 +175,7 @@ def compare_streamed(
 
             block.register_forward_hook(measure)
             if dense_ffn:
-                block.forward = ffn
+                block.forward = ffn.forward
             for layer in (dense_layer, moe_layer):
                 layer.register_forward_hook(lambda *_: bar.update(1) and None)
         outputs, is_logits = output_of(moe, inputs)

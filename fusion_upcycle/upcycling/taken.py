@@ -3,6 +3,7 @@
 Shapes: N tokens, E experts, C tokens per expert.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class Taken:
 
     Attributes:
         tokens_N: whether an expert took each token.
-        smallest_capacity: the least capacity factor at which every token is taken.
+        smallest_capacity: the least capacity factor at which every token is taken, by 0.01.
     """
 
     tokens_N: Tensor
@@ -51,5 +52,6 @@ def _smallest_capacity(logits_NE: Tensor, router: SparseRouter, rows: int) -> fl
     groups = rows if router.group == "sequence" else 1
     by_group = scores_NE.view(groups, -1, router.num_experts)
     places = by_group.argsort(1, descending=True).argsort(1)
-    needed = int(places.amin(-1).max()) + 1
-    return needed * router.num_experts / by_group.shape[1]
+    last = int(places.amin(-1).max())
+    # An expert takes ceil(C * N / E) tokens, and has to take more than `last`.
+    return math.floor(100 * last * router.num_experts / by_group.shape[1] + 1) / 100
