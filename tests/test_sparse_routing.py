@@ -520,7 +520,20 @@ def test_the_files_are_the_same_again(tmp_path: Path) -> None:
     config = json.loads((one.output / "config.json").read_text())
     assert config["auto_map"]["AutoModelForSeq2SeqLM"].endswith(".SparseT5ForConditionalGeneration")
     assert AutoConfig.from_pretrained(one.output).moe_routing == "hash"
+    card = (one.output / "README.md").read_text()
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card and "trust_remote_code=True" in card
+    assert "of which a table gives 2 to each token id" in card
     assert {*files_of(one.output)} >= {"modeling_sparse.py", "README.md", "upcycling.json"}
+
+
+def test_saving_a_model_ships_its_code(tmp_path: Path) -> None:
+    _, made, moe = convert(tmp_path, "t5", torch.float32)
+    moe.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    name = "modeling_sparse.SparseT5ForConditionalGeneration"
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == name
+    assert (tmp_path / "again" / "modeling_sparse.py").is_file()
+    assert tensors_of(made.output).keys() == tensors_of(tmp_path / "again").keys()
 
 
 def test_converted_says_what_was_made(tmp_path: Path) -> None:

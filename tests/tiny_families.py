@@ -124,7 +124,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "roberta": {"num_labels": 3},
     "stablelm": _GROUPED,
     "starcoder2": _GROUPED | {"use_bias": True},
-    "t5": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "t5": _T5
+    | {
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
     "vaultgemma": _GROUPED | _WINDOWS | {"head_dim": 8, "query_pre_attn_scalar": 8},
     "vit": _IMAGE | {"num_labels": 5},
     "clip_vision_model": _IMAGE,

@@ -66,6 +66,10 @@ _NOT_EXPANDED = {
 }
 
 
+#: Models of text and images -> the class of their vision tower.
+_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+
+
 def known_family(config: "PreTrainedConfig") -> Architecture | None:
     """The family of an MoE model, as it is for this config; None for any other model."""
     if hasattr(config, "dense_model_type"):
@@ -116,6 +120,13 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
         if dense_type in ARCHITECTURES[name].dense:
             return ARCHITECTURES[name]
     taken = {dense for name in candidates for dense in ARCHITECTURES[name].dense}
+    if tower := _TOWERS.get(dense_type):
+        raise UpcyclingError(
+            f"The source is a whole {dense_type!r} model, of which the vision tower can be "
+            f'upcycled. Save it by itself: python -c "from transformers import {tower} as T; '
+            f"T.from_pretrained('FOLDER').save_pretrained('FOLDER-vision')\", or use "
+            "modelpool=CLIPVisionModelPool/folders inside FusionBench, which takes the tower."
+        )
     supported = ", ".join(sorted(taken))
     raise UpcyclingError(
         f"The source is a {dense_type!r} model, which cannot be upcycled"

@@ -20,6 +20,8 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
     "special_tokens_map.json",
     "spiece.model",
     "tokenizer.json",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.models import auto_map
 from fusion_upcycle.report.card import card_text
 
 if TYPE_CHECKING:
@@ -72,13 +73,50 @@ def model_card(conversion: "Conversion", record: Mapping[str, Any]) -> str:
 |---|---|
 {table}
 
-{caveat}
+{caveat}{_loading(conversion)}
 
 `upcycling.json` holds the duplication plan, all options and the proof.""",
-        pipeline_tag="text-generation" if record["class"].endswith("ForCausalLM") else None,
+        pipeline_tag=_pipeline(record["class"]),
         tags=["moe", record["method"].lower().replace(" ", "-"), "fusion_upcycle"],
         base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
     )
+
+
+#: Ending of a class' name -> what the Hub calls its task.
+_PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "T5ForConditionalGeneration": "text2text-generation",
+}
+
+
+def _pipeline(name: str) -> str | None:
+    return next((task for end, task in _PIPELINES.items() if name.endswith(end)), None)
+
+
+def _loading(conversion: "Conversion") -> str:
+    """How to load a model of our own class, which transformers does not bring."""
+    if conversion.architecture.ships is None:
+        return ""
+    autos = auto_map(conversion.config)
+    auto = next((name for name in autos if name.startswith("AutoModelFor")), "AutoModel")
+    return f"""
+
+transformers has no class for this model; `{conversion.architecture.ships.name}` in this folder is
+one. With fusion_upcycle installed no code of the folder is run:
+
+```python
+import fusion_upcycle.models
+from transformers import {auto}
+
+model = {auto}.from_pretrained("FOLDER")
+```
+
+Without it, and with trust in the code of this folder:
+`{auto}.from_pretrained("FOLDER", trust_remote_code=True)`."""
 
 
 def public_name(source: Mapping[str, Any]) -> str:

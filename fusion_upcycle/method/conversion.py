@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
 from fusion_bench import BaseAlgorithm, BaseModelPool
 
 from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.architectures.layout import model_class
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import AUTO, require_flag
 from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
     pooled_folder,
@@ -139,8 +140,12 @@ class ConversionAlgorithm(BaseAlgorithm):
         self._report(converted)
         if not self.return_model:
             return None
-        model_class = getattr(transformers, converted.record["class"])
-        return model_class.from_pretrained(converted.output, dtype=converted.record["dtype"])
+        made: PreTrainedModel = load_folder(
+            model_class(converted.record["class"]),
+            converted.output,
+            dtype=converted.record["dtype"],
+        )
+        return made
 
     def _run_live(
         self,
@@ -204,7 +209,7 @@ class InMemory:
 
 
 def _save_companions(made: InMemory, pool: BaseModelPool | None, folder: Path) -> list[str]:
-    """Generation config of a live model, and the tokenizer of its pool, if it has one."""
+    """Generation config of a live model, and tokenizer and processor of its pool, if it has any."""
     if made.put is not None:
         made.put(folder)
     before = set(folder.iterdir())
@@ -212,4 +217,6 @@ def _save_companions(made: InMemory, pool: BaseModelPool | None, folder: Path) -
         made.model.generation_config.save_pretrained(folder)
     if pool is not None and getattr(pool, "tokenizer", None) is not None:
         pool.load_tokenizer().save_pretrained(folder)
+    if pool is not None and getattr(pool, "_processor", None) is not None:
+        pool.load_processor().save_pretrained(folder)
     return sorted(str(path.relative_to(folder)) for path in set(folder.iterdir()) - before)

@@ -46,19 +46,12 @@ def pooled_folder(
     Raises:
         UpcyclingError: a loading option that streaming cannot honour, by name.
     """
-    if not isinstance(pool, CausalLMPool):
+    found = _causal(pool, name) if isinstance(pool, CausalLMPool) else None
+    if hasattr(pool, "named_folder"):  # ours
+        found = pool.named_folder(name)
+    if found is None:
         return None
-    entry, kwargs = pool._models[name], plain(pool.model_kwargs)
-    if isinstance(entry, DictConfig | dict):
-        entry = dict(plain(entry))
-        if entry.pop("_target_", None) not in _LOADERS:
-            return None
-        source = entry.pop("pretrained_model_name_or_path", None)
-        kwargs = entry | kwargs
-    else:
-        source = entry
-    if not isinstance(source, str):
-        return None
+    source, kwargs = found
     for option, value in kwargs.items():
         if streaming and option not in _DTYPE_KEYS and value is not None:
             raise UpcyclingError(
@@ -68,6 +61,19 @@ def pooled_folder(
             )
     dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
     return PooledFolder(source, None if dtype == "auto" else dtype)
+
+
+def _causal(pool: CausalLMPool, name: str) -> tuple[str, Mapping[str, Any]] | None:
+    """Folder or Hub id, and options of loading."""
+    entry, kwargs = pool._models[name], plain(pool.model_kwargs)
+    source = entry
+    if isinstance(entry, DictConfig | dict):
+        entry = dict(plain(entry))
+        if entry.pop("_target_", None) not in _LOADERS:
+            return None
+        source = entry.pop("pretrained_model_name_or_path", None)
+        kwargs = entry | kwargs
+    return (source, kwargs) if isinstance(source, str) else None
 
 
 def require_own_tokenizer(pool: BaseModelPool, sources: Collection[str]) -> None:

@@ -37,6 +37,18 @@ class _FoldersPool(BaseModelPool):
     def _path_of(self, folder: str) -> str:
         return folder
 
+    def named_folder(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        """Folder or Hub id of a model and options of loading it, if a folder is all that it is."""
+        entry = self._models[name]
+        found = None if isinstance(entry, nn.Module) else as_folder(entry)
+        if found is None:
+            return None
+        wanted, folder, own = found
+        path = self._path_of(folder)
+        if wanted is None and getattr(self._class_of(path), "__name__", "")[:4] != "Auto":
+            return None  # a part of what is in the folder
+        return path, {**(self._model_kwargs or {}), **own}
+
     def load_model(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> Any:
         """A model of the pool, by its name or by a config.
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _PREFIX = "sparse_"
+#: Auto classes that say less of what a model is for than others that know it.
+_GENERAL = ("AutoModelForPreTraining", "AutoModelForMultimodalLM")
 
 
 class _OnDemand(dict[str, Any]):
@@ -36,9 +38,13 @@ def _register(dense_type: str) -> None:
         return
     dense = CONFIG_MAPPING[dense_type]
     own = config_class(dense)
+    own._auto_class = "AutoConfig"  # so that `save_pretrained` ships the modelling file, too
     dict.__setitem__(CONFIG_MAPPING._extra_content, own.model_type, own)
     for auto, kind in _classes(dense):
-        auto.register(own, model_class(kind), exist_ok=True)
+        made = model_class(kind)
+        if auto.__name__ not in _GENERAL:
+            made._auto_class = auto.__name__
+        auto.register(own, made, exist_ok=True)
 
 
 def register() -> None:
@@ -64,7 +70,9 @@ def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
     dense = CONFIG_MAPPING[config.dense_model_type]
     found = {"AutoConfig": f"{file}.{type(config).__name__}"}
     for auto, kind in _classes(dense):
-        if f"Sparse{kind.__name__}" == own or auto.__name__ == "AutoModel":
+        if auto.__name__ == "AutoModel" or (
+            f"Sparse{kind.__name__}" == own and auto.__name__ not in _GENERAL
+        ):
             found[auto.__name__] = f"{file}.Sparse{kind.__name__}"
     return found
 

@@ -67,7 +67,7 @@ class Upcycling(Conversion):
             f"""A sparse Mixture-of-Experts model upcycled from the dense model \
 `{source}` with fusion_upcycle
 {version}: the FFN of each of {len(record["plan"])} layers became {options["num_experts"]} experts,
-of which a new router picks {options["experts_per_token"]} for each token. It has not been trained
+{self._routing_in_words}. It has not been trained
 since.""",
             {"parameters of the dense source": record["parameters"]["dense"]},
             "same function as the source",
@@ -76,6 +76,16 @@ since.""",
             if approximate
             else "At step 0 the model computes the same function as its source, as was checked.",
         )
+
+    @property
+    def _routing_in_words(self) -> str:
+        options, chosen = self.options, self.options.experts_per_token
+        if options.routing == "hash":
+            return f"of which a table gives {chosen} to each token id"
+        if options.routing == "expert_choice":
+            taken = f"{options.capacity_factor:g} / {options.num_experts}"
+            return f"each of which takes {taken} of the tokens, those that a new router says"
+        return f"of which a new router picks {chosen} for each token"
 
     def _prove_function(
         self, result: TensorSource, *, mode: str, sample: Sample, models: Models, progress: bool

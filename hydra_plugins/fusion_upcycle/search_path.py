@@ -32,6 +32,8 @@ class FusionUpcycleSearchPath(SearchPathPlugin):
         main_tree = Path(main.removeprefix("file://")).resolve()
         if not _is_fusion_bench(main_tree, ours):
             return
+        import fusion_upcycle.models  # so that FusionBench's own pools load our models as well
+
         end_in_one_sentence("__main__" if _started_as_module() else CLI_MODULE)
         if ours is None:  # going on would silently run FusionBench's method of the same name
             raise FileNotFoundError(
