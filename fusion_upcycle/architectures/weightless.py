@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 class WeightlessSource:
     """The tensors that a checkpoint of this config holds, as a `TensorSource` that has no data."""
 
+    has_data = False
+
     def __init__(self, config: "PreTrainedConfig"):
         self._name = class_name(config)
-        self.specs = file_layout(config).specs
+        layout = file_layout(config)
+        self.specs = layout.specs
+        # T5 1.1 has a head of its own. Its config says so by this alone: it calls all heads tied.
+        if not getattr(config, "scale_decoder_outputs", True):
+            self.specs |= {name: self.specs[layout.tied[name]] for name in ["lm_head.weight"]}
 
     def tensor(self, name: str) -> Tensor:
         self._refuse(name)

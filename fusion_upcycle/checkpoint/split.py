@@ -24,6 +24,7 @@ class SplitSource:
 
     def __init__(self, source: TensorSource, splits: Mapping[str, Sequence[tuple[str, int]]]):
         self._source = source
+        self.has_data = getattr(source, "has_data", True)
         self.specs: dict[str, TensorSpec] = {}
         #: name of a part -> fused name, first element, last element
         self._ranges: dict[str, tuple[str, int, int]] = {}

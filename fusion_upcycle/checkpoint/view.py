@@ -16,6 +16,7 @@ class RenamedSource:
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]):
         self._source, self._names = source, names
+        self.has_data = getattr(source, "has_data", True)
         self.specs = {name: source.specs[own] for name, own in names.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -44,6 +45,7 @@ class TurnedSource:
 
     def __init__(self, source: TensorSource, endings: Collection[str]):
         self._source = source
+        self.has_data = getattr(source, "has_data", True)
         self.specs: dict[str, TensorSpec] = {}
         for name, spec in source.specs.items():
             if name.endswith(tuple(endings)):
