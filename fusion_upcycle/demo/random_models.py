@@ -22,6 +22,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.3,
     },
+    # Seed-OSS's defaults are published dropouts, one of which no target has.
+    "seed_oss": {"head_dim": 12, "residual_dropout": 0.0},
     "youtu": {
         "kv_lora_rank": 12,
         "q_lora_rank": 10,
