@@ -28,6 +28,12 @@ from fusion_upcycle.errors import UpcyclingError
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 LONGROPE = {"rope": "longrope", "original_max_position_embeddings": 16}
+#: Never scales queries, so that it can be longer than it was.
+MINISTRAL3 = dict(
+    dense_model("ministral3").config.rope_parameters,
+    original_max_position_embeddings=16,
+    llama_4_scaling_beta=0.0,
+)
 WINDOW = {"use_sliding_window": True, "sliding_window": 12}
 
 #: (source, its fields, target, options of the conversion)
@@ -50,6 +56,8 @@ MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("olmo2", {"rope": "yarn"}, "flex_olmo", {}),
     ("phi3", {"sliding_window": 12}, "mixtral", {}),
     ("phi3", LONGROPE, "mixtral", {}),
+    ("ministral3", {}, "mixtral", {}),
+    ("ministral3", {"rope_parameters": MINISTRAL3, "sliding_window": None}, "mixtral", {}),
     ("granite", {}, "granitemoe", {}),
     ("granite", {"attention_bias": True, "tie_word_embeddings": True}, "granitemoe", {}),
     ("llama", {"attention_bias": True, "head_dim": 12}, "granitemoe", {}),
@@ -190,6 +198,12 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
         ("seed_oss", {"mlp_bias": True}, {}, "mlp_bias=True"),
         ("phi3", {"resid_pdrop": 0.1}, {}, "resid_pdrop=0.1"),
         ("phi3", {"partial_rotary_factor": 0.75}, {}, "partial_rotary_factor=0.75"),
+        (
+            "ministral3",
+            {"max_position_embeddings": 65},
+            {},
+            "from position 64 on.*llama_4_scaling_beta=0.3.*of up to 64 tokens",
+        ),
         ("granite", {"mlp_bias": True}, {}, "mlp_bias=True"),
         ("llama", {"mlp_bias": True}, {"target": "granitemoe"}, "mlp_bias=True"),
         ("ernie4_5", {"use_bias": True}, {}, "use_bias=True"),
@@ -319,6 +333,14 @@ def test_an_unknown_rope_type_is_refused_by_every_family(
     edit_config(source, rope_parameters=ROPES[rope])
     with pytest.raises(UpcyclingError, match=rope):
         convert(source, tmp_path / "moe", target=target)
+
+
+@pytest.mark.parametrize("name", ["llama_4_scaling_beta", "factor"])
+def test_a_ministral3_says_how_far_its_rope_and_queries_go(name: str, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "ministral3")
+    edit_config(source, rope_parameters=MINISTRAL3 | {name: None})
+    with pytest.raises(UpcyclingError, match=f"rope_parameters does not say {name}"):
+        convert(source, tmp_path / "moe")
 
 
 MINICPM = {

@@ -55,6 +55,7 @@ class DenseLayout:
             where no norm stands between, as in models with norms after attention and FFN.
         zero_centred_norms: whether norms multiply by 1 + weight.
         kept_whole: whether layers that stay dense keep their tensors as the source has them.
+        remapped_fields: as an `Architecture`'s, for this dense family alone.
     """
 
     ffn: Mapping[str, str] = field(default_factory=lambda: LLAMA_FFN)
@@ -66,6 +67,7 @@ class DenseLayout:
     router_norm: str | None = "post_attention_layernorm.weight"
     zero_centred_norms: bool = False
     kept_whole: bool = False
+    remapped_fields: frozenset[str] = frozenset()
 
 
 LLAMA_LAYOUT = DenseLayout()

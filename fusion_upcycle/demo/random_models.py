@@ -22,6 +22,18 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.3,
     },
+    "ministral3": {
+        "sliding_window": 12,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 3456.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
     # Seed-OSS's defaults are published dropouts, one of which no target has.
     "seed_oss": {"head_dim": 12, "residual_dropout": 0.0},
     "youtu": {
