@@ -122,7 +122,7 @@ def test_rows_are_float32_of_the_hidden_size(init: object) -> None:
 
 PAIRS = [(dense, target) for target, found in ARCHITECTURES.items() for dense in found.dense]
 #: Dense families without a norm before the FFN.
-NO_NORM = {"olmo2"}
+NO_NORM = {"olmo2", "olmo3"}
 
 
 @pytest.mark.parametrize(("dense", "target"), PAIRS, ids=str)

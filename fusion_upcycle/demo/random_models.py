@@ -22,6 +22,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.3,
     },
+    "olmo3": {"layer_types": ["full_attention"] * 2},
     "ministral3": {
         "sliding_window": 12,
         "rope_parameters": {
@@ -109,6 +110,7 @@ def random_dense(
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    parameters = dict(ROPES[rope])
     config = AutoConfig.for_model(
         family,
         **{
@@ -120,7 +122,7 @@ def random_dense(
             "num_key_value_heads": 2,
             "max_position_embeddings": 16 if rope == "dynamic" else 64,
             "rms_norm_eps": 3e-3,
-            "rope_parameters": dict(ROPES[rope]),
+            "rope_parameters": {"full_attention": parameters} if family == "olmo3" else parameters,
             "tie_word_embeddings": False,
             "bos_token_id": 3,
             "eos_token_id": 5,
