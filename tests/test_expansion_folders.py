@@ -21,6 +21,7 @@ from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_op
 from fusion_upcycle.expansion.plan import plan_expansion
 from fusion_upcycle.expert_init import EXPERT_INITS, noise
 from fusion_upcycle.experts import Expert
+from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.verify import verify
 
 
@@ -89,6 +90,14 @@ def test_an_moe_of_an_unknown_family_is_refused_with_the_reason(tmp_path: Path) 
     config.quantization_config = None
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     refuses(tmp_path / "moe", r"'gpt_oss'.*biases.*interleaved.*Supported: mixtral, .*olmoe")
+
+
+def test_a_variant_whose_router_is_another_is_refused(tmp_path: Path) -> None:
+    """Its rows would be extended, and its balance watched, as those of a softmax."""
+    moe_folder(tmp_path / "moe", "cohere2_moe", expert_selection_fn="sigmoid")
+    refuses(tmp_path / "moe", "expert_selection_fn='sigmoid' is not known here")
+    with pytest.raises(UpcyclingError, match="expert_selection_fn='sigmoid'"):
+        find_routers(load(tmp_path / "moe"))
 
 
 def test_a_family_that_can_only_be_expanded_is_no_target(tmp_path: Path) -> None:

@@ -71,6 +71,11 @@ MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("llama", {"rope": "llama3"}, "glm4_moe", {"shared_expert": "zero"}),
     ("youtu", {}, "deepseek_v3", {}),
     ("youtu", {"q_lora_rank": None, "rope": "yarn"}, "deepseek_v3", {"shared_expert": "copy"}),
+    ("cohere2", {}, "cohere2_moe", {}),
+    ("cohere2", {"attention_bias": True, "tie_word_embeddings": True}, "cohere2_moe", {}),
+    ("cohere", {}, "cohere2_moe", {}),
+    ("cohere", {"attention_bias": True, "rope": "dynamic"}, "cohere2_moe", {}),
+    ("cohere2", {"rope": "yarn"}, "cohere2_moe", {}),
     ("qwen3_5_text", {"rope": "mrope"}, "qwen3_5_moe_text", {}),
     ("qwen3_5_text", {"attention_bias": True}, "qwen3_5_moe_text", {"shared_expert": "none"}),
 ]
@@ -212,6 +217,9 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
             {},
             r"layer_types gives layers \[1\] a sliding window of 12",
         ),
+        ("cohere", {"use_qk_norm": True}, {}, "use_qk_norm=True.*no norms on q and k"),
+        ("cohere2", {"use_qk_norm": True}, {}, "use_qk_norm=True.*own class ignores it"),
+        ("cohere2", {"rms_norm_eps": 1e-5}, {}, "rms_norm_eps=1e-05.*remove it"),
         ("granite", {"mlp_bias": True}, {}, "mlp_bias=True"),
         ("llama", {"mlp_bias": True}, {"target": "granitemoe"}, "mlp_bias=True"),
         ("ernie4_5", {"use_bias": True}, {}, "use_bias=True"),
@@ -252,6 +260,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
     },
     "youtu": {"mlp_bias": False},
+    "cohere2": {
+        "cache_implementation": "hybrid",
+        "layer_switch": 4,
+        "order_of_interleaved_layers": "local_attn_first",
+        "position_embedding_type": "rope_gptj",
+        "rotary_pct": 1.0,
+        "sliding_window_pattern": 4,
+        "use_embedding_sharing": True,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_parallel_embedding": True,
+        "use_qk_norm": False,
+    },
 }
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.cohere2_moe import COHERE2_MOE
 from fusion_upcycle.architectures.deepseek_v3 import DEEPSEEK_V3
 from fusion_upcycle.architectures.ernie4_5_moe import ERNIE4_5_MOE
 from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
@@ -47,6 +48,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "ernie4_5_moe": ERNIE4_5_MOE,
         "deepseek_v3": DEEPSEEK_V3,
         "glm4_moe": GLM4_MOE,
+        "cohere2_moe": COHERE2_MOE,
         "sparse": SPARSE,
     },
     _check,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fusion_upcycle.architectures.layout import layer_prefix, target_class
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import ALL_PARTS
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ class Architecture:
         may_untie: whether the class keeps a second tensor that its config says is tied and that
             differs in the file, as transformers does for any.
         ships: modelling file of our own that goes into an output folder.
+        known_fields: fields of the MoE's config -> the only value with which what is said here is
+            true; another one is refused where an MoE is read.
     """
 
     name: str
@@ -170,6 +173,20 @@ class Architecture:
     asks_transformers: bool = False
     ships: Path | None = None
     may_untie: bool = False
+    known_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_known(self, config: "PreTrainedConfig") -> None:
+        """Refuse an MoE of this family that is another than is known here.
+
+        Raises:
+            UpcyclingError: one of `known_fields` has another value.
+        """
+        for name, only in self.known_fields.items():
+            if (value := getattr(config, name, only)) != only:
+                raise UpcyclingError(
+                    f"config.json of the {self.name} model: {name}={value!r} is not known here, "
+                    f"only {only!r} is. No remedy is known."
+                )
 
     @property
     def packed_names(self) -> tuple[str, str]:

@@ -22,6 +22,15 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.3,
     },
+    "cohere": {"layer_norm_eps": 3e-3, "rms_norm_eps": None, "logit_scale": 0.7},
+    # One layer of each kind of attention; Cohere 2 has LayerNorm, and scales its logits.
+    "cohere2": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 12,
+        "layer_norm_eps": 3e-3,
+        "rms_norm_eps": None,
+        "logit_scale": 0.7,
+    },
     "olmo3": {"layer_types": ["full_attention"] * 2},
     "ministral3": {
         "sliding_window": 12,

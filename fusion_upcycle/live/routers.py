@@ -107,7 +107,8 @@ def find_routers(model: "PreTrainedModel") -> Routers:
     """The routers of a model; none for a dense one.
 
     Raises:
-        UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`.
+        UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`, or
+            one that is not as known there.
     """
     config = model.config.get_text_config()
     architecture = known_family(config)
@@ -119,6 +120,7 @@ def find_routers(model: "PreTrainedModel") -> Routers:
                 "To add one: a file in fusion_upcycle/architectures."
             )
         return Routers({})
+    architecture.check_known(config)
     path = architecture.live_router_name.removesuffix(".weight")
     modules = architecture.layer_modules(model, path)
     if not modules:
