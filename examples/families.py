@@ -34,6 +34,9 @@ SHAPE = {
 FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 64},
     "youtu": {"num_key_value_heads": 8},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "olmo3": {"layer_types": ["full_attention"] * 4},
     "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
 }
 FIELDS["qwen3_5_text"]["num_hidden_layers"] = 6

@@ -76,9 +76,8 @@ def test_each_token_gets_its_experts_with_their_weights(
     shared = "none" if family.shared is None else "zero"
     convert(tmp_path / "dense", tmp_path / "moe", target=target, shared_expert=shared)
     moe = load(tmp_path / "moe")
-    bias = family.routing.selection_bias
     sizes = dict.fromkeys(family.packed_names, 0.2) | {family.live_router_name: 0.2}
-    sizes |= {family.live_names.get(bias, bias): 0.1} if bias else {}
+    sizes |= {family.live_bias_name: 0.1} if family.live_bias_name else {}
     generator = torch.Generator().manual_seed(3)
     for name, tensor in moe.state_dict().items():  # biases are buffers in some families
         for ending, size in sizes.items():

@@ -215,7 +215,10 @@ def test_each_expert_gets_the_moments_of_the_ffn_it_was_made_from(
         for layer in range(2):
             prefix = f"model.layers.{layer}."
             experts = prefix + architecture.experts_module
-            ffn = {p: dense[f"{prefix}mlp.{p}_proj.weight/{kind}"] for p in ("gate", "up", "down")}
+            ffn = {
+                part.partition("_")[0]: dense[f"{prefix}{name}/{kind}"]
+                for part, name in architecture.dense[dense_type].ffn.items()
+            }
             packed = moments[f"{experts}.gate_up_proj"][kind]
             for expert in range(3):
                 assert torch.equal(packed[expert], torch.cat([ffn["gate"], ffn["up"]]))

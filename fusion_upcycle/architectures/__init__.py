@@ -9,6 +9,7 @@ from fusion_upcycle.architectures.ernie4_5_moe import ERNIE4_5_MOE
 from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
 from fusion_upcycle.architectures.glm4_moe import GLM4_MOE
 from fusion_upcycle.architectures.granitemoe import GRANITEMOE
+from fusion_upcycle.architectures.lfm2_moe import LFM2_MOE
 from fusion_upcycle.architectures.mixtral import MIXTRAL
 from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
@@ -49,6 +50,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "deepseek_v3": DEEPSEEK_V3,
         "glm4_moe": GLM4_MOE,
         "cohere2_moe": COHERE2_MOE,
+        "lfm2_moe": LFM2_MOE,
         "sparse": SPARSE,
     },
     _check,

@@ -57,6 +57,8 @@ class DenseLayout:
         zero_centred_norms: whether norms multiply by 1 + weight.
         kept_whole: whether layers that stay dense keep their tensors as the source has them.
         remapped_fields: as an `Architecture`'s, for this dense family alone.
+        plain_config: config -> one of the same model whose `intermediate_size` is the FFN's width,
+            where the family may say it in another way.
     """
 
     ffn: Mapping[str, str] = field(default_factory=lambda: LLAMA_FFN)
@@ -69,6 +71,7 @@ class DenseLayout:
     zero_centred_norms: bool = False
     kept_whole: bool = False
     remapped_fields: frozenset[str] = frozenset()
+    plain_config: Callable[["PreTrainedConfig"], "PreTrainedConfig"] | None = None
 
 
 LLAMA_LAYOUT = DenseLayout()
@@ -300,6 +303,12 @@ class Architecture:
     def live_router_name(self) -> str:
         """Live name of the router weight."""
         return self.live_names.get(self.router_name, self.router_name)
+
+    @property
+    def live_bias_name(self) -> str | None:
+        """Live name of the selection bias; None without one."""
+        bias = self.routing.selection_bias
+        return None if bias is None else self.live_names.get(bias, bias)
 
     def place(self, expert: int, part: str, elements: int) -> Place:
         """Where the files have one matrix of `elements` = F * D elements."""

@@ -31,6 +31,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": None,
         "logit_scale": 0.7,
     },
+    # A convolution and attention; an FFN of width 48, said as that of an ungated one.
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "norm_eps": 3e-3,
+        "intermediate_size": 68,
+        "block_multiple_of": 8,
+    },
     "olmo3": {"layer_types": ["full_attention"] * 2},
     "ministral3": {
         "sliding_window": 12,
