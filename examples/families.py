@@ -36,6 +36,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "youtu": {"num_key_value_heads": 8},
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "hunyuan_v1_dense": {"head_dim": 32},
     "olmo3": {"layer_types": ["full_attention"] * 4},
     "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
 }

@@ -100,6 +100,12 @@ def test_a_variant_whose_router_is_another_is_refused(tmp_path: Path) -> None:
         find_routers(load(tmp_path / "moe"))
 
 
+def test_a_number_of_experts_per_token_for_each_layer_is_refused(tmp_path: Path) -> None:
+    moe_folder(tmp_path / "moe", "hunyuan_v1_moe")
+    edit_config(tmp_path / "moe", moe_topk=[2, 1])
+    refuses(tmp_path / "moe", r"moe_topk=\[2, 1\] is not known here, only int is")
+
+
 def test_a_family_that_can_only_be_expanded_is_no_target(tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", "olmo2")
     with pytest.raises(UpcyclingError, match=r"no dense model becomes a olmoe.*flex_olmo"):

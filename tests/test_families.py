@@ -79,6 +79,13 @@ MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("lfm2", {}, "lfm2_moe", {}),
     ("lfm2", {"conv_bias": True, "tie_word_embeddings": True, "rope": "yarn"}, "lfm2_moe", {}),
     ("lfm2", {"block_auto_adjust_ff_dim": False, "intermediate_size": 48}, "lfm2_moe", {}),
+    ("hunyuan_v1_dense", {"tie_word_embeddings": True}, "hunyuan_v1_moe", {}),
+    (
+        "hunyuan_v1_dense",
+        {"attention_bias": True, "rope_parameters": ROPES["dynamic"] | {"alpha": 7.0}},
+        "hunyuan_v1_moe",
+        {"shared_expert": "none"},
+    ),
     ("qwen3_5_text", {"rope": "mrope"}, "qwen3_5_moe_text", {}),
     ("qwen3_5_text", {"attention_bias": True}, "qwen3_5_moe_text", {"shared_expert": "none"}),
 ]
@@ -222,6 +229,8 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
             {},
             r"layer_types gives layers \[1\] a sliding window of 12",
         ),
+        ("hunyuan_v1_dense", {"use_cla": True}, {}, "use_cla=True.*own class ignores it"),
+        ("hunyuan_v1_dense", {}, {"granularity": 2}, "as a routed one: 24, not 48.*=zero"),
         ("lfm2", {"use_pos_enc": False}, {}, "use_pos_enc=False.*own class ignores it"),
         ("cohere", {"use_qk_norm": True}, {}, "use_qk_norm=True.*no norms on q and k"),
         ("cohere2", {"use_qk_norm": True}, {}, "use_qk_norm=True.*own class ignores it"),
@@ -366,7 +375,9 @@ every_pair = pytest.mark.parametrize(("family", "target"), PAIRS)
 def test_the_config_says_what_was_asked_for(family: str, target: str, tmp_path: Path) -> None:
     """Identical experts give the same function for any k, so that the proof would not notice."""
     source = dense_folder(tmp_path / "dense", family, attention_dropout=0.125)
-    options = {"num_experts": 6, "experts_per_token": 3, "granularity": 3}
+    options: dict[str, Any] = {"num_experts": 6, "experts_per_token": 3, "granularity": 3}
+    if target == "hunyuan_v1_moe":
+        options["shared_expert"] = "zero"
     convert(source, tmp_path / "moe", target=target, **options)
     config = AutoConfig.from_pretrained(tmp_path / "moe")
     assert config.num_experts_per_tok == 3

@@ -142,7 +142,7 @@ def test_the_logits_at_step_0_have_the_asked_for_std_in_every_family(
         made.eval()(ids, use_cache=False)
     assert len(inputs) == 2
     for layer, x_ND in inputs.items():
-        weight_ED = routers.modules[layer].weight.detach()
+        weight_ED = routers.weight(layer).detach()
         size = x_ND.square().mean().sqrt() if dense in NO_NORM else 1.0
         assert (x_ND @ weight_ED.T).std() == pytest.approx(2.0 * float(size), rel=0.15), layer
 

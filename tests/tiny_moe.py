@@ -61,6 +61,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"],
         "routed_scaling_factor": 1.7,
     },
+    "hunyuan_v1_moe": {"head_dim": 12},
     "glm4_moe": {"first_k_dense_replace": 1, "head_dim": 12} | _GROUPS,
 }
 

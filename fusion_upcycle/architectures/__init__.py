@@ -9,6 +9,7 @@ from fusion_upcycle.architectures.ernie4_5_moe import ERNIE4_5_MOE
 from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
 from fusion_upcycle.architectures.glm4_moe import GLM4_MOE
 from fusion_upcycle.architectures.granitemoe import GRANITEMOE
+from fusion_upcycle.architectures.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from fusion_upcycle.architectures.lfm2_moe import LFM2_MOE
 from fusion_upcycle.architectures.mixtral import MIXTRAL
 from fusion_upcycle.architectures.olmoe import OLMOE
@@ -51,6 +52,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "glm4_moe": GLM4_MOE,
         "cohere2_moe": COHERE2_MOE,
         "lfm2_moe": LFM2_MOE,
+        "hunyuan_v1_moe": HUNYUAN_V1_MOE,
         "sparse": SPARSE,
     },
     _check,

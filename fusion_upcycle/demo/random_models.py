@@ -31,6 +31,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": None,
         "logit_scale": 0.7,
     },
+    "hunyuan_v1_dense": {"head_dim": 12},
     # A convolution and attention; an FFN of width 48, said as that of an ungated one.
     "lfm2": {
         "layer_types": ["conv", "full_attention"],

@@ -95,6 +95,13 @@ class Routers:
         scores = logits.float().sigmoid()
         return scores / scores.sum(-1, keepdim=True)
 
+    def weight(self, layer: int) -> nn.Parameter:
+        """The router's weight [E, D] in an MoE layer."""
+        assert self.architecture is not None
+        name = self.architecture.live_router_name
+        inside = name.removeprefix(self.architecture.live_router_module + ".")
+        return self.modules[layer].get_parameter(inside)
+
     def selection_biases(self) -> list[Tensor]:
         """The biases of the choice of experts, as the model holds them; none if it has none."""
         if self.architecture is None or self.architecture.live_bias_name is None:
@@ -121,7 +128,7 @@ def find_routers(model: "PreTrainedModel") -> Routers:
             )
         return Routers({})
     architecture.check_known(config)
-    path = architecture.live_router_name.removesuffix(".weight")
+    path = architecture.live_router_module
     modules = architecture.layer_modules(model, path)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
