@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import dense_folder, edit_config, edit_tensors, load, tensors_of
 from tiny_moe import moe_folder
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
@@ -90,6 +91,29 @@ def test_an_moe_of_an_unknown_family_is_refused_with_the_reason(tmp_path: Path) 
     config.quantization_config = None
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     refuses(tmp_path / "moe", r"'gpt_oss'.*biases.*interleaved.*Supported: mixtral, .*olmoe")
+
+
+def test_nllb_moe_is_refused_as_long_as_its_class_is_broken(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "nllb-moe", d_model=16, num_experts=4, moe_token_dropout=0.0, expert_capacity=64
+    )
+    torch.manual_seed(0)
+    block, x_ND = NllbMoeSparseMLP(config, 24).eval(), torch.randn(20, 16)
+    with torch.no_grad():
+        found = block(x_ND[None])[0]
+        _, weights_NE, _ = block.router(x_ND)
+        w_N2 = weights_NE.topk(2).values  # of the experts that were chosen, whichever they are
+        one, zero = block.experts["expert_1"](x_ND), block.experts["expert_0"](x_ND)
+        every_token = w_N2[:, :1] * one + w_N2[:, 1:] * zero
+    # Where this fails, transformers has repaired it: `_BROKEN` may lose its entry.
+    torch.testing.assert_close(found, every_token)
+
+    (tmp_path / "moe").mkdir()
+    config.save_pretrained(tmp_path / "moe")
+    refuses(tmp_path / "moe", "'nllb-moe' model, which cannot be expanded.*w1 . expert 1")
+    dense = dense_folder(tmp_path / "dense", "llama")
+    with pytest.raises(UpcyclingError, match=r"target=nllb_moe.*w1 . expert 1.*another target"):
+        convert(dense, tmp_path / "out", target="nllb_moe")
 
 
 def test_a_variant_whose_router_is_another_is_refused(tmp_path: Path) -> None:

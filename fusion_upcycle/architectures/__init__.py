@@ -71,6 +71,13 @@ _NOT_EXPANDED = {
     "no expert here can say",
 }
 
+#: MoE families whose class in transformers computes something else than it should -> what.
+_BROKEN = dict.fromkeys(
+    ("nllb-moe", "nllb_moe"),
+    "its class in transformers (5.23, 5.24) takes the mask of the chosen experts for their "
+    "numbers, so that every token gets w1 * expert 1 + w2 * expert 0, whichever were chosen",
+)
+
 
 def known_family(config: "PreTrainedConfig") -> Architecture | None:
     """The family of an MoE model, as it is for this config; None for any other model."""
@@ -93,7 +100,8 @@ def moe_family(config: "PreTrainedConfig") -> Architecture:
             f"The source is a dense {model_type!r} model, which has no experts to duplicate. Make "
             "an MoE of it first, with sparse_upcycling."
         )
-    reason = f": {_NOT_EXPANDED[model_type]}" if model_type in _NOT_EXPANDED else ""
+    why = (_NOT_EXPANDED | _BROKEN).get(model_type)
+    reason = f": {why}" if why else ""
     raise UpcyclingError(
         f"The source is a {model_type!r} model, which cannot be expanded{reason}. Supported: "
         f"{', '.join(MOE_FAMILIES)}."
@@ -110,6 +118,8 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     Raises:
         UpcyclingError: lists what the target, or any target, takes.
     """
+    if target in _BROKEN:
+        raise UpcyclingError(f"target={target}: {_BROKEN[target]}. Choose another target.")
     if target != AUTO and target in MOE_FAMILIES and not MOE_FAMILIES[target].dense:
         raise UpcyclingError(
             f"target={target}: no dense model becomes a {target}; it can be expanded only. Choose "
