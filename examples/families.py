@@ -41,6 +41,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
 }
 FIELDS["qwen3_5_text"]["num_hidden_layers"] = 6
+FIELDS["ministral3"] = {
+    "rope_parameters": dict(
+        random_dense("ministral3").config.rope_parameters,
+        original_max_position_embeddings=SHAPE["max_position_embeddings"],
+    )
+}
 EIGHT = {"num_experts": 8, "experts_per_token": 2}
 #: What is asked for -> options, on the trained demo Llama (FFN of 384 neurons).
 SHARDS: dict[str, dict[str, Any]] = {

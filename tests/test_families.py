@@ -201,7 +201,7 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
     ("family", "fields", "options", "match"),
     [
         ("llama", {"attention_bias": True}, {"target": "qwen2_moe"}, "attention_bias=True"),
-        ("qwen2", {}, {"target": "mixtral"}, "'qwen2'.* to mixtral.*llama, mistral"),
+        ("qwen2", {}, {"target": "mixtral"}, "'qwen2'.* to mixtral.*llama, ministral3, mistral"),
         ("llama", {}, {"target": "mixtrall"}, "Did you mean 'mixtral'"),
         ("llama", {}, {"shared_expert": "copy"}, "mixtral has no shared expert"),
         ("qwen2", {}, {"shared_expert": "half"}, "Unknown shared_expert 'half'"),
@@ -212,6 +212,7 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
             "layer_types mixes.*full_attention.*sliding_attention",
         ),
         ("seed_oss", {"residual_dropout": 0.1}, {}, "residual_dropout=0.1.*no such dropout"),
+        ("seed_oss", {"sliding_window": 12}, {}, "sliding_window=12.*ignores it"),
         ("seed_oss", {"attention_bias": False}, {}, "attention_bias=False.*is a Llama"),
         ("seed_oss", {"attention_out_bias": True}, {}, "attention_out_bias=True"),
         ("seed_oss", {"mlp_bias": True}, {}, "mlp_bias=True"),
