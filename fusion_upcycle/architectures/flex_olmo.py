@@ -49,7 +49,7 @@ def _without_windows(source: "PreTrainedConfig") -> "PreTrainedConfig":
     if windows := [i for i, kind in enumerate(source.layer_types) if kind != "full_attention"]:
         raise UpcyclingError(
             f"config.json of the olmo3 source: layer_types gives layers {windows} a sliding window "
-            f"of {source.sliding_window}, and FlexOlmo has none. No remedy is known."
+            f"of {source.sliding_window}, and FlexOlmo has none. Choose target=sparse."
         )
     kinds = ("full_attention", "sliding_attention")
     if stray := {name: v for name, v in source.rope_parameters.items() if name not in kinds}:

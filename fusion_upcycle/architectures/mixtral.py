@@ -91,7 +91,8 @@ def _require_unscaled_queries(source: "PreTrainedConfig") -> None:
             f"config.json of the ministral3 source: from position {original} on, queries are "
             f"scaled (llama_4_scaling_beta={beta}), which Mixtral cannot express, and "
             f"max_position_embeddings={source.max_position_embeddings} is beyond that. If an MoE "
-            f"for texts of up to {original} tokens will do, set max_position_embeddings to that."
+            f"for texts of up to {original} tokens will do, set max_position_embeddings to that; "
+            "else choose target=sparse."
         )
 
 
