@@ -4,8 +4,8 @@ Question: which dense models become which MoE, and does the result compute the s
 Command:  python examples/families.py --record examples/results/families  (3 minutes on two cores)
           python examples/families.py --table examples/results/families   (prints the tables again)
 Expected: every pair of families within 1e-4 of the largest logit in float32 with a random router,
-          and within 1e-9 in float64 with a zero one (lfm2_moe: 5e-6); shards exact; `subset` and `qwen2`
-          approximate.
+          and within 1e-9 in float64 with a zero one (lfm2_moe: 5e-6); shards exact; `subset` and
+          `qwen2` approximate.
 """
 
 import argparse
