@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import dense_folder, edit_config, edit_tensors, load, tensors_of
 from tiny_moe import moe_folder
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
@@ -21,6 +22,7 @@ from fusion_upcycle.expansion.options import ExpansionOptions, make_expansion_op
 from fusion_upcycle.expansion.plan import plan_expansion
 from fusion_upcycle.expert_init import EXPERT_INITS, noise
 from fusion_upcycle.experts import Expert
+from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.verify import verify
 
 
@@ -89,6 +91,43 @@ def test_an_moe_of_an_unknown_family_is_refused_with_the_reason(tmp_path: Path) 
     config.quantization_config = None
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     refuses(tmp_path / "moe", r"'gpt_oss'.*biases.*interleaved.*Supported: mixtral, .*olmoe")
+
+
+def test_nllb_moe_is_refused_as_long_as_its_class_is_broken(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "nllb-moe", d_model=16, num_experts=4, moe_token_dropout=0.0, expert_capacity=64
+    )
+    torch.manual_seed(0)
+    block, x_ND = NllbMoeSparseMLP(config, 24).eval(), torch.randn(20, 16)
+    with torch.no_grad():
+        found = block(x_ND[None])[0]
+        _, weights_NE, _ = block.router(x_ND)
+        w_N2 = weights_NE.topk(2).values  # of the experts that were chosen, whichever they are
+        one, zero = block.experts["expert_1"](x_ND), block.experts["expert_0"](x_ND)
+        every_token = w_N2[:, :1] * one + w_N2[:, 1:] * zero
+    # Where this fails, transformers has repaired it: `_BROKEN` may lose its entry.
+    torch.testing.assert_close(found, every_token)
+
+    (tmp_path / "moe").mkdir()
+    config.save_pretrained(tmp_path / "moe")
+    refuses(tmp_path / "moe", "'nllb-moe' model, which cannot be expanded.*w1 . expert 1")
+    dense = dense_folder(tmp_path / "dense", "llama")
+    with pytest.raises(UpcyclingError, match=r"target=nllb_moe.*w1 . expert 1.*another target"):
+        convert(dense, tmp_path / "out", target="nllb_moe")
+
+
+def test_a_variant_whose_router_is_another_is_refused(tmp_path: Path) -> None:
+    """Its rows would be extended, and its balance watched, as those of a softmax."""
+    moe_folder(tmp_path / "moe", "cohere2_moe", expert_selection_fn="sigmoid")
+    refuses(tmp_path / "moe", "expert_selection_fn='sigmoid' is not known here")
+    with pytest.raises(UpcyclingError, match="expert_selection_fn='sigmoid'"):
+        find_routers(load(tmp_path / "moe"))
+
+
+def test_a_number_of_experts_per_token_for_each_layer_is_refused(tmp_path: Path) -> None:
+    moe_folder(tmp_path / "moe", "hunyuan_v1_moe")
+    edit_config(tmp_path / "moe", moe_topk=[2, 1])
+    refuses(tmp_path / "moe", r"moe_topk=\[2, 1\] is not known here, only int is")
 
 
 def test_a_family_that_can_only_be_expanded_is_no_target(tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ from fusion_upcycle.errors import UpcyclingError
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 LONGROPE = {"rope": "longrope", "original_max_position_embeddings": 16}
+#: Never scales queries, so that it can be longer than it was.
+MINISTRAL3 = dict(
+    dense_model("ministral3").config.rope_parameters,
+    original_max_position_embeddings=16,
+    llama_4_scaling_beta=0.0,
+)
 WINDOW = {"use_sliding_window": True, "sliding_window": 12}
 
 #: (source, its fields, target, options of the conversion)
@@ -40,14 +46,20 @@ MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("qwen2", {"rope": "yarn"}, "qwen2_moe", {"shared_expert": "none"}),
     # one layer of each kind of attention
     ("qwen2", WINDOW | {"max_window_layers": 1}, "qwen2_moe", {}),
+    ("seed_oss", {"rope": "yarn"}, "qwen2_moe", {}),
+    ("seed_oss", {"tie_word_embeddings": True}, "qwen2_moe", {"shared_expert": "none"}),
     ("qwen3", {"head_dim": 12, "attention_bias": True}, "qwen3_moe", {}),
     ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, "rope": "linear"}, "qwen3_moe", {}),
     ("qwen3", WINDOW | {"head_dim": 8, "max_window_layers": 0}, "qwen3_moe", {}),
     ("olmo2", {}, "flex_olmo", {}),
     ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}, "flex_olmo", {}),
     ("olmo2", {"rope": "yarn"}, "flex_olmo", {}),
+    ("olmo3", {}, "flex_olmo", {}),
+    ("olmo3", {"tie_word_embeddings": True, "rope": "yarn"}, "flex_olmo", {}),
     ("phi3", {"sliding_window": 12}, "mixtral", {}),
     ("phi3", LONGROPE, "mixtral", {}),
+    ("ministral3", {}, "mixtral", {}),
+    ("ministral3", {"rope_parameters": MINISTRAL3, "sliding_window": None}, "mixtral", {}),
     ("granite", {}, "granitemoe", {}),
     ("granite", {"attention_bias": True, "tie_word_embeddings": True}, "granitemoe", {}),
     ("llama", {"attention_bias": True, "head_dim": 12}, "granitemoe", {}),
@@ -59,6 +71,21 @@ MATRIX: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("llama", {"rope": "llama3"}, "glm4_moe", {"shared_expert": "zero"}),
     ("youtu", {}, "deepseek_v3", {}),
     ("youtu", {"q_lora_rank": None, "rope": "yarn"}, "deepseek_v3", {"shared_expert": "copy"}),
+    ("cohere2", {}, "cohere2_moe", {}),
+    ("cohere2", {"attention_bias": True, "tie_word_embeddings": True}, "cohere2_moe", {}),
+    ("cohere", {}, "cohere2_moe", {}),
+    ("cohere", {"attention_bias": True, "rope": "dynamic"}, "cohere2_moe", {}),
+    ("cohere2", {"rope": "yarn"}, "cohere2_moe", {}),
+    ("lfm2", {}, "lfm2_moe", {}),
+    ("lfm2", {"conv_bias": True, "tie_word_embeddings": True, "rope": "yarn"}, "lfm2_moe", {}),
+    ("lfm2", {"block_auto_adjust_ff_dim": False, "intermediate_size": 48}, "lfm2_moe", {}),
+    ("hunyuan_v1_dense", {"tie_word_embeddings": True}, "hunyuan_v1_moe", {}),
+    (
+        "hunyuan_v1_dense",
+        {"attention_bias": True, "rope_parameters": ROPES["dynamic"] | {"alpha": 7.0}},
+        "hunyuan_v1_moe",
+        {"shared_expert": "none"},
+    ),
     ("qwen3_5_text", {"rope": "mrope"}, "qwen3_5_moe_text", {}),
     ("qwen3_5_text", {"attention_bias": True}, "qwen3_5_moe_text", {"shared_expert": "none"}),
 ]
@@ -114,7 +141,9 @@ def test_a_zero_router_is_exact_in_float64(row: Row, tmp_path: Path) -> None:
     moe = load(tmp_path / "moe")
     moe.set_experts_implementation("eager")  # the default one has no float64
     reference = logits_of(load(source))
-    assert (logits_of(moe) - reference).abs().max() <= 1e-9 * reference.abs().max()
+    # LFM2-MoE divides by the sum of the scores plus 1e-6.
+    tolerance = 5e-6 if row.options["target"] == "lfm2_moe" else 1e-9
+    assert (logits_of(moe) - reference).abs().max() <= tolerance * reference.abs().max()
 
 
 def test_the_live_model_has_the_bits_of_the_streamed_one(row: Row, tmp_path: Path) -> None:
@@ -172,7 +201,7 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
     ("family", "fields", "options", "match"),
     [
         ("llama", {"attention_bias": True}, {"target": "qwen2_moe"}, "attention_bias=True"),
-        ("qwen2", {}, {"target": "mixtral"}, "'qwen2'.* to mixtral.*llama, mistral"),
+        ("qwen2", {}, {"target": "mixtral"}, "'qwen2'.* to mixtral.*llama, ministral3, mistral"),
         ("llama", {}, {"target": "mixtrall"}, "Did you mean 'mixtral'"),
         ("llama", {}, {"shared_expert": "copy"}, "mixtral has no shared expert"),
         ("qwen2", {}, {"shared_expert": "half"}, "Unknown shared_expert 'half'"),
@@ -182,8 +211,31 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
             {},
             "layer_types mixes.*full_attention.*sliding_attention",
         ),
+        ("seed_oss", {"residual_dropout": 0.1}, {}, "residual_dropout=0.1.*no such dropout"),
+        ("seed_oss", {"sliding_window": 12}, {}, "sliding_window=12.*ignores it"),
+        ("seed_oss", {"attention_bias": False}, {}, "attention_bias=False.*is a Llama"),
+        ("seed_oss", {"attention_out_bias": True}, {}, "attention_out_bias=True"),
+        ("seed_oss", {"mlp_bias": True}, {}, "mlp_bias=True"),
         ("phi3", {"resid_pdrop": 0.1}, {}, "resid_pdrop=0.1"),
         ("phi3", {"partial_rotary_factor": 0.75}, {}, "partial_rotary_factor=0.75"),
+        (
+            "ministral3",
+            {"max_position_embeddings": 65},
+            {},
+            "from position 64 on.*llama_4_scaling_beta=0.3.*of up to 64 tokens",
+        ),
+        (
+            "olmo3",
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 12},
+            {},
+            r"layer_types gives layers \[1\] a sliding window of 12",
+        ),
+        ("hunyuan_v1_dense", {"use_cla": True}, {}, "use_cla=True.*own class ignores it"),
+        ("hunyuan_v1_dense", {}, {"granularity": 2}, "as a routed one: 24, not 48.*=zero"),
+        ("lfm2", {"use_pos_enc": False}, {}, "use_pos_enc=False.*own class ignores it"),
+        ("cohere", {"use_qk_norm": True}, {}, "use_qk_norm=True.*no norms on q and k"),
+        ("cohere2", {"use_qk_norm": True}, {}, "use_qk_norm=True.*own class ignores it"),
+        ("cohere2", {"rms_norm_eps": 1e-5}, {}, "rms_norm_eps=1e-05.*remove it"),
         ("granite", {"mlp_bias": True}, {}, "mlp_bias=True"),
         ("llama", {"mlp_bias": True}, {"target": "granitemoe"}, "mlp_bias=True"),
         ("ernie4_5", {"use_bias": True}, {}, "use_bias=True"),
@@ -224,6 +276,34 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
     },
     "youtu": {"mlp_bias": False},
+    "lfm2": {
+        "block_dim": 32,
+        "block_ff_dim": 68,
+        "block_mlp_init_scale": 1.0,
+        "block_norm_eps": 1e-5,
+        "block_out_init_scale": 1.0,
+        "block_use_swiglu": True,
+        "block_use_xavier_init": True,
+        "conv_dim": 32,
+        "conv_dim_out": 32,
+        "conv_use_xavier_init": True,
+        "full_attn_idxs": [1],
+        "num_heads": 4,
+        "use_pos_enc": True,
+    },
+    "cohere2": {
+        "cache_implementation": "hybrid",
+        "layer_switch": 4,
+        "order_of_interleaved_layers": "local_attn_first",
+        "position_embedding_type": "rope_gptj",
+        "rotary_pct": 1.0,
+        "sliding_window_pattern": 4,
+        "use_embedding_sharing": True,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_parallel_embedding": True,
+        "use_qk_norm": False,
+    },
 }
 
 
@@ -272,6 +352,22 @@ def test_all_unknown_fields_are_named_at_once(tmp_path: Path) -> None:
         convert(source, tmp_path / "moe")
 
 
+@pytest.mark.parametrize(
+    ("fields", "width"),
+    [({}, 48), ({"block_ffn_dim_multiplier": 1.4}, 64), ({"block_auto_adjust_ff_dim": False}, 68)],
+    ids=str,
+)
+def test_the_width_of_an_lfm2s_ffn_is_reckoned_as_its_class_does(
+    fields: dict[str, Any], width: int, tmp_path: Path
+) -> None:
+    source = dense_folder(tmp_path / "dense", "lfm2", **fields)
+    options = {"moe_layers": "last_1", "verify": "layers"}
+    assert convert(source, tmp_path / "moe", **options).proof.holds
+    config = AutoConfig.from_pretrained(tmp_path / "moe")
+    assert (config.intermediate_size, config.moe_intermediate_size) == (width, width)
+    assert config.num_dense_layers == 1
+
+
 PAIRS = sorted({(source, target) for source, _, target, _ in MATRIX})
 every_pair = pytest.mark.parametrize(("family", "target"), PAIRS)
 
@@ -280,7 +376,9 @@ every_pair = pytest.mark.parametrize(("family", "target"), PAIRS)
 def test_the_config_says_what_was_asked_for(family: str, target: str, tmp_path: Path) -> None:
     """Identical experts give the same function for any k, so that the proof would not notice."""
     source = dense_folder(tmp_path / "dense", family, attention_dropout=0.125)
-    options = {"num_experts": 6, "experts_per_token": 3, "granularity": 3}
+    options: dict[str, Any] = {"num_experts": 6, "experts_per_token": 3, "granularity": 3}
+    if target == "hunyuan_v1_moe":
+        options["shared_expert"] = "zero"
     convert(source, tmp_path / "moe", target=target, **options)
     config = AutoConfig.from_pretrained(tmp_path / "moe")
     assert config.num_experts_per_tok == 3
@@ -313,6 +411,14 @@ def test_an_unknown_rope_type_is_refused_by_every_family(
     edit_config(source, rope_parameters=ROPES[rope])
     with pytest.raises(UpcyclingError, match=rope):
         convert(source, tmp_path / "moe", target=target)
+
+
+@pytest.mark.parametrize("name", ["llama_4_scaling_beta", "factor"])
+def test_a_ministral3_says_how_far_its_rope_and_queries_go(name: str, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", "ministral3")
+    edit_config(source, rope_parameters=MINISTRAL3 | {name: None})
+    with pytest.raises(UpcyclingError, match=f"rope_parameters does not say {name}"):
+        convert(source, tmp_path / "moe")
 
 
 MINICPM = {

@@ -122,7 +122,7 @@ def test_rows_are_float32_of_the_hidden_size(init: object) -> None:
 
 PAIRS = [(dense, target) for target, found in ARCHITECTURES.items() for dense in found.dense]
 #: Dense families without a norm before the FFN.
-NO_NORM = {"olmo2"}
+NO_NORM = {"olmo2", "olmo3"}
 
 
 @pytest.mark.parametrize(("dense", "target"), PAIRS, ids=str)
@@ -142,7 +142,7 @@ def test_the_logits_at_step_0_have_the_asked_for_std_in_every_family(
         made.eval()(ids, use_cache=False)
     assert len(inputs) == 2
     for layer, x_ND in inputs.items():
-        weight_ED = routers.modules[layer].weight.detach()
+        weight_ED = routers.weight(layer).detach()
         size = x_ND.square().mean().sqrt() if dense in NO_NORM else 1.0
         assert (x_ND @ weight_ED.T).std() == pytest.approx(2.0 * float(size), rel=0.15), layer
 

@@ -79,6 +79,8 @@ GRANULAR: list[tuple[str, str, dict[str, Any], bool]] = [
     ("qwen3", "glm4_moe", {"moe_layers": "last_1", "shared_expert": "zero"}, True),
     ("youtu", "deepseek_v3", {"moe_layers": [1]}, True),
     ("ernie4_5", "ernie4_5_moe", {"moe_layers": "every_2"}, True),
+    ("lfm2", "lfm2_moe", {"moe_layers": "last_1"}, True),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe", {"granularity": 2, "shared_expert": "zero"}, True),
 ]
 
 

@@ -275,12 +275,14 @@ def test_routing_is_that_of_transformers(family: str, normalised: bool) -> None:
     model = moe_model(family, **fields)
     inputs = live_router_inputs(model, sequences())
     routers = find_routers(model)
+    biases = dict(zip(routers.modules, routers.selection_biases(), strict=False))
     for layer, module in routers.modules.items():
+        given = {"expert_bias": biases[layer]} if family == "lfm2_moe" else {}
         seen = inputs[layer]
         logits_NE = seen.inputs_ND @ seen.weight_ED.T
         weights_NK, chosen_NK = seen.rule.route(logits_NE)
         with torch.no_grad():
-            logits, weights, chosen = module(seen.inputs_ND)
+            logits, weights, chosen = module(seen.inputs_ND, **given)
         torch.testing.assert_close(logits_NE, logits, atol=1e-5, rtol=1e-5)
         order, expected_order = chosen_NK.argsort(-1), chosen.argsort(-1)
         assert torch.equal(chosen_NK.gather(1, order), chosen.gather(1, expected_order))

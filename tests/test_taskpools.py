@@ -157,10 +157,14 @@ def test_flops_are_those_of_a_hand_count(tied: bool) -> None:
     assert cost["bytes"] == 4 * model.num_parameters()
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_moe_text"])
+NOT_COUNTED_ALIKE = {"qwen3_5_moe_text", "lfm2_moe"}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_COUNTED_ALIKE])
 def test_flops_of_every_family_are_those_that_torch_counts(family: str) -> None:
     # torch counts the whole square of attention scores, no norms, and one expert after the other
-    # only; states of linear attention (qwen3_5) are left out of ours.
+    # only; states of linear attention (qwen3_5) are left out of ours, and padding of convolutions
+    # (lfm2), of which torch counts outputs too.
     model, length = moe_model(family).eval(), 32
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")

@@ -215,7 +215,10 @@ def test_each_expert_gets_the_moments_of_the_ffn_it_was_made_from(
         for layer in range(2):
             prefix = f"model.layers.{layer}."
             experts = prefix + architecture.experts_module
-            ffn = {p: dense[f"{prefix}mlp.{p}_proj.weight/{kind}"] for p in ("gate", "up", "down")}
+            ffn = {
+                part.partition("_")[0]: dense[f"{prefix}{name}/{kind}"]
+                for part, name in architecture.dense[dense_type].ffn.items()
+            }
             packed = moments[f"{experts}.gate_up_proj"][kind]
             for expert in range(3):
                 assert torch.equal(packed[expert], torch.cat([ffn["gate"], ffn["up"]]))
@@ -225,7 +228,8 @@ def test_each_expert_gets_the_moments_of_the_ffn_it_was_made_from(
                 assert torch.equal(values[kind], dense[f"{name}/{kind}"])
     fresh = {name for name, _ in model.named_parameters()} - moments.keys()
     assert all(
-        "gate" in name.split(".")[-2] or "router" in name or "bias" in name for name in fresh
+        name.endswith((architecture.live_router_name, "gate.weight")) or "bias" in name
+        for name in fresh
     )
     assert all(float(values["step"]) == 3 for values in moments.values())
     run(model, tmp_path / "on", 1, optimizer_state=folder, origin=Origin("x", record["options"]))

@@ -352,7 +352,11 @@ def test_learning_rates_of_routers_and_decay_of_matrices_only() -> None:
 # --- attention --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [f for f in ARCHITECTURES if f != "qwen3_5_moe_text"])
+#: With layers that cannot tell documents apart, and are refused.
+MIXING = {"qwen3_5_moe_text", "lfm2_moe"}
+
+
+@pytest.mark.parametrize("family", [f for f in ARCHITECTURES if f not in MIXING])
 def test_document_attention_is_a_forward_pass_for_each_document(family: str) -> None:
     model = moe_model(family)
     first, second = ([256, *text] for text in (range(40, 50), range(60, 66)))
@@ -558,8 +562,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         run(dense_model(), tmp_path)
     with pytest.raises(UpcyclingError, match="LlamaModel does not predict tokens"):
         run(dense_model(vocab_size=257, backbone=True), tmp_path)
-    with pytest.raises(UpcyclingError, match=r"attention=document.*linear_attention"):
-        run(moe_model("qwen3_5_moe_text"), tmp_path, attention="document")
+    for family, kind in (("qwen3_5_moe_text", "linear_attention"), ("lfm2_moe", "conv")):
+        with pytest.raises(UpcyclingError, match=f"attention=document.*{kind}"):
+            run(moe_model(family), tmp_path, attention="document")
 
 
 def test_checkpoints_run_no_code_when_loaded(tmp_path: Path) -> None:

@@ -46,6 +46,22 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": 1,
     },
     "deepseek_v3": {"first_k_dense_replace": 1} | _GROUPS | _LATENT,
+    "cohere2_moe": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "head_dim": 12,
+        "rope_theta": 3456.0,
+        "mlp_layer_types": ["dense", "sparse"],
+        "prefix_dense_intermediate_size": 20,
+        "num_shared_experts": 1,
+        "logit_scale": 0.7,
+        "rms_norm_eps": None,
+    },
+    "lfm2_moe": {
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+        "routed_scaling_factor": 1.7,
+    },
+    "hunyuan_v1_moe": {"head_dim": 12},
     "glm4_moe": {"first_k_dense_replace": 1, "head_dim": 12} | _GROUPS,
 }
 

@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.cohere2_moe import COHERE2_MOE
 from fusion_upcycle.architectures.deepseek_v3 import DEEPSEEK_V3
 from fusion_upcycle.architectures.ernie4_5_moe import ERNIE4_5_MOE
 from fusion_upcycle.architectures.flex_olmo import FLEX_OLMO
 from fusion_upcycle.architectures.glm4_moe import GLM4_MOE
 from fusion_upcycle.architectures.granitemoe import GRANITEMOE
+from fusion_upcycle.architectures.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from fusion_upcycle.architectures.lfm2_moe import LFM2_MOE
 from fusion_upcycle.architectures.mixtral import MIXTRAL
 from fusion_upcycle.architectures.olmoe import OLMOE
 from fusion_upcycle.architectures.qwen2_moe import QWEN2_MOE
@@ -47,6 +50,9 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "ernie4_5_moe": ERNIE4_5_MOE,
         "deepseek_v3": DEEPSEEK_V3,
         "glm4_moe": GLM4_MOE,
+        "cohere2_moe": COHERE2_MOE,
+        "lfm2_moe": LFM2_MOE,
+        "hunyuan_v1_moe": HUNYUAN_V1_MOE,
         "sparse": SPARSE,
     },
     _check,
@@ -64,6 +70,13 @@ _NOT_EXPANDED = {
     "gpt_oss": "its experts have biases and lie transposed and interleaved in their files, which "
     "no expert here can say",
 }
+
+#: MoE families whose class in transformers computes something else than it should -> what.
+_BROKEN = dict.fromkeys(
+    ("nllb-moe", "nllb_moe"),
+    "its class in transformers (5.23, 5.24) takes the mask of the chosen experts for their "
+    "numbers, so that every token gets w1 * expert 1 + w2 * expert 0, whichever were chosen",
+)
 
 
 #: Models of text and images -> the class of their vision tower.
@@ -91,7 +104,8 @@ def moe_family(config: "PreTrainedConfig") -> Architecture:
             f"The source is a dense {model_type!r} model, which has no experts to duplicate. Make "
             "an MoE of it first, with sparse_upcycling."
         )
-    reason = f": {_NOT_EXPANDED[model_type]}" if model_type in _NOT_EXPANDED else ""
+    why = (_NOT_EXPANDED | _BROKEN).get(model_type)
+    reason = f": {why}" if why else ""
     raise UpcyclingError(
         f"The source is a {model_type!r} model, which cannot be expanded{reason}. Supported: "
         f"{', '.join(MOE_FAMILIES)}."
@@ -108,6 +122,8 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
     Raises:
         UpcyclingError: lists what the target, or any target, takes.
     """
+    if target in _BROKEN:
+        raise UpcyclingError(f"target={target}: {_BROKEN[target]}. Choose another target.")
     if target != AUTO and target in MOE_FAMILIES and not MOE_FAMILIES[target].dense:
         raise UpcyclingError(
             f"target={target}: no dense model becomes a {target}; it can be expanded only. Choose "

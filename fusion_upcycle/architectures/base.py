@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fusion_upcycle.architectures.layout import layer_prefix, target_class
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import ALL_PARTS
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class DenseLayout:
             where no norm stands between, as in models with norms after attention and FFN.
         zero_centred_norms: whether norms multiply by 1 + weight.
         kept_whole: whether layers that stay dense keep their tensors as the source has them.
+        remapped_fields: as an `Architecture`'s, for this dense family alone.
+        plain_config: config -> one of the same model whose `intermediate_size` is the FFN's width,
+            where the family may say it in another way.
     """
 
     ffn: Mapping[str, str] = field(default_factory=lambda: LLAMA_FFN)
@@ -66,6 +70,8 @@ class DenseLayout:
     router_norm: str | None = "post_attention_layernorm.weight"
     zero_centred_norms: bool = False
     kept_whole: bool = False
+    remapped_fields: frozenset[str] = frozenset()
+    plain_config: Callable[["PreTrainedConfig"], "PreTrainedConfig"] | None = None
 
 
 LLAMA_LAYOUT = DenseLayout()
@@ -82,6 +88,7 @@ class SharedExpert:
         default: what `shared_expert=auto` is.
         in_experts: whether the config gives the width as a number of routed experts.
         optional: whether a model without one has no tensors of it; else they have width 0.
+        as_routed: whether it is always there and as wide as a routed expert: `none` is then `zero`.
     """
 
     names: Mapping[str, str]
@@ -89,6 +96,7 @@ class SharedExpert:
     default: Literal["copy", "none"] = "copy"
     in_experts: bool = False
     optional: bool = False
+    as_routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class Architecture:
             one tensor holds all experts, gate before up.
         router_name: name of the router weight [E, D].
         hash_name: name of the table [V, K] of hash routing, in families that have it.
+        router_module: the live module that routes, where it is not the one that has the weight.
         experts_field: the config's own name for the number of experts.
         experts_module: the live module that holds all experts packed.
         packed: names in it: of the matrices on the inside, gate before up [E, 2F, D] or up alone
@@ -149,6 +158,8 @@ class Architecture:
         may_untie: whether the class keeps a second tensor that its config says is tied and that
             differs in the file, as transformers does for any.
         ships: modelling file of our own that goes into an output folder.
+        known_fields: fields of the MoE's config -> the only value, or type of values, with which
+            what is said here is true; another one is refused where an MoE is read.
     """
 
     name: str
@@ -157,6 +168,7 @@ class Architecture:
     expert_names: Mapping[str, str] = field(default_factory=lambda: QWEN_EXPERT_NAMES)
     router_name: str = "mlp.gate.weight"
     hash_name: str | None = None
+    router_module: str = ""
     experts_field: str = "num_experts"
     experts_module: str = "mlp.experts"
     packed: tuple[str, str] = ("gate_up_proj", "down_proj")
@@ -168,6 +180,21 @@ class Architecture:
     asks_transformers: bool = False
     ships: Path | None = None
     may_untie: bool = False
+    known_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_known(self, config: "PreTrainedConfig") -> None:
+        """Refuse an MoE of this family that is another than is known here.
+
+        Raises:
+            UpcyclingError: one of `known_fields` has another value.
+        """
+        for name, only in self.known_fields.items():
+            value = getattr(config, name)
+            if not (isinstance(value, only) if isinstance(only, type) else value == only):
+                raise UpcyclingError(
+                    f"config.json of the {self.name} model: {name}={value!r} is not known here, "
+                    f"only {getattr(only, '__name__', repr(only))} is. No remedy is known."
+                )
 
     @property
     def packed_names(self) -> tuple[str, str]:
@@ -281,6 +308,17 @@ class Architecture:
     def live_router_name(self) -> str:
         """Live name of the router weight."""
         return self.live_names.get(self.router_name, self.router_name)
+
+    @property
+    def live_router_module(self) -> str:
+        """The live module that routes."""
+        return self.router_module or self.live_router_name.removesuffix(".weight")
+
+    @property
+    def live_bias_name(self) -> str | None:
+        """Live name of the selection bias; None without one."""
+        bias = self.routing.selection_bias
+        return None if bias is None else self.live_names.get(bias, bias)
 
     def place(self, expert: int, part: str, elements: int) -> Place:
         """Where the files have one matrix of `elements` = F * D elements."""

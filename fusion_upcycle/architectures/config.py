@@ -169,8 +169,15 @@ HARMLESS: dict[str, Any] = {
     "use_mrope": False,  # Qwen2.5
 }
 
+_LAYER_NORMS = {"rms_norm_eps": (None, "The family has LayerNorms and ignores it: remove it.")}
+
 #: Dense `model_type` -> fields that it ignores itself, but that a target would obey.
-STRAY = {"llama": {"sliding_window": (None, "Llama ignores it: remove it.")}}
+STRAY = {
+    "llama": {"sliding_window": (None, "Llama ignores it: remove it.")},
+    "seed_oss": {"sliding_window": (None, "Seed-OSS ignores it: remove it.")},
+    "cohere": _LAYER_NORMS,
+    "cohere2": _LAYER_NORMS,
+}
 
 #: Noise of every transformers config: no reader of a causal language model looks at it.
 _NOT_WRITTEN = frozenset(

@@ -22,7 +22,9 @@ _NO_BIAS = (
 
 
 def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
-    """The Mixtral config whose MoE computes the dense `source` (Llama, Mistral, Phi-3) at step 0.
+    """The Mixtral config whose MoE computes the dense `source` at step 0.
+
+    Takes Llama, Mistral, Phi-3 and, as far as its queries are not scaled, Ministral 3.
 
     Raises:
         UpcyclingError: a field means something that Mixtral cannot express.
@@ -40,11 +42,15 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
         | (_PHI3_REQUIRED if is_phi3 else {}),
         # pretraining_tp once split the matmuls of Llama 1 and 2; transformers 5 ignores it.
         no_effect={"pretraining_tp"} | (_PHI3_NO_EFFECT if is_phi3 else set()),
-        rope_types=(*ROPE_TYPES, "longrope") if is_phi3 else ROPE_TYPES,
+        rope_types=_ROPE_TYPES.get(source.model_type, ROPE_TYPES),
         ignored=shape.ignored,
     )
     if is_phi3:
         fields["head_dim"] = source.hidden_size // source.num_attention_heads
+    if source.model_type == "ministral3":
+        _require_unscaled_queries(source)
+        rope = fields["rope_parameters"]  # part of which only Ministral 3 knows
+        fields["rope_parameters"] = {k: v for k, v in rope.items() if k not in _MINISTRAL3_ROPE}
     return MixtralConfig(
         **{"sliding_window": None} | fields | {"intermediate_size": shape.expert_size},
         num_local_experts=shape.num_experts,
@@ -52,6 +58,8 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     )
 
 
+_ROPE_TYPES = {"phi3": (*ROPE_TYPES, "longrope"), "ministral3": ("yarn",)}
+_MINISTRAL3_ROPE = ("llama_4_scaling_beta", "max_position_embeddings")
 _NO_DROPOUT = "Mixtral has no such dropout, which training would use. Set it to 0."
 _PHI3_REQUIRED = {"resid_pdrop": (0.0, _NO_DROPOUT), "embd_pdrop": (0.0, _NO_DROPOUT)}
 #: Said again in `rope_parameters`, whose values count.
@@ -64,6 +72,27 @@ def _require_full_rotation(source: "PreTrainedConfig") -> None:
         raise UpcyclingError(
             f"config.json of the phi3 source: partial_rotary_factor={share} cannot be expressed by "
             "Mixtral, which rotates whole heads. No remedy is known."
+        )
+
+
+def _require_unscaled_queries(source: "PreTrainedConfig") -> None:
+    """Ministral 3 multiplies queries by 1 + beta ln(1 + floor(position / original length))."""
+    rope = source.rope_parameters
+    # Without a factor, rope would change with the maximum that is asked for below.
+    for name in ("llama_4_scaling_beta", "original_max_position_embeddings", "factor"):
+        if rope.get(name) is None:
+            raise UpcyclingError(
+                f"config.json of the ministral3 source: rope_parameters does not say {name}, which "
+                "the model cannot be known without. Add it."
+            )
+    beta, original = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+    if beta and source.max_position_embeddings > original:
+        raise UpcyclingError(
+            f"config.json of the ministral3 source: from position {original} on, queries are "
+            f"scaled (llama_4_scaling_beta={beta}), which Mixtral cannot express, and "
+            f"max_position_embeddings={source.max_position_embeddings} is beyond that. If an MoE "
+            f"for texts of up to {original} tokens will do, set max_position_embeddings to that; "
+            "else choose target=sparse."
         )
 
 
@@ -86,6 +115,7 @@ MIXTRAL = Architecture(
         "llama": LLAMA_LAYOUT,
         "mistral": LLAMA_LAYOUT,
         "phi3": DenseLayout(splits=_phi3_splits),
+        "ministral3": DenseLayout(remapped_fields=frozenset({"rope_parameters"})),
     },
     convert_config=convert_config,
     expert_names={

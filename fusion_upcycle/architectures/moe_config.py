@@ -3,6 +3,7 @@
 import copy
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE
 from fusion_upcycle.architectures.layout import target_class
 from fusion_upcycle.errors import UpcyclingError
@@ -15,8 +16,10 @@ def checked_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """A copy of the source's config, once nothing in it stands in the way.
 
     Raises:
-        UpcyclingError: a field that cannot be kept, or code of the model's own.
+        UpcyclingError: a field that cannot be kept, a family or a variant of it that is not known,
+            or code of the model's own.
     """
+    moe_family(config).check_known(config)
     config = copy.deepcopy(config)
     fields, family = config.to_dict(), config.model_type
     for name in ("chunk_size_feed_forward", "is_encoder_decoder", "quantization_config"):

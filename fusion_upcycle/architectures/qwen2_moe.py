@@ -37,10 +37,25 @@ GATED_SHARED_EXPERT = SharedExpert(
 )
 
 _NO_BIAS = "Qwen2-MoE has biases on q, k and v only; this model has one on the output or the FFN."
+_SEED_OSS = {
+    "attention_bias": (
+        True,
+        "Qwen2-MoE always has biases on q, k and v. Without them this model "
+        "is a Llama: set model_type and architectures to that.",
+    ),
+    "attention_out_bias": (False, _NO_BIAS + " Choose target=sparse."),
+    "residual_dropout": (
+        0.0,
+        "Qwen2-MoE has no such dropout, which training would use. Set it to 0 in config.json (the "
+        "forward pass of a trained model does not change), or choose target=sparse.",
+    ),
+}
 
 
 def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrainedConfig":
-    """The Qwen2-MoE config whose MoE computes the dense `source` (Qwen2 or Llama) at step 0.
+    """The Qwen2-MoE config whose MoE computes the dense `source` at step 0.
+
+    Takes Qwen2, Llama and Seed-OSS.
 
     Raises:
         UpcyclingError: a field means something that Qwen2-MoE cannot express.
@@ -51,7 +66,8 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
         source,
         target="Qwen2-MoE",
         carried={"max_window_layers"},
-        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
+        required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
+        | (_SEED_OSS if source.model_type == "seed_oss" else {}),
         no_effect={"layer_types", "sliding_window", "use_sliding_window", "pretraining_tp"},
         ignored=shape.ignored,
     )
@@ -84,6 +100,7 @@ QWEN2_MOE = Architecture(
     dense={
         "qwen2": LLAMA_LAYOUT,
         "llama": DenseLayout(zeros=tuple(f"self_attn.{x}_proj.bias" for x in "qkv")),
+        "seed_oss": LLAMA_LAYOUT,
     },
     convert_config=convert_config,
     routing=Routing(normalised="optional"),

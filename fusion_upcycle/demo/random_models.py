@@ -22,6 +22,38 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.3,
     },
+    "cohere": {"layer_norm_eps": 3e-3, "rms_norm_eps": None, "logit_scale": 0.7},
+    # One layer of each kind of attention; Cohere 2 has LayerNorm, and scales its logits.
+    "cohere2": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 12,
+        "layer_norm_eps": 3e-3,
+        "rms_norm_eps": None,
+        "logit_scale": 0.7,
+    },
+    "hunyuan_v1_dense": {"head_dim": 12},
+    # A convolution and attention; an FFN of width 48, said as that of an ungated one.
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "norm_eps": 3e-3,
+        "intermediate_size": 68,
+        "block_multiple_of": 8,
+    },
+    "olmo3": {"layer_types": ["full_attention"] * 2},
+    "ministral3": {
+        "sliding_window": 12,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 3456.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    # Seed-OSS's defaults are published dropouts, one of which no target has.
+    "seed_oss": {"head_dim": 12, "residual_dropout": 0.0},
     "youtu": {
         "kv_lora_rank": 12,
         "q_lora_rank": 10,
@@ -95,6 +127,7 @@ def random_dense(
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    parameters = dict(ROPES[rope])
     config = AutoConfig.for_model(
         family,
         **{
@@ -106,7 +139,7 @@ def random_dense(
             "num_key_value_heads": 2,
             "max_position_embeddings": 16 if rope == "dynamic" else 64,
             "rms_norm_eps": 3e-3,
-            "rope_parameters": dict(ROPES[rope]),
+            "rope_parameters": {"full_attention": parameters} if family == "olmo3" else parameters,
             "tie_word_embeddings": False,
             "bos_token_id": 3,
             "eos_token_id": 5,

@@ -6,7 +6,7 @@ Works for every family in `fusion_upcycle.architectures`, also where transformer
 balance loss. Shapes: L MoE layers, E experts, N tokens, K experts per token, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,14 @@ class Routers:
         num_experts: E, the same for all layers; 0 for a dense model.
         experts_per_token: K.
         architecture: the family; None for a dense model.
+        bias_owners: for each router, the module that holds its selection bias; none without one.
     """
 
     modules: dict[int, nn.Module]
     num_experts: int = 0
     experts_per_token: int = 0
     architecture: Architecture | None = None
+    bias_owners: Sequence[nn.Module] = ()
     _heard: Routed | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,21 +95,27 @@ class Routers:
         scores = logits.float().sigmoid()
         return scores / scores.sum(-1, keepdim=True)
 
+    def weight(self, layer: int) -> nn.Parameter:
+        """The router's weight [E, D] in an MoE layer."""
+        assert self.architecture is not None
+        name = self.architecture.live_router_name
+        inside = name.removeprefix(self.architecture.live_router_module + ".")
+        return self.modules[layer].get_parameter(inside)
+
     def selection_biases(self) -> list[Tensor]:
         """The biases of the choice of experts, as the model holds them; none if it has none."""
-        if self.architecture is None or self.architecture.routing.selection_bias is None:
+        if self.architecture is None or self.architecture.live_bias_name is None:
             return []
-        bias = self.architecture.routing.selection_bias
-        bias = self.architecture.live_names.get(bias, bias)
-        inside = bias.removeprefix(self.architecture.live_router_name.removesuffix("weight"))
-        return [_attribute(module, inside) for module in self.modules.values()]
+        _, _, name = self.architecture.live_bias_name.rpartition(".")
+        return [getattr(owner, name) for owner in self.bias_owners]
 
 
 def find_routers(model: "PreTrainedModel") -> Routers:
     """The routers of a model; none for a dense one.
 
     Raises:
-        UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`.
+        UpcyclingError: an MoE model of a family that is not in `fusion_upcycle.architectures`, or
+            one that is not as known there.
     """
     config = model.config.get_text_config()
     architecture = known_family(config)
@@ -119,16 +127,20 @@ def find_routers(model: "PreTrainedModel") -> Routers:
                 "To add one: a file in fusion_upcycle/architectures."
             )
         return Routers({})
-    path = architecture.live_router_name.removesuffix(".weight")
+    architecture.check_known(config)
+    path = architecture.live_router_module
     modules = architecture.layer_modules(model, path)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
     first: Any = next(iter(modules.values()))
+    owner, _, _ = (architecture.live_bias_name or "").rpartition(".")
+    owners = architecture.layer_modules(model, owner) if owner else {}
     return Routers(
         modules,
         num_experts=first.num_experts,
         experts_per_token=first.top_k,
         architecture=architecture,
+        bias_owners=[owners[layer] for layer in modules] if owners else (),
     )
 
 
@@ -156,13 +168,6 @@ def _submodels(model: nn.Module) -> Iterator["PreTrainedModel"]:
     from transformers import PreTrainedModel
 
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
-
-
-def _attribute(module: nn.Module, path: str) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), name)
-    assert isinstance(tensor, Tensor), path
-    return tensor
 
 
 def expert_counts(chosen_NK: Tensor, num_experts: int) -> Tensor:

@@ -34,7 +34,7 @@ def row_std(routers: Routers) -> float:
 
     That of the layer where it is smallest, as one rate has to fit all; layers of zeros have none.
     """
-    weights: list[Any] = [module.weight for module in routers.modules.values()]
+    weights: list[Any] = [routers.weight(layer) for layer in routers.modules]
     sizes = [math.sqrt(float(weight.detach().double().square().mean())) for weight in weights]
     return min((size for size in sizes if size), default=0.0)
 

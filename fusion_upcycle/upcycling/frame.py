@@ -52,6 +52,8 @@ def plan_frame(
         UpcyclingError: unsupported family, option, config field or mix of dtypes.
     """
     family = architecture_for(source_config.model_type, options.target)
+    if (plain := family.dense[source_config.model_type].plain_config) is not None:
+        source_config = plain(source_config)
     architecture = family.for_source(source_config)
     resolved = resolve(options, architecture, source_config)
     assert architecture.convert_config is not None, architecture.name

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fusion_upcycle import expert_init
-from fusion_upcycle.architectures.base import LLAMA_FFN, DenseLayout, SharedExpert
+from fusion_upcycle.architectures.base import DenseLayout, SharedExpert
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
@@ -105,7 +105,7 @@ def plan_tensors(
         made = (
             _moe_rules(frame, layer, plan.source_experts[layer], ffn_names[layer])
             if is_moe
-            else {LLAMA_FFN[part]: Carried(name) for part, (name,) in names.items()}
+            else {dense.ffn[part]: Carried(name) for part, (name,) in names.items()}
         )
         rules |= {prefix + name: rule for name, rule in made.items()}
         rules |= {prefix + name: Zeros() for name in dense.zeros}

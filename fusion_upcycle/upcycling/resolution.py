@@ -228,6 +228,8 @@ def _shared_expert(
             "Leave it at auto, or choose another target."
         )
     size = asked.shared_expert_intermediate_size
+    if architecture.shared is not None and architecture.shared.as_routed and kind != "copy":
+        kind, size = "zero", size or sharding.expert_size
     if kind == "none":
         if size is not None:
             raise UpcyclingError(

@@ -94,6 +94,11 @@ since.""",
             self, result, mode=mode, sample=sample, models=models, progress=progress
         )
 
+    @property
+    def _changed_fields(self) -> frozenset[str]:
+        dense = self.architecture.dense[self.source_config.model_type]
+        return self.architecture.remapped_fields | dense.remapped_fields
+
     def _made_alone(self, rule: Rule, spec: TensorSpec) -> Tensor:
         match rule:
             case Repeated():

@@ -25,6 +25,7 @@ _MICRO = {
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 12,
     "layer_types": ["full_attention"],
+    "mlp_layer_types": ["sparse"],
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 8,
@@ -105,7 +106,9 @@ def check_shared_fields(
 
 def meaning(config: "PreTrainedConfig") -> dict[str, Any]:
     """The fields that decide the forward pass."""
-    fields = {name: v for name, v in config.to_dict().items() if name not in NO_EFFECT}
+    # A few classes have the old spellings of `rope_parameters` as fields, and do not read them.
+    unread = NO_EFFECT | {"rope_theta", "rope_scaling"}
+    fields = {name: v for name, v in config.to_dict().items() if name not in unread}
     rope = fields.get("rope_parameters") or {}
     # "type" is the old spelling; to rotate all of a head is what every class does if not told else
     silent = {"type": rope.get("type"), "partial_rotary_factor": 1.0}

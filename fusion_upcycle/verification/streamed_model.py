@@ -63,6 +63,7 @@ def streamed_model(
             return own
         return file_name(tied[live])
 
+    router = architecture and architecture.live_router_name.removesuffix(".weight")
     single: nn.Module | None = None
     read: set[int] = set()
     for name, module in list(model.named_modules()):
@@ -72,6 +73,8 @@ def streamed_model(
             model.set_submodule(
                 name, _StreamedExperts(single, config, architecture, prefix, weights, expert)
             )
+        elif router and name.endswith("." + router):  # its weight is looked at from outside
+            read.add(id(module))
         elif isinstance(module, nn.MultiheadAttention):  # looks into its output projection itself
             read |= {id(inner) for inner in module.modules()}
         elif id(module) not in read and type(module).forward is nn.Embedding.forward:

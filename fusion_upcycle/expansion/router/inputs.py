@@ -114,8 +114,7 @@ def _inputs(
             bias = dict(zip(routers.modules, routers.selection_biases(), strict=False)).get(layer)
             # ERNIE 4.5 has it as [1, E].
             bias_E = None if bias is None else bias.detach().cpu().reshape(-1).clone()
-            weight = routers.modules[layer].get_parameter("weight")
-            held[layer] = weight.detach().cpu().clone(), bias_E
+            held[layer] = routers.weight(layer).detach().cpu().clone(), bias_E
 
     total = sum(len(ids) for ids in sequences.ids.values())
     hidden = model.config.get_text_config().hidden_size
