@@ -47,6 +47,18 @@ def class_name(config: "PreTrainedConfig") -> str:
     return config.architectures[0]
 
 
+def own_class_name(model: "PreTrainedModel") -> str:
+    """The class that a live model is of: transformers' or ours, whatever FSDP2 made of it."""
+    import transformers
+
+    from fusion_upcycle.models import modeling_sparse
+
+    # FSDP2 gives a model a class of its own, derived from the model's.
+    names = (cls.__name__ for cls in type(model).__mro__)
+    known = (transformers, modeling_sparse)
+    return next(name for name in names if any(hasattr(module, name) for module in known))
+
+
 @dataclass(frozen=True)
 class FileLayout:
     """What a checkpoint folder of a model holds, in transformers' classic per-expert names.

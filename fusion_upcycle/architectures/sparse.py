@@ -238,8 +238,24 @@ def for_source(source: "PreTrainedConfig") -> SparseArchitecture:
 
 
 def for_config(config: "PreTrainedConfig") -> SparseArchitecture:
-    """The architecture of a model of ours."""
+    """The architecture of a model of ours.
+
+    Raises:
+        UpcyclingError: a config that names no class of ours for this family.
+    """
+    names = config.architectures
+    if not isinstance(names, list) or len(names) != 1 or not _is_ours(names[0], config):
+        raise UpcyclingError(
+            f"config.json of the {config.model_type} model: architectures={names!r} is no class of "
+            "such a model. Set it to the class that the model is of, Sparse and the name of the "
+            "dense one."
+        )
     return _ours(dense_ffns(dense_config(config)), config.dense_model_type, config)
+
+
+def _is_ours(name: str, config: "PreTrainedConfig") -> bool:
+    kind = model_class(name) if str(name).startswith("Sparse") else None
+    return kind is not None and kind.config_class.model_type == config.model_type
 
 
 def dense_config(config: "PreTrainedConfig") -> "PreTrainedConfig":

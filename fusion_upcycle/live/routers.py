@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fusion_upcycle.architectures import MOE_FAMILIES, known_family
 from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.layout import own_class_name
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ def find_routers(model: "PreTrainedModel") -> Routers:
             one that is not as known there.
     """
     config = model.config.get_text_config()
+    if hasattr(config, "dense_model_type"):  # of a model whose class its config may not name
+        config = copy.copy(config)
+        config.architectures = [own_class_name(model)]
     architecture = known_family(config)
     if architecture is None:
         if any("router_logits" in (m._can_record_outputs or {}) for m in _submodels(model)):
