@@ -41,6 +41,11 @@ def model_class(name: str) -> "type[PreTrainedModel]":
     return found
 
 
+def takes_images(config: "PreTrainedConfig") -> bool:
+    """Whether the model of this config is given images, not token ids."""
+    return model_class(class_name(config)).main_input_name == "pixel_values"
+
+
 def class_name(config: "PreTrainedConfig") -> str:
     """The model class that a config is of."""
     assert config.architectures and len(config.architectures) == 1, config.architectures

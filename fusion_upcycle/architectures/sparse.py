@@ -29,7 +29,7 @@ from fusion_upcycle.architectures.introspection import (
     dense_view,
     file_slots,
 )
-from fusion_upcycle.architectures.layout import class_name, model_class
+from fusion_upcycle.architectures.layout import class_name, model_class, takes_images
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.errors import UpcyclingError
@@ -306,8 +306,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
             "(auto_map), which is never run here. Where transformers' own class computes the same, "
             "pass ignore_config_fields=[auto_map]."
         )
-    images = model_class(class_name(source)).main_input_name == "pixel_values"
-    if shape.routing == "hash" and images:
+    if shape.routing == "hash" and takes_images(source):
         raise UpcyclingError(
             f"routing=hash goes by token ids, and a {source.model_type} model is given images. "
             "Choose routing=expert_choice or token_choice."
