@@ -171,10 +171,15 @@ def _swapped(rules: Any) -> Any:
 
 
 def test_expert_choice_in_a_decoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UpcyclingError, match=r"expert choice sees the whole text.*gpt2"):
-        convert(tmp_path, "gpt2", routing="expert_choice")
+    for model_type in ("gpt2", "llama"):
+        with pytest.raises(UpcyclingError, match=f"which a {model_type} must not see"):
+            convert(tmp_path, model_type, routing="expert_choice")
     with pytest.raises(UpcyclingError, match=r"mixtral knows token_choice alone.*target=sparse"):
-        convert(tmp_path, "llama", routing="expert_choice")
+        convert(tmp_path, "llama", routing="hash", target="mixtral")
+    moe = convert(tmp_path / "bert", "bert")[2]
+    moe.config.is_decoder, moe.config.moe_routing = True, "expert_choice"
+    with pytest.raises(ValueError, match="expert choice sees the whole text, and bert must not"):
+        type(moe)(moe.config)
 
 
 def test_the_decoder_of_a_t5_stays_at_token_choice(tmp_path: Path) -> None:
