@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -546,3 +547,31 @@ def test_converted_says_what_was_made(tmp_path: Path) -> None:
     assert isinstance(made, Converted)
     assert made.record["class"] == "SparseViTForImageClassification"
     assert made.record["parameters"]["total"] == moe.num_parameters()
+
+
+def test_auto_goes_on_to_our_own_class_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a family of transformers cannot express a model; what no class can is still refused."""
+    dense = tiny.dense("llama", mlp_bias=True).float()
+    dense.save_pretrained(tmp_path / "dense")
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, progress=False)
+    assert made.record["class"] == "SparseLlamaForCausalLM" and made.proof.holds
+    assert re.search(r"target=auto is sparse, .*mlp_bias=True cannot be expressed", caplog.text)
+    plain = tiny.dense("llama").float()
+    plain.save_pretrained(tmp_path / "plain")
+    caplog.clear()
+    made = upcycle(tmp_path / "plain", tmp_path / "mixtral", num_experts=4, progress=False)
+    assert made.record["class"] == "MixtralForCausalLM" and not caplog.text
+    config = json.loads((tmp_path / "plain" / "config.json").read_text()) | {"novel_norm": 2}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    for target in ("auto", "sparse"):
+        with pytest.raises(UpcyclingError, match=r"unknown field novel_norm=2"):
+            upcycle(tmp_path / "plain", tmp_path / "x", target=target, progress=False)
+    upcycle(
+        tmp_path / "plain",
+        tmp_path / "x",
+        target="sparse",
+        ignore_config_fields=["novel_norm"],
+        progress=False,
+    )
