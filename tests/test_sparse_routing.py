@@ -575,3 +575,40 @@ def test_auto_goes_on_to_our_own_class_and_says_so(
         ignore_config_fields=["novel_norm"],
         progress=False,
     )
+
+
+HEADS = [
+    ("gemma2", "Gemma2ForSequenceClassification"),  # asks AutoModel for its base
+    ("llama", "LlamaModel"),
+    ("vit", "ViTModel"),
+    ("t5", "T5EncoderModel"),
+    ("t5", "T5ForSequenceClassification"),
+    ("bert", "BertForQuestionAnswering"),
+    ("bert", "BertForPreTraining"),
+    ("dinov2", "Dinov2Backbone"),
+    ("clip_vision_model", "CLIPVisionModelWithProjection"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name"), HEADS)
+def test_heads_of_all_kinds(tmp_path: Path, model_type: str, name: str) -> None:
+    dense = tiny.dense(model_type, name=name).float()
+    dense.save_pretrained(tmp_path / "dense")
+    made = upcycle(
+        tmp_path / "dense",
+        tmp_path / "moe",
+        target="sparse",
+        num_experts=3,
+        expert_init="permute",
+        verify="layers",
+        progress=False,
+    )
+    assert made.proof.holds and made.record["class"] == f"Sparse{name}"
+    assert verify(made.output, progress=False, mode="logits").holds
+    assert type(load(made.output, dense)).__name__ == f"Sparse{name}"
+
+
+def test_a_head_over_several_texts_is_refused(tmp_path: Path) -> None:
+    tiny.dense("bert", name="BertForMultipleChoice").float().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UpcyclingError, match=r"BertForMultipleChoice is run on several texts"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", progress=False)

@@ -233,7 +233,11 @@ def for_source(source: "PreTrainedConfig") -> SparseArchitecture:
     Raises:
         UpcyclingError: FFNs of a form that is not known, or no class.
     """
-    one_class(source)
+    if one_class(source).endswith("ForMultipleChoice"):
+        raise UpcyclingError(
+            f"A {class_name(source)} is run on several texts at once, which no proof here can do. "
+            "Upcycle its base model: set architectures in config.json to that class."
+        )
     config = _as_sparse(source, {})
     return _ours(dense_ffns(source), source.model_type, config)
 
