@@ -612,3 +612,28 @@ def test_a_head_over_several_texts_is_refused(tmp_path: Path) -> None:
     tiny.dense("bert", name="BertForMultipleChoice").float().save_pretrained(tmp_path / "dense")
     with pytest.raises(UpcyclingError, match=r"BertForMultipleChoice is run on several texts"):
         upcycle(tmp_path / "dense", tmp_path / "moe", progress=False)
+
+
+#: What published configs have beside the fields of transformers' class.
+LEFT_OVER_FIELDS: dict[str, dict[str, Any]] = {
+    "bert": {"gradient_checkpointing": False, "position_embedding_type": "absolute"},
+    "clip_vision_model": {"dropout": 0.0, "top_k": 50, "no_repeat_ngram_size": 0},
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+    "gpt2": {"n_ctx": 64, "task_specific_params": {"text-generation": {"max_length": 50}}},
+    "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000, "torch_dtype": "float32"},
+    "opt": {"activation_dropout": 0.0, "prefix": "</s>"},
+    "t5": {"n_positions": 512, "output_past": True},
+    "vit": {"encoder_stride": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", LEFT_OVER_FIELDS)
+def test_configs_as_they_are_published(tmp_path: Path, model_type: str) -> None:
+    dense = tiny.dense(model_type).float()
+    dense.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | LEFT_OVER_FIELDS[model_type]))
+    again: Any = type(dense)
+    expected = again.from_pretrained(tmp_path / "dense").eval()
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", verify="logits", progress=False)
+    assert difference(expected, load(made.output, expected), **tiny.inputs(dense)) < 1e-4

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.architectures.families import LEFT_OVER
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def refuse_unknown(source: "PreTrainedConfig", ignored: Collection[str]) -> None
     declared = {*type(source)().to_dict(), *type(source).attribute_map, *dir(type(source))}
     code = inspect.getsource(type(source))  # which reads older names as well
     known = declared | NO_EFFECT | set(GenerationConfig().to_dict()) | LEGACY | set(ignored)
+    known |= LEFT_OVER.get(source.model_type, frozenset())
     unknown = {
         name: value
         for name, value in source.to_dict().items()
@@ -212,6 +214,7 @@ LEGACY = frozenset(
         "output_past",
         "prefix",
         "projection_dim",
+        "pretraining_tp",
         "pruned_heads",
         "scale_decoder_outputs",
         "sep_token_id",
