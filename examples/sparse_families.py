@@ -3,11 +3,11 @@
 Question: does `Sparse<Dense>` compute the dense model at step 0, and does each expert do its part?
 Command:  python examples/sparse_families.py --record examples/results/sparse_families (1 minute)
           python examples/sparse_families.py --table examples/results/sparse_families
-Expected: float64 below 1e-12 of the largest output at step 0, and again against a hand computation
-          of each token's experts once routers and experts all differ; controls far above; the
-          variance that a dropout makes that of the dense model, to 1 %.
+Expected: float64 below 1e-12 of the largest output at step 0, and again against a computation by
+          hand of each token's experts once routers and experts all differ; controls far above;
+          the variance that a dropout makes that of the dense model, to 1 %.
 
-The rows are measured by the code of the tests, `tests/sparse_rows.py`, with more passes for dropout.
+The rows are measured by the code of the tests, `tests/sparse_rows.py`; dropout by more passes.
 """
 
 import argparse
