@@ -142,6 +142,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "sigmoid": partial(growing, "sigmoid"),
     "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
     "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
+    "sparse families": partial(
+        of_record, "sparse_families.py", RESULTS / "sparse_families", "rows_table"
+    ),
 }
 
 

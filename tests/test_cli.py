@@ -299,7 +299,7 @@ def test_inspect_refuses_what_upcycle_refuses(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit_config(source, attention_bias=True)
-    assert fails("inspect", source) == 2
+    assert fails("inspect", source, "--target", "mixtral") == 2
     assert "attention_bias" in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ from tiny import (
 from transformers import AutoConfig
 
 from fusion_upcycle import SparseUpcyclingAlgorithm
-from fusion_upcycle.architectures import ARCHITECTURES, OWN
+from fusion_upcycle.architectures import ARCHITECTURES, OWN, architecture_for
 from fusion_upcycle.conversion.run import Converted
 from fusion_upcycle.errors import UpcyclingError
 
@@ -255,7 +255,7 @@ def test_what_a_family_cannot_express_is_refused_by_name(
 ) -> None:
     source = dense_folder(tmp_path / "dense", family, **fields)
     with pytest.raises(UpcyclingError, match=match):
-        convert(source, tmp_path / "moe", **options)
+        convert(source, tmp_path / "moe", **{"target": architecture_for(family).name} | options)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
@@ -418,7 +418,7 @@ def test_a_ministral3_says_how_far_its_rope_and_queries_go(name: str, tmp_path: 
     source = dense_folder(tmp_path / "dense", "ministral3")
     edit_config(source, rope_parameters=MINISTRAL3 | {name: None})
     with pytest.raises(UpcyclingError, match=f"rope_parameters does not say {name}"):
-        convert(source, tmp_path / "moe")
+        convert(source, tmp_path / "moe", target="mixtral")
 
 
 MINICPM = {

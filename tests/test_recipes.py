@@ -44,8 +44,8 @@ PUBLISHED: dict[str, tuple[str | None, str | None]] = {
     **{f"sparse_upcycling_vit_{size}": (None, None) for size in ("b16", "l16")},
 }
 
-#: The paper's own models: parameters of the dense checkpoint, as its model card has them, and by the
-#: shape of an FFN: matrices, D, F, MoE layers of 32 experts.
+#: The paper's own models: parameters of the dense checkpoint as its model card has them; and of the
+#: MoE layers of 32 experts, the parameters of an FFN by its shape, and how many there are.
 PAPER = {
     "sparse_upcycling_t5_base": (247_577_856, 3 * 768 * 2048, 12),
     "sparse_upcycling_t5_large": (783_150_080, 3 * 1024 * 2816, 24),

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,10 +172,15 @@ def _swapped(rules: Any) -> Any:
 
 
 def test_expert_choice_in_a_decoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UpcyclingError, match=r"expert choice sees the whole text.*gpt2"):
-        convert(tmp_path, "gpt2", routing="expert_choice")
+    for model_type in ("gpt2", "llama"):
+        with pytest.raises(UpcyclingError, match=f"which a {model_type} must not see"):
+            convert(tmp_path, model_type, routing="expert_choice")
     with pytest.raises(UpcyclingError, match=r"mixtral knows token_choice alone.*target=sparse"):
-        convert(tmp_path, "llama", routing="expert_choice")
+        convert(tmp_path, "llama", routing="hash", target="mixtral")
+    moe = convert(tmp_path / "bert", "bert")[2]
+    moe.config.is_decoder, moe.config.moe_routing = True, "expert_choice"
+    with pytest.raises(ValueError, match="expert choice sees the whole text, and bert must not"):
+        type(moe)(moe.config)
 
 
 def test_the_decoder_of_a_t5_stays_at_token_choice(tmp_path: Path) -> None:
@@ -541,3 +547,93 @@ def test_converted_says_what_was_made(tmp_path: Path) -> None:
     assert isinstance(made, Converted)
     assert made.record["class"] == "SparseViTForImageClassification"
     assert made.record["parameters"]["total"] == moe.num_parameters()
+
+
+def test_auto_goes_on_to_our_own_class_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a family of transformers cannot express a model; what no class can is still refused."""
+    dense = tiny.dense("llama", mlp_bias=True).float()
+    dense.save_pretrained(tmp_path / "dense")
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, progress=False)
+    assert made.record["class"] == "SparseLlamaForCausalLM" and made.proof.holds
+    assert re.search(r"target=auto is sparse, .*mlp_bias=True cannot be expressed", caplog.text)
+    plain = tiny.dense("llama").float()
+    plain.save_pretrained(tmp_path / "plain")
+    caplog.clear()
+    made = upcycle(tmp_path / "plain", tmp_path / "mixtral", num_experts=4, progress=False)
+    assert made.record["class"] == "MixtralForCausalLM" and not caplog.text
+    config = json.loads((tmp_path / "plain" / "config.json").read_text()) | {"novel_norm": 2}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    for target in ("auto", "sparse"):
+        with pytest.raises(UpcyclingError, match=r"unknown field novel_norm=2"):
+            upcycle(tmp_path / "plain", tmp_path / "x", target=target, progress=False)
+    upcycle(
+        tmp_path / "plain",
+        tmp_path / "x",
+        target="sparse",
+        ignore_config_fields=["novel_norm"],
+        progress=False,
+    )
+
+
+HEADS = [
+    ("gemma2", "Gemma2ForSequenceClassification"),  # asks AutoModel for its base
+    ("llama", "LlamaModel"),
+    ("vit", "ViTModel"),
+    ("t5", "T5EncoderModel"),
+    ("t5", "T5ForSequenceClassification"),
+    ("bert", "BertForQuestionAnswering"),
+    ("bert", "BertForPreTraining"),
+    ("dinov2", "Dinov2Backbone"),
+    ("clip_vision_model", "CLIPVisionModelWithProjection"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name"), HEADS)
+def test_heads_of_all_kinds(tmp_path: Path, model_type: str, name: str) -> None:
+    dense = tiny.dense(model_type, name=name).float()
+    dense.save_pretrained(tmp_path / "dense")
+    made = upcycle(
+        tmp_path / "dense",
+        tmp_path / "moe",
+        target="sparse",
+        num_experts=3,
+        expert_init="permute",
+        verify="layers",
+        progress=False,
+    )
+    assert made.proof.holds and made.record["class"] == f"Sparse{name}"
+    assert verify(made.output, progress=False, mode="logits").holds
+    assert type(load(made.output, dense)).__name__ == f"Sparse{name}"
+
+
+def test_a_head_over_several_texts_is_refused(tmp_path: Path) -> None:
+    tiny.dense("bert", name="BertForMultipleChoice").float().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UpcyclingError, match=r"BertForMultipleChoice is run on several texts"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", progress=False)
+
+
+#: What published configs have beside the fields of transformers' class.
+LEFT_OVER_FIELDS: dict[str, dict[str, Any]] = {
+    "bert": {"gradient_checkpointing": False, "position_embedding_type": "absolute"},
+    "clip_vision_model": {"dropout": 0.0, "top_k": 50, "no_repeat_ngram_size": 0},
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+    "gpt2": {"n_ctx": 64, "task_specific_params": {"text-generation": {"max_length": 50}}},
+    "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000, "torch_dtype": "float32"},
+    "opt": {"activation_dropout": 0.0, "prefix": "</s>"},
+    "t5": {"n_positions": 512, "output_past": True},
+    "vit": {"encoder_stride": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", LEFT_OVER_FIELDS)
+def test_configs_as_they_are_published(tmp_path: Path, model_type: str) -> None:
+    dense = tiny.dense(model_type).float()
+    dense.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | LEFT_OVER_FIELDS[model_type]))
+    again: Any = type(dense)
+    expected = again.from_pretrained(tmp_path / "dense").eval()
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", verify="logits", progress=False)
+    assert difference(expected, load(made.output, expected), **tiny.inputs(dense)) < 1e-4

@@ -138,6 +138,13 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+#: What a class has, and its vision models have no use for.
+_LEFT_OUT = {
+    name: {"pad_token_id", "bos_token_id", "eos_token_id"}
+    for name in ("clip_vision_model", "siglip_vision_model", "dinov2", "vit")
+}
+
+
 def dense(model_type: str, *, seed: int = 1, name: str | None = None, **fields: Any):
     """A dense model in float64 and evaluation mode.
 
@@ -145,11 +152,14 @@ def dense(model_type: str, *, seed: int = 1, name: str | None = None, **fields: 
         name: of its class; None is that of `CLASSES`.
         fields: of its config.
     """
-    given = _COMMON | _OWN.get(model_type, _GROUPED if model_type in _CAUSAL else {}) | fields
+    given = _COMMON | _OWN.get(model_type, {}) | fields
     config_class = CONFIG_MAPPING[model_type]
-    if model_type not in CLASSES or "Vision" in CLASSES[model_type]:
-        given = {k: v for k, v in given.items() if not k.endswith("_token_id")}
-    config = config_class(**given)
+    if "num_key_value_heads" in config_class().to_dict():
+        given = _GROUPED | given
+    own = {*config_class().to_dict(), *config_class.attribute_map} - _LEFT_OUT.get(
+        model_type, set()
+    )
+    config = config_class(**{k: v for k, v in given.items() if k in own or k not in _COMMON})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = getattr(transformers, name or CLASSES[model_type])._from_config(config)

@@ -1,8 +1,10 @@
 """Config fields: carried, required, without effect, or refused by name; and how to write them."""
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.architectures.families import LEFT_OVER
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -75,6 +77,35 @@ def carry_fields(
             f"shown to be exact in {target}. Supported: {', '.join(rope_types)}."
         )
     return result | {"rope_parameters": rope}
+
+
+def refuse_unknown(source: "PreTrainedConfig", ignored: Collection[str]) -> None:
+    """Refuse fields that the source's own class does not have: its file means something else by it.
+
+    Raises:
+        UpcyclingError: names them.
+    """
+    from transformers import GenerationConfig
+
+    declared = {*type(source)().to_dict(), *type(source).attribute_map, *dir(type(source))}
+    code = inspect.getsource(type(source))  # which reads older names as well
+    known = declared | NO_EFFECT | set(GenerationConfig().to_dict()) | LEGACY | set(ignored)
+    known |= LEFT_OVER.get(source.model_type, frozenset())
+    unknown = {
+        name: value
+        for name, value in source.to_dict().items()
+        if name not in known
+        and f'"{name}"' not in code
+        and value is not None
+        and (name not in HARMLESS or HARMLESS[name] != value)
+    }
+    if unknown:
+        named = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+        raise UpcyclingError(
+            f"config.json of the {source.model_type} source: unknown field {named}; "
+            f"{type(source).__name__} has none of this name. If it changes nothing in the forward "
+            f"pass, remove it or pass ignore_config_fields=[{','.join(unknown)}]."
+        )
 
 
 def no_window(source: "PreTrainedConfig", target: str) -> None:
@@ -166,10 +197,35 @@ HARMLESS: dict[str, Any] = {
     "mlp_only_layers": [],
     "rope_interleaved": False,
     "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+    "position_embedding_type": "absolute",  # BERT
     "use_mrope": False,  # Qwen2.5
 }
 
 _LAYER_NORMS = {"rms_norm_eps": (None, "The family has LayerNorms and ignores it: remove it.")}
+
+#: Fields of older versions of transformers' configs, and of tasks, that no class looks at.
+LEGACY = frozenset(
+    {
+        "finetuning_task",
+        "gradient_checkpointing",
+        "is_decoder",
+        "is_encoder_decoder",
+        "n_ctx",
+        "output_past",
+        "prefix",
+        "projection_dim",
+        "pretraining_tp",
+        "pruned_heads",
+        "scale_decoder_outputs",
+        "sep_token_id",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "torchscript",
+        "use_bfloat16",
+        "xla_device",
+    }
+)
 
 #: Dense `model_type` -> fields that it ignores itself, but that a target would obey.
 STRAY = {

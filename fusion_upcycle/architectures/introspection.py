@@ -17,7 +17,7 @@ from torch import nn
 
 from fusion_upcycle.architectures.base import LiveSlot, Splits
 from fusion_upcycle.architectures.families import LEFT_OUT, NORMS
-from fusion_upcycle.architectures.layout import class_name, empty_model
+from fusion_upcycle.architectures.layout import built, class_name, empty_model
 from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import RenamedSource
@@ -87,7 +87,7 @@ def _dense_ffns(_: str, held: _Held) -> DenseFFNs:
     from fusion_upcycle.models.modeling_sparse import find_ffns
 
     config = held.config
-    model = empty_model(config)
+    model = built(config)
     try:
         found = find_ffns(model, config.model_type)
     except ValueError as error:

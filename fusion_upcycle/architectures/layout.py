@@ -22,6 +22,41 @@ def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
         return model_class(class_name(config))._from_config(config)
 
 
+def built(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """`empty_model` of a config that may be anything.
+
+    Raises:
+        UpcyclingError: a config from which transformers cannot build the class.
+    """
+    try:
+        return empty_model(config)
+    except UpcyclingError:
+        raise
+    except Exception as error:  # a size, an activation, ...: whatever the class makes of it
+        raise UpcyclingError(
+            f"transformers cannot build {class_name(config)} from what config.json says: "
+            f"{error!r}. Repair the field that it names."
+        ) from error
+
+
+def one_class(config: "PreTrainedConfig") -> str:
+    """The model class that a config names.
+
+    Raises:
+        UpcyclingError: it names none, or several.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(config.architectures, list) and len(config.architectures) == 1:
+        return class_name(config)
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    usual = causal.get(config.model_type) or modeling_auto.MODEL_MAPPING_NAMES[config.model_type]
+    raise UpcyclingError(
+        f"The source's config.json says architectures={config.architectures!r}, not what class "
+        f'the model is. Set it to ["{usual}"].'
+    )
+
+
 def model_class(name: str) -> "type[PreTrainedModel]":
     """The class of this name: transformers', or ours, `Sparse` and the name of a dense one.
 
@@ -86,13 +121,7 @@ def file_layout(config: "PreTrainedConfig") -> FileLayout:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    try:
-        model = empty_model(config)
-    except Exception as error:  # a size, an activation, ...: whatever the class makes of it
-        raise UpcyclingError(
-            f"transformers cannot build {class_name(config)} from what config.json says: "
-            f"{error!r}. Repair the field that it names."
-        ) from error
+    model = built(config)
     state = with_kept_dtypes(model)
     tensors = revert_weight_conversion(model, state)
     # Saving renames, and does not touch, what is tied.
@@ -133,12 +162,7 @@ def target_class(source: "PreTrainedConfig", target: "PreTrainedConfig") -> str:
     from transformers.models.auto import modeling_auto
 
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not isinstance(source.architectures, list) or len(source.architectures) != 1:
-        raise UpcyclingError(
-            f"The source's config.json says architectures={source.architectures!r}, not what class "
-            f'the model is. Set it to ["{causal[source.model_type]}"].'
-        )
-    source_class = class_name(source)
+    source_class = one_class(source)
     for names in (causal, modeling_auto.MODEL_MAPPING_NAMES):
         if names.get(source.model_type) == source_class:
             return str(names[target.model_type])

@@ -21,7 +21,7 @@ from fusion_upcycle.architectures.base import (
     Routing,
     SharedExpert,
 )
-from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE
+from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE, refuse_unknown
 from fusion_upcycle.architectures.families import NORMS, ZERO_CENTRED
 from fusion_upcycle.architectures.introspection import (
     DenseFFNs,
@@ -29,7 +29,12 @@ from fusion_upcycle.architectures.introspection import (
     dense_view,
     file_slots,
 )
-from fusion_upcycle.architectures.layout import class_name, model_class, takes_images
+from fusion_upcycle.architectures.layout import (
+    class_name,
+    model_class,
+    one_class,
+    takes_images,
+)
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.errors import UpcyclingError
@@ -231,8 +236,13 @@ def for_source(source: "PreTrainedConfig") -> SparseArchitecture:
     """The architecture for a dense model of this config, whose MoE is not decided yet.
 
     Raises:
-        UpcyclingError: FFNs of a form that is not known.
+        UpcyclingError: FFNs of a form that is not known, or no class.
     """
+    if one_class(source).endswith("ForMultipleChoice"):
+        raise UpcyclingError(
+            f"A {class_name(source)} is run on several texts at once, which no proof here can do. "
+            "Upcycle its base model: set architectures in config.json to that class."
+        )
     config = _as_sparse(source, {})
     return _ours(dense_ffns(source), source.model_type, config)
 
@@ -291,6 +301,8 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     Raises:
         UpcyclingError: a quantised model, one with code of its own, or a feed-forward in chunks.
     """
+    from fusion_upcycle.models.modeling_sparse import BIDIRECTIONAL
+
     fields = source.to_dict()
     for name in ("chunk_size_feed_forward", "quantization_config"):
         only, remedy = REQUIRED[name]
@@ -306,10 +318,16 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
             "(auto_map), which is never run here. Where transformers' own class computes the same, "
             "pass ignore_config_fields=[auto_map]."
         )
+    refuse_unknown(source, shape.ignored)
     if shape.routing == "hash" and takes_images(source):
         raise UpcyclingError(
             f"routing=hash goes by token ids, and a {source.model_type} model is given images. "
             "Choose routing=expert_choice or token_choice."
+        )
+    if shape.routing == "expert_choice" and source.model_type not in BIDIRECTIONAL:
+        raise UpcyclingError(
+            f"routing=expert_choice: experts would choose among tokens to come, which a "
+            f"{source.model_type} must not see. Choose routing=token_choice."
         )
     own = {field: getattr(shape, name) for name, field in _FIELDS.items()}
     return _as_sparse(source, own | moe_layers_field(shape.moe_layers, shape.num_layers))

@@ -159,7 +159,8 @@ def _check_labels(path: Path, data: dict[str, Any]) -> None:
         UpcyclingError: names the field.
     """
     named = data.get("architectures")
-    if not (isinstance(named, list) and any("Classification" in str(name) for name in named)):
+    heads = ("Classification", "QuestionAnswering")
+    if not (isinstance(named, list) and any(head in str(named) for head in heads)):
         for name in _LABELS:
             data.pop(name, None)
         return

@@ -397,6 +397,8 @@ def _measured(layer, form, config):
 
 def _make_sparse(model, config):
     """Put a `SparseMLP` in the place of each FFN of the layers that `moe_layers` names."""
+    if any(isinstance(module, SparseMLP) for module in model.modules()):
+        return  # the base model inside was made as ours
     if config.moe_routing not in ROUTINGS:
         raise ValueError(f"moe_routing={config.moe_routing!r} must be one of {ROUTINGS}")
     dense_type = config.dense_model_type
@@ -541,6 +543,9 @@ def config_class(dense):
     setattr(_THIS, name, made)
     dense_converters = get_checkpoint_conversion_mapping(dense.model_type)
     _register_converters(made.model_type, dense_converters, dense.model_type)
+    # Some heads (`Gemma2ForSequenceClassification`) ask `AutoModel` for what is below them.
+    base = transformers.AutoModel._model_mapping[dense]
+    transformers.AutoModel.register(made, model_class(base), exist_ok=True)
     return made
 
 

@@ -1,21 +1,25 @@
 """What is decided before any tensor is looked at: family, options, config and dtype of the MoE."""
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from fusion_upcycle.architectures import architecture_for
+from fusion_upcycle.architectures import ARCHITECTURES, OWN, architecture_for
 from fusion_upcycle.architectures.base import Architecture, DenseLayout
 from fusion_upcycle.architectures.layout import FileLayout, file_layout
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.checks import parse_dtype
+from fusion_upcycle.checks import AUTO, parse_dtype
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.resolution import ResolvedOptions, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ def plan_frame(
 ) -> Frame:
     """Decide family, options, config and dtype; refuse what they cannot express.
 
+    With `target=auto`, what a family of transformers cannot express becomes our own class, if that
+    can.
+
     Args:
         source: a dense model; only its dtypes are looked at.
         source_config: its config.
@@ -52,20 +59,21 @@ def plan_frame(
         UpcyclingError: unsupported family, option, config field or mix of dtypes.
     """
     family = architecture_for(source_config.model_type, options.target)
-    if (plain := family.dense[source_config.model_type].plain_config) is not None:
-        source_config = plain(source_config)
-    architecture = family.for_source(source_config)
-    resolved = resolve(options, architecture, source_config)
-    assert architecture.convert_config is not None, architecture.name
     try:
-        config = architecture.convert_config(source_config, resolved.shape)
-    except UpcyclingError:
-        raise
-    except Exception as error:  # transformers' checks raise a class of their own for each field
-        raise UpcyclingError(
-            f"transformers refuses the config of a {architecture.name} made of this "
-            f"{source_config.model_type} model: {error}"
-        ) from error
+        architecture, source_config, resolved, config = _expressed(family, source_config, options)
+    except UpcyclingError as refused:
+        ours = ARCHITECTURES[OWN]
+        if (
+            options.target != AUTO
+            or family.name == OWN
+            or source_config.model_type not in ours.dense
+        ):
+            raise
+        try:
+            architecture, source_config, resolved, config = _expressed(ours, source_config, options)
+        except UpcyclingError as error:  # of no use to one who is sent here
+            raise (error if f"target={OWN}" in str(refused) else refused) from None
+        log.warning("target=auto is %s, our own class, as this does not fit: %s", OWN, refused)
     config.architectures = [architecture.target_class(source_config, config)]
     architecture = architecture.for_config(config)
     config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)
@@ -74,6 +82,31 @@ def plan_frame(
     dense = architecture.dense[source_config.model_type]
     layout = file_layout(config)
     return Frame(architecture, dense, options, resolved, source_config, config, dtype, layout)
+
+
+def _expressed(
+    family: Architecture, source: "PreTrainedConfig", options: UpcyclingOptions
+) -> tuple[Architecture, "PreTrainedConfig", ResolvedOptions, "PreTrainedConfig"]:
+    """The family for this model, the source's config as it reads it, the options, the MoE's config.
+
+    Raises:
+        UpcyclingError: what the family cannot express.
+    """
+    if (plain := family.dense[source.model_type].plain_config) is not None:
+        source = plain(source)
+    architecture = family.for_source(source)
+    resolved = resolve(options, architecture, source)
+    assert architecture.convert_config is not None, architecture.name
+    try:
+        config = architecture.convert_config(source, resolved.shape)
+    except UpcyclingError:
+        raise
+    except Exception as error:  # transformers' checks raise a class of their own for each field
+        raise UpcyclingError(
+            f"transformers refuses the config of a {architecture.name} made of this "
+            f"{source.model_type} model: {error}"
+        ) from error
+    return architecture, source, resolved, config
 
 
 def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtype:

@@ -132,8 +132,9 @@ def take_sample(tokenizer_file: Path | None, config: "PreTrainedConfig") -> Samp
     ids, words = _sample_ids(tokenizer_file, config)
     if not config.is_encoder_decoder:
         return Sample({"input_ids": ids}, words)
-    # A decoder reads on where its start token was: the text's own beginning will do.
-    return Sample({"input_ids": ids, "decoder_input_ids": ids[:, : NUM_TOKENS // 4]}, words)
+    if isinstance(config.eos_token_id, int):  # which T5's classifiers look for
+        ids = torch.cat([ids[:, :-1], torch.tensor([[config.eos_token_id]])], dim=1)
+    return Sample({"input_ids": ids, "decoder_input_ids": ids}, words)
 
 
 def _images(channels: int, size: int | Sequence[int]) -> Tensor:
@@ -168,7 +169,10 @@ def compute_dtype(model: "PreTrainedModel") -> torch.dtype:
 
 
 def output_of(model: "PreTrainedModel", inputs: Inputs) -> tuple[Tensor, bool]:
-    """Logits of a model with a head, or last hidden states of a backbone; and which."""
+    """Logits of a model with a head, or last hidden states of a backbone; and which.
+
+    Of the few others, all tensors of floating-point numbers that they give, one after the other.
+    """
     device = model.device
     # A streamed model computes on the CPU; its own weights are on the meta device.
     given: dict[str, Any] = {
@@ -182,4 +186,13 @@ def output_of(model: "PreTrainedModel", inputs: Inputs) -> tuple[Tensor, bool]:
     output = model(**given)
     if "logits" in output:
         return output.logits, True
-    return output.last_hidden_state, False
+    if "last_hidden_state" in output:
+        return output.last_hidden_state, False
+    flat = [value for given in output.values() for value in _tensors(given)]
+    return torch.cat([value.flatten() for value in flat]), False
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    return [t for inside in value for t in _tensors(inside)] if isinstance(value, tuple) else []
