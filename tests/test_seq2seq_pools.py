@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGenerati
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.modelpool import Seq2SeqLMPool
+from fusion_upcycle.tables import pairs as tables
 from fusion_upcycle.taskpool import Seq2SeqTaskPool
-from fusion_upcycle.taskpool.pairs import load_pairs
 from fusion_upcycle.texts.bootstrap import block_bootstrap, spread
 
 END = 256
@@ -36,6 +36,10 @@ EXAMPLES = [
 ]
 LEARNT = 5
 LABELS = ["yes", "no", "maybe"]
+
+
+def load_pairs(name: str, given: Any) -> tables.Pairs:
+    return tables.load_pairs(given, f"taskpool.tasks.{name}", splits=["test"])
 
 
 @pytest.fixture(autouse=True)

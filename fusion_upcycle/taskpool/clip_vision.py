@@ -14,8 +14,9 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.loading import as_folder, load_folder
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.report import Measured
+from fusion_upcycle.tables.images import Images
 from fusion_upcycle.taskpool.image_scores import METRICS, score_images
-from fusion_upcycle.taskpool.images import Images, check_loader, load_images
+from fusion_upcycle.taskpool.images import check_loader, load_images
 from fusion_upcycle.taskpool.pool import (
     check_options,
     in_record,
@@ -35,7 +36,7 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
     """FusionBench's zero-shot classification, for dense vision towers and MoEs, with local data.
 
     Args:
-        test_datasets: task -> images, see ``fusion_upcycle.taskpool.images``; FusionBench's own
+        test_datasets: task -> images, see ``fusion_upcycle.tables.images``; FusionBench's own
             configs too.
         base_model: folder or Hub id of the whole CLIP model, whose text tower and projections
             judge.

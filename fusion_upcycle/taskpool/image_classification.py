@@ -1,6 +1,6 @@
 """FusionBench task pool: image classification by a model with a head of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseTaskPool, auto_register_config
@@ -11,8 +11,9 @@ from torch import Tensor
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.report import Measured
+from fusion_upcycle.tables.images import class_order, image_mode
 from fusion_upcycle.taskpool.image_scores import METRICS, score_images
-from fusion_upcycle.taskpool.images import Images, check_loader, load_images, simplified
+from fusion_upcycle.taskpool.images import check_loader, load_images
 from fusion_upcycle.taskpool.pool import (
     check_options,
     in_record,
@@ -34,7 +35,7 @@ class ImageClassificationTaskPool(BaseTaskPool):
     FusionBench's own knows its own data sets only, and gives no standard errors.
 
     Args:
-        test_datasets: task -> images, see ``fusion_upcycle.taskpool.images``; FusionBench's own
+        test_datasets: task -> images, see ``fusion_upcycle.tables.images``; FusionBench's own
             configs too.
         processor: of images, a folder or Hub id, or a config that makes one; None for the model
             pool's own.
@@ -74,10 +75,10 @@ class ImageClassificationTaskPool(BaseTaskPool):
         """
         to_device(self, model)
         tasks = {name: load_images(name, given) for name, given in self.test_datasets.items()}
-        orders = {name: _order(images, model) for name, images in tasks.items()}
+        orders = {name: class_order(images, model.config) for name, images in tasks.items()}
         processor = self._load_processor()
         weight = next(model.parameters())
-        mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+        mode = image_mode(model.config)
 
         def logits_of(pixels: Tensor) -> Tensor:
             return model(pixel_values=pixels.to(weight.device, weight.dtype)).logits
@@ -89,7 +90,7 @@ class ImageClassificationTaskPool(BaseTaskPool):
                 report[name] = score_images(
                     images,
                     logits_of,
-                    classes=len(order or _classes(model)),
+                    classes=len(order or model.config.id2label or ()),
                     processor=processor,
                     loader=self._loader,
                     mode=mode,
@@ -122,28 +123,3 @@ class ImageClassificationTaskPool(BaseTaskPool):
                 "with a model pool that has one (modelpool.processor)."
             )
         return pool.load_processor()
-
-
-def _classes(model: "PreTrainedModel") -> dict[int, str]:
-    return {int(number): str(name) for number, name in (model.config.id2label or {}).items()}
-
-
-def _order(images: Images, model: "PreTrainedModel") -> Sequence[int] | None:
-    """Label of the data -> class of the model, by name; None where their numbers are the same."""
-    known = _classes(model)
-    unnamed = all(name == f"LABEL_{number}" for number, name in known.items())
-    if images.classnames is None or unnamed:
-        return None
-    theirs = [simplified(name) for name in known.values()]
-    wanted = [simplified(name) for name in images.classnames]
-    if wanted == theirs:
-        return None
-    for name, plainly in zip(images.classnames, wanted, strict=True):
-        if theirs.count(plainly) != 1:
-            many = "several classes" if plainly in theirs else "no class"
-            raise UpcyclingError(
-                f"{images.where}: the model has {many} {name!r} among "
-                f"{', '.join(list(known.values())[:5])}, .... Give the model's names of the data's "
-                "labels, {path: ..., classnames: [...]}."
-            )
-    return [list(known)[theirs.index(plainly)] for plainly in wanted]

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fusion_upcycle.taskpool.images import Images, batches, check_labels
+from fusion_upcycle.tables.images import Images, check_labels
+from fusion_upcycle.taskpool.images import batches
 from fusion_upcycle.taskpool.scores import with_error
 
 METRICS = ("accuracy", "loss", "examples")
@@ -41,7 +42,7 @@ def score_images(
     places = None if order is None else torch.tensor(order)
     every = batches(images, processor, loader, mode)
     for pixels, labels in tqdm(every, desc=images.where.rpartition(".")[2], leave=False):
-        check_labels(images, labels, classes, len(losses))
+        check_labels(images, labels.tolist(), classes, len(losses))
         targets = labels if places is None else places[labels]
         logits = logits_of(pixels).float().cpu()
         losses += F.cross_entropy(logits, targets, reduction="none").tolist()

@@ -10,7 +10,7 @@ from fusion_upcycle.checks import require_whole
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.report import Measured
-from fusion_upcycle.taskpool.pairs import load_pairs
+from fusion_upcycle.tables.pairs import load_pairs
 from fusion_upcycle.taskpool.pool import (
     check_options,
     leave_record,
@@ -31,7 +31,7 @@ class Seq2SeqTaskPool(BaseTaskPool):
     """T5 and others, dense or MoE, on local files or data sets of the Hub.
 
     Args:
-        tasks: name -> examples, see ``fusion_upcycle.taskpool.pairs``.
+        tasks: name -> examples, see ``fusion_upcycle.tables.pairs``.
         tokenizer: path or Hub name; None for the model pool's own.
         batch_size: examples per forward pass.
         max_input_tokens: of an input; the rest is cut off, and ``truncated_inputs`` says of how
@@ -80,7 +80,10 @@ class Seq2SeqTaskPool(BaseTaskPool):
                 f"A {type(model).__name__} is no sequence-to-sequence model. Use "
                 "CausalLMPerplexityTaskPool or LMEvalTaskPool."
             )
-        tasks = {name: load_pairs(name, given) for name, given in self.tasks.items()}
+        tasks = {
+            name: load_pairs(given, f"taskpool.tasks.{name}", splits=["test"])
+            for name, given in self.tasks.items()
+        }
         tokenizer = load_tokenizer(self, self.tokenizer)
         to_device(self, model)
         report: dict[str, Any] = {}

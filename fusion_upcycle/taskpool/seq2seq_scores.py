@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.taskpool.pairs import Pairs
+from fusion_upcycle.tables.pairs import Pairs, target_ids
 from fusion_upcycle.taskpool.scores import with_error
 from fusion_upcycle.texts.bootstrap import block_bootstrap, spread
 
@@ -34,8 +33,8 @@ def score_pairs(
     Raises:
         UpcyclingError: a target that the tokenizer cannot write.
     """
-    targets = [_ids(tokenizer, target, pairs.where) for target in pairs.targets]
-    labels = [_ids(tokenizer, label, pairs.where) for label in pairs.labels]
+    targets = [target_ids(tokenizer, target, pairs.where) for target in pairs.targets]
+    labels = [target_ids(tokenizer, label, pairs.where) for label in pairs.labels]
     longest = max(map(len, targets))  # an answer that goes on is another one
     nats: list[float] = []
     same: list[float] = []
@@ -69,20 +68,6 @@ def score_pairs(
     if means is not None:
         scores["loss_nats_per_token_stderr"] = spread(means).stderr
     return scores | {"examples": len(targets), "truncated_inputs": cut}
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, where: str) -> list[int]:
-    """Tokens of a target, with the one that ends it."""
-    ids = list(tokenizer(text_target=text)["input_ids"])
-    end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end]:
-        ids.append(end)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        raise UpcyclingError(
-            f"{where}: the tokenizer cannot write the target {text!r}: it has an unknown piece. "
-            "Give the tokenizer that the model was trained with, or another word."
-        )
-    return ids
 
 
 def _inputs(

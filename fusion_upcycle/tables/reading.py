@@ -1,6 +1,6 @@
 """Rows of examples: local files and folders, data sets of the Hub, as `datasets` reads them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ def specified(
     return source, {str(k): v for k, v in specification.items() if k in more}
 
 
-def load_table(source: Mapping[str, Any], where: str) -> Any:
+def load_table(source: Mapping[str, Any], where: str, splits: Sequence[str]) -> Any:
     """A `datasets.Dataset` of a .jsonl or .parquet file, a folder, or a data set of the Hub.
 
-    Without a `split`, the test split, or the only one.
+    Args:
+        where: the option that names it, for errors.
+        splits: without a `split`, the first of these that there is, or the only one.
 
     Raises:
         UpcyclingError: what is not there, cannot be read, is empty, or has several other splits.
@@ -65,11 +67,12 @@ def load_table(source: Mapping[str, Any], where: str) -> Any:
         table = load_dataset(path, split=split, **arguments)
     if isinstance(table, DatasetDict):
         names = list(table)
-        if "test" not in names and len(names) > 1:
+        found = [name for name in splits if name in names]
+        if not found and len(names) > 1:
             raise UpcyclingError(
                 f"{where} has the splits {', '.join(names)}: choose one, {{path: ..., split: ...}}."
             )
-        table = table["test" if "test" in names else names[0]]
+        table = table[(found or names)[0]]
     if not len(table):
         raise UpcyclingError(f"{where} is empty.")
     return table

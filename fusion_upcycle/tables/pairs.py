@@ -1,6 +1,6 @@
-"""Inputs and targets of a sequence-to-sequence task.
+"""Inputs and targets of sequence-to-sequence models.
 
-A task is one of:
+They are given as one of:
 
 - a `.jsonl` or `.parquet` file with the columns ``input`` and ``target``;
 - `{path, name, split, data_files, data_dir, input, target, labels}`, the first five as
@@ -14,10 +14,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.taskpool.tables import load_table, specified
+from fusion_upcycle.tables.reading import load_table, specified
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAID = ("input", "target", "labels")
 
@@ -38,16 +41,19 @@ class Pairs:
     labels: Sequence[str]
 
 
-def load_pairs(name: str, given: Any) -> Pairs:
-    """The examples of the task `name`.
+def load_pairs(given: Any, where: str, *, splits: Sequence[str]) -> Pairs:
+    """Examples of one specification (see the module).
+
+    Args:
+        where: the option that names them, for errors.
+        splits: taken where the config says none, the first that there is; or the only one.
 
     Raises:
         UpcyclingError: what cannot be read, a column that is not there, a text that is none, a
             label without a word, or a target that is no label.
     """
-    where = f"taskpool.tasks.{name}"
     source, said = specified(given, where, _SAID)
-    table = load_table(source, where)
+    table = load_table(source, where, splits)
     rows = [dict(row) for row in table]
     asked = str(said.get("input") or "{input}")
     inputs = [_filled(asked, row, where, "input") for row in rows]
@@ -68,6 +74,24 @@ def load_pairs(name: str, given: Any) -> Pairs:
                 f"labels {', '.join(pairs.labels)}. Add it to labels."
             )
     return pairs
+
+
+def target_ids(tokenizer: "PreTrainedTokenizerBase", text: str, where: str) -> list[int]:
+    """Tokens of a target, with the one that ends it.
+
+    Raises:
+        UpcyclingError: the tokenizer has no words for it.
+    """
+    ids = list(tokenizer(text_target=text)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        raise UpcyclingError(
+            f"{where}: the tokenizer cannot write the target {text!r}: it has an unknown piece. "
+            "Give the tokenizer that the model was trained with, or another word."
+        )
+    return ids
 
 
 def _filled(text: str, row: Mapping[str, Any], where: str, key: str) -> str:

@@ -1,0 +1,1 @@
+"""Tables of examples: labelled images, inputs with targets, and how they are read."""
