@@ -251,10 +251,10 @@ def expert_upcycling(
 
 
 def continued_pretraining(
-    data, save_checkpoint=None, *, validation=None, tokenizer=None, optimizer_state=None,
-    work_folder=None, resume=True, overwrite=False, progress=True, **kwargs,
+    data, save_checkpoint=None, *, validation=None, tokenizer=None, processor=None,
+    optimizer_state=None, work_folder=None, resume=True, overwrite=False, progress=True, **kwargs,
 ):  # fmt: skip
-    """Likewise; options were in `kwargs`, unseen."""
+    """Likewise; options were in `kwargs`, unseen, and `processor` is new."""
 
 
 Parameters = dict[str, tuple[Any, Any]]
@@ -302,7 +302,7 @@ def test_all_faces_are_here() -> None:
 
 #: Of no option's kind, each; text is what `"false"` in a YAML file is.
 WRONG = (8.5, True, "false", [[8]], {"x": 1})
-FREE_TEXT = {"save_checkpoint", "optimizer_state", "work_folder", "tokenizer"}
+FREE_TEXT = {"save_checkpoint", "optimizer_state", "work_folder", "tokenizer", "processor"}
 
 
 @pytest.mark.parametrize("value", WRONG, ids=str)
@@ -479,7 +479,11 @@ def test_the_saved_config_makes_the_same_algorithm(name: str, own_folder: Path) 
 def defaults(cls: type) -> dict[str, Any]:
     required = {"data": "demo", "tokens": 8192, "num_experts": 4, "experts_per_token": 2}
     _, arguments = parameters(cls)
-    needed = {n: required[n] for n, (_, value) in arguments.items() if value is MISSING_ARGUMENT}
+    needed = {
+        n: required[n]
+        for n, (_, value) in arguments.items()
+        if value is MISSING_ARGUMENT or n == "tokens"
+    }
     return {"_target_": f"fusion_upcycle.method.{cls.__name__}"} | needed
 
 

@@ -17,13 +17,14 @@ def find_experts(model: "PreTrainedModel", routers: Routers) -> dict[int, nn.Mod
     None for a dense model.
 
     Raises:
-        UpcyclingError: a layer that has a router and no such module, or the other way round.
+        UpcyclingError: a layer that has a router and no such module, or the other way round (which
+            is as it must be where routing is by hash).
     """
     family = routers.architecture
     if family is None:
         return {}
     found = family.layer_modules(model, family.experts_module)
-    if found.keys() != routers.modules.keys():
+    if routers and found.keys() != routers.modules.keys():
         raise UpcyclingError(
             f"This {family.name} model has routers in layers {list(routers.modules)} but experts, "
             f"as {family.experts_module}, in {list(found)}. Load it as transformers' own class."

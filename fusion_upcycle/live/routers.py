@@ -28,7 +28,7 @@ class Routed:
 
     Attributes:
         logits: of each MoE layer, [N, E], with gradient.
-        chosen: experts of each token, [N, K].
+        chosen: experts of each token, [N, K]; in expert choice, tokens of each expert, [E, C].
     """
 
     logits: list[Tensor] = field(default_factory=list)
@@ -43,11 +43,13 @@ class Routers:
     pass.
 
     Attributes:
-        modules: layer index -> router.
+        modules: layer index -> router; empty where routing is by hash, too.
         num_experts: E, the same for all layers; 0 for a dense model.
         experts_per_token: K.
         architecture: the family; None for a dense model.
         bias_owners: for each router, the module that holds its selection bias; none without one.
+        stacks: name of a stack of layers -> places of its routers among `modules`; the only one
+            has no name.
     """
 
     modules: dict[int, nn.Module]
@@ -55,6 +57,7 @@ class Routers:
     experts_per_token: int = 0
     architecture: Architecture | None = None
     bias_owners: Sequence[nn.Module] = ()
+    stacks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     _heard: Routed | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,12 @@ class Routers:
             logits, _, chosen = output
             self._heard.logits.append(logits.flatten(0, -2))
             self._heard.chosen.append(chosen.flatten(0, -2))
+
+    @property
+    def expert_choice(self) -> list[bool]:
+        """Of each router, whether experts choose tokens."""
+        routings = [getattr(module, "routing", None) for module in self.modules.values()]
+        return [routing == "expert_choice" for routing in routings]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Router probabilities of the balance loss: softmax, or sigmoid scores over their sum."""
@@ -130,6 +139,8 @@ def find_routers(model: "PreTrainedModel") -> Routers:
     architecture.check_known(config)
     path = architecture.live_router_module
     modules = architecture.layer_modules(model, path)
+    if getattr(config, "moe_routing", None) == "hash":
+        return Routers({}, config.num_experts, config.num_experts_per_tok, architecture)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
     first: Any = next(iter(modules.values()))
@@ -141,6 +152,10 @@ def find_routers(model: "PreTrainedModel") -> Routers:
         experts_per_token=first.top_k,
         architecture=architecture,
         bias_owners=[owners[layer] for layer in modules] if owners else (),
+        stacks={
+            name: [place for place, layer in enumerate(modules) if layer in layers]
+            for name, layers in architecture.stacks(config).items()
+        },
     )
 
 
