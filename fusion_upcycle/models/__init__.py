@@ -56,6 +56,13 @@ def register() -> None:
         CONFIG_MAPPING._extra_content = _OnDemand(known)
 
 
+def register_for(config: "PreTrainedConfig") -> None:
+    """Let `save_pretrained` of a model of ours ship its code; for other models nothing."""
+    register()
+    if hasattr(config, "dense_model_type"):
+        _register(config.dense_model_type)
+
+
 def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
     """What `config.json` says of the modelling file that a folder ships, for `trust_remote_code`.
 

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from fusion_upcycle import models
 from fusion_upcycle.checkpoint.moments import save_moments
 from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE, staging_folder
 from fusion_upcycle.report.card import card_text
@@ -42,6 +43,7 @@ def export(
     with staging_folder(
         output, {"run": uuid4().hex}, total_bytes=total, overwrite=overwrite
     ) as staging:
+        models.register_for(model.config)
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         save_moments(moments, staging)
