@@ -96,6 +96,13 @@ class Routers:
         routings = [getattr(module, "routing", None) for module in self.modules.values()]
         return [routing == "expert_choice" for routing in routings]
 
+    def used_experts(self, layer: int) -> float:
+        """Experts that a token of an MoE layer is sent to, on average."""
+        router: Any = self.modules.get(layer)
+        if getattr(router, "routing", None) == "expert_choice":
+            return float(min(router.capacity_factor, self.num_experts))
+        return float(self.experts_per_token)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Router probabilities of the balance loss: softmax, or sigmoid scores over their sum."""
         assert self.architecture is not None
