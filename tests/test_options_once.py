@@ -252,9 +252,10 @@ def expert_upcycling(
 
 def continued_pretraining(
     data, save_checkpoint=None, *, validation=None, tokenizer=None, processor=None,
-    optimizer_state=None, work_folder=None, resume=True, overwrite=False, progress=True, **kwargs,
+    clip_model=None, optimizer_state=None, work_folder=None, resume=True, overwrite=False,
+    progress=True, **kwargs,
 ):  # fmt: skip
-    """Likewise; options were in `kwargs`, unseen, and `processor` is new."""
+    """Likewise; options were in `kwargs`, unseen; `processor` and `clip_model` are new."""
 
 
 Parameters = dict[str, tuple[Any, Any]]
@@ -302,7 +303,14 @@ def test_all_faces_are_here() -> None:
 
 #: Of no option's kind, each; text is what `"false"` in a YAML file is.
 WRONG = (8.5, True, "false", [[8]], {"x": 1})
-FREE_TEXT = {"save_checkpoint", "optimizer_state", "work_folder", "tokenizer", "processor"}
+FREE_TEXT = {
+    "save_checkpoint",
+    "optimizer_state",
+    "work_folder",
+    "tokenizer",
+    "processor",
+    "clip_model",
+}
 
 
 @pytest.mark.parametrize("value", WRONG, ids=str)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import auto_register_config
+from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -24,6 +25,7 @@ from fusion_upcycle.method.pool import (
 )
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
+from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
 from fusion_upcycle.upcycling.run import recorded_options
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -49,6 +51,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         validation: held out, likewise.
         tokenizer: path or Hub id; None is the pool's.
         processor: of images, folder or Hub id; None is the pool's.
+        clip_model: of a vision tower: the whole CLIP model whose texts judge, folder or Hub id.
         optimizer_state: folder of an earlier run whose AdamW moments to begin with.
         work_folder: of checkpoints and packed data, from which a killed run goes on; None is
             `save_checkpoint` + `.training`, else the run's own folder.
@@ -66,6 +69,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
     # FusionBench's decorator makes an attribute of every argument.
     tokenizer: str | None
     processor: str | None
+    clip_model: str | None
     resume: bool
     overwrite: bool
     progress: bool
@@ -78,6 +82,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         validation: Mapping[str, Any] | str | None = None,
         tokenizer: str | None = None,
         processor: str | None = None,
+        clip_model: str | None = None,
         optimizer_state: str | None = None,
         work_folder: str | None = None,
         resume: bool = True,
@@ -151,8 +156,10 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         self, model: "PreTrainedModel", processor: Any, origin: "Origin"
     ) -> "PreTrainedModel":
         """Train a model and leave the run record."""
+        from fusion_upcycle.training.objectives.clip import ClipTexts
         from fusion_upcycle.training.run import train
 
+        clip = None if self.clip_model is None else ClipTexts(self.clip_model, _known_classes)
         trained = train(
             model,
             processor,
@@ -162,6 +169,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
             origin=origin,
             validation=self._validation,
             optimizer_state=self._state,
+            clip=clip,
             progress=self.progress,
         )
         record = {"algorithm": type(self).__name__} | trained.record
@@ -191,6 +199,13 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
             )
         log_folder = work if run is None else Path(run)
         return Places(work, log_folder / "logs", self._output, self.overwrite, self.resume)
+
+
+def _known_classes(name: str) -> Known | None:
+    """What FusionBench calls the classes of its data sets, as its task pools do."""
+    if name not in CLIPTemplateFactory.get_available_datasets():
+        return None
+    return Known(*CLIPTemplateFactory.get_classnames_and_templates(name))
 
 
 def _upcycling_options(folder: Path) -> dict[str, Any] | None:

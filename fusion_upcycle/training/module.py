@@ -79,6 +79,7 @@ class PretrainingModule(L.LightningModule):
         self.routing = RoutingTotals(len(self.routers.modules), self.routers.num_experts)
         self._last_log = (time.perf_counter(), 0)
         self._step_number = 0
+        self.first_step = options.steps  # of this process, which may find the run finished
         self._unwritten: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
 
@@ -286,6 +287,7 @@ class PretrainingModule(L.LightningModule):
         return (done - before) / (self._last_log[0] - then)
 
     def on_train_start(self) -> None:
+        self.first_step = self.global_step
         self._last_log = (time.perf_counter(), self.global_step * self.options.per_step)
 
 

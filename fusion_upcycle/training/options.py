@@ -11,7 +11,7 @@ from fusion_upcycle.training.schedule import SCHEDULES, Schedule
 
 #: Kinds of parameters that can be frozen; see `fusion_upcycle.training.parameters`.
 GROUPS = ("routers", "experts", "ffn", "attention", "embeddings", "norms", "others")
-OBJECTIVES = (AUTO, "causal_lm", "masked_lm", "seq2seq", "image_classification")
+OBJECTIVES = (AUTO, "causal_lm", "masked_lm", "seq2seq", "image_classification", "clip")
 ATTENTIONS = ("causal", "document")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -39,7 +39,8 @@ class TrainingOptions:
     Attributes:
         objective: what is learnt; `auto` is what the model's class is made for. `causal_lm`: the
             next token of packed texts. `masked_lm`: 15 % of the tokens of packed texts, masked.
-            `seq2seq`: targets of inputs. `image_classification`: classes of images.
+            `seq2seq`: targets of inputs. `image_classification`: classes of images. `clip`: these,
+            by a vision tower alone, against the frozen texts of its CLIP model.
         tokens: budget of `causal_lm` and `masked_lm`; by default the budget is `examples`. Rounded
             down to whole steps of `batch_size * context_length` tokens.
         examples: budget of the other objectives, in images or pairs of input and target; by default

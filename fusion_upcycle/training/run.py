@@ -34,6 +34,7 @@ from fusion_upcycle.training.module import IDENTITY, PretrainingModule
 from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.objectives import objective_for
 from fusion_upcycle.training.objectives.base import Objective, Source
+from fusion_upcycle.training.objectives.clip import ClipTexts
 from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
 from fusion_upcycle.training.pages import kept_pages
@@ -100,6 +101,7 @@ def train(
     origin: Origin,
     validation: Mapping[str, Any] | None = None,
     optimizer_state: Path | None = None,
+    clip: ClipTexts | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a model, dense or MoE, by its objective; a killed run goes on.
@@ -115,13 +117,14 @@ def train(
             the train split.
         validation: the same, held out.
         optimizer_state: folder of an earlier run whose AdamW moments to begin with.
+        clip: the CLIP model whose texts judge a vision tower.
 
     Raises:
         UpcyclingError: options, data or model that do not fit; a loss that is not finite.
     """
     if places.output is not None:
         check_output(places.output, overwrite=places.overwrite)
-    objective = objective_for(model, processor, options)
+    objective = objective_for(model, processor, options, clip)
     sources = objective.read(data, places.work / "data")
     order = ExampleOrder(sources, options.mixture, options.seed)
     objective.hold_out(validation, places.work / "data")
@@ -165,7 +168,7 @@ def train(
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
-        "cost": cost.as_record(),
+        "cost": _cost(cost, options, module.first_step),
         "log": str(places.log),
     } | _settings(options)
     if places.output is not None and trainer.is_global_zero:
@@ -209,6 +212,13 @@ def _loader(
         trainer.world_size,
     )
     return StatelessLoader(order, batch_sampler=sampler, collate_fn=objective.collate)
+
+
+def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, float | int]:
+    """What this process took, and how fast it was, validation included."""
+    done = (options.steps - first_step) * options.per_step
+    speed = done / cost.cpu_seconds if cost.cpu_seconds else 0.0
+    return cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
 
 
 def _settings(options: TrainingOptions) -> dict[str, Any]:

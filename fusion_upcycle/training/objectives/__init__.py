@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.objectives.base import Objective
+from fusion_upcycle.training.objectives.clip import Clip, ClipTexts
 from fusion_upcycle.training.objectives.images import ImageClassification
 from fusion_upcycle.training.objectives.seq2seq import Seq2Seq
 from fusion_upcycle.training.objectives.texts import CausalLM, MaskedLM
@@ -17,16 +18,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ALL: dict[str, type[Objective]] = {
-    kind.name: kind for kind in (CausalLM, MaskedLM, Seq2Seq, ImageClassification)
+    kind.name: kind for kind in (CausalLM, MaskedLM, Seq2Seq, ImageClassification, Clip)
 }
 assert [AUTO, *_ALL] == [*OBJECTIVES]
 
 
-def objective_for(model: "PreTrainedModel", processor: Any, options: TrainingOptions) -> Objective:
+def objective_for(
+    model: "PreTrainedModel",
+    processor: Any,
+    options: TrainingOptions,
+    clip: ClipTexts | None = None,
+) -> Objective:
     """The objective that was asked for, or that of the model's class.
 
     Args:
         processor: the model's tokenizer or image processor.
+        clip: that judges, for vision towers.
 
     Raises:
         UpcyclingError: none is for this model, another one is, or options or processor that do not
@@ -52,5 +59,12 @@ def objective_for(model: "PreTrainedModel", processor: Any, options: TrainingOpt
     if options.attention == "document" and fitting is not CausalLM:
         raise UpcyclingError(
             f"attention=document is for {CausalLM.name}, and not for {fitting.name}. Leave it out."
+        )
+    if fitting is Clip:
+        return Clip(model, processor, options, clip)
+    if clip is not None:
+        raise UpcyclingError(
+            f"clip_model={clip.folder} is for vision towers, and not for a {type(model).__name__}. "
+            "Leave it out."
         )
     return fitting(model, processor, options)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Of labels: what is not to be answered. transformers' own number, and that of `cross_entropy`.
 IGNORED = -100
 
+#: What is read where a specification of a table says no split: the first that there is.
+SPLITS = {"data": ("train",), "validation": ("validation", "test")}
+
 #: Name -> tensor of all examples of a batch, B first.
 Batch = dict[str, Tensor]
 

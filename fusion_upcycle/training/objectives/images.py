@@ -22,14 +22,13 @@ from fusion_upcycle.tables.images import (
     load_images,
     prepared,
 )
-from fusion_upcycle.training.objectives.base import Batch, Objective
+from fusion_upcycle.training.objectives.base import SPLITS, Batch, Objective
 from fusion_upcycle.training.objectives.texts import is_one_of
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SPLITS = {"data": ("train",), "validation": ("validation", "test")}
 _LOOKED_AT = 64  # images of a source: enough to tell sources apart
 
 
@@ -96,7 +95,7 @@ class ImageClassification(Objective):
 
     def _read(self, data: Mapping[str, Any], where: str, cache: Path) -> Sequence[LabelledImages]:
         return [
-            self._labelled(name, load_images(given, f"{where}.{name}", splits=_SPLITS[where]))
+            self._labelled(name, load_images(given, f"{where}.{name}", splits=SPLITS[where]))
             for name, given in data.items()
         ]
 

@@ -19,13 +19,17 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import num_embeddings
 from fusion_upcycle.tables.pairs import Pairs, load_pairs, target_ids
 from fusion_upcycle.texts.tokens import check_vocabulary
-from fusion_upcycle.training.objectives.base import IGNORED, Batch, Objective, require_tokenizer
+from fusion_upcycle.training.objectives.base import (
+    IGNORED,
+    SPLITS,
+    Batch,
+    Objective,
+    require_tokenizer,
+)
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_SPLITS = {"data": ("train",), "validation": ("validation", "test")}
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Seq2Seq(Objective):
 
     def _read(self, data: Mapping[str, Any], where: str, cache: Path) -> Sequence[TokenPairs]:
         return [
-            self._tokenised(name, load_pairs(given, f"{where}.{name}", splits=_SPLITS[where]))
+            self._tokenised(name, load_pairs(given, f"{where}.{name}", splits=SPLITS[where]))
             for name, given in data.items()
         ]
 
