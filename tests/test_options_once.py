@@ -543,6 +543,7 @@ heavy = {"torch", "transformers", "omegaconf", "yaml", "fusion_bench"} & set(sys
 assert not heavy, heavy
 """
 COMMANDS = {"upcycle": UpcyclingOptions, "merge": MergingOptions, "expand": ExpansionOptions}
+COMMANDS["train"] = TrainingOptions
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "inspect"])
@@ -556,6 +557,8 @@ def test_the_help_of_a_command_is_the_text_of_its_options_and_quick(command: str
         said = text.replace("`", "")
         if isinstance(field.default, str | int | float):
             said = f"{said.rstrip('.')} (default: {str(field.default).lower()})"
+        elif isinstance(field.default, tuple) and field.default:
+            said = f"{said.rstrip('.')} (default: {[*field.default]})"
         assert f" --{field.name.replace('_', '-')}" in shown
         assert f" {said}" in shown
 

@@ -1,6 +1,5 @@
 """Continued training, by itself and after sparse upcycling."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.checks import require_flag
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.live.loading import as_folder
@@ -27,8 +25,6 @@ from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
-from fusion_upcycle.upcycling.run import recorded_options
-from fusion_upcycle.upcycling.upcycling import Upcycling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +111,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: see `fusion_upcycle.training.run.train`.
         """
-        from fusion_upcycle.training.run import Origin
+        from fusion_upcycle.training.run import Origin, upcycling_of
 
         processor = self.load_processor(modelpool)
         if not isinstance(modelpool, BaseModelPool):
@@ -125,7 +121,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         name = "in memory" if found is None else found[1]
         model = modelpool.load_model("_pretrained_")
         # Only a state of the dense model has to be carried over to the experts.
-        made = None if self._state is None else _upcycling_options(Path(name))
+        made = None if self._state is None else upcycling_of(name)
         return self.train(model, processor, Origin(name, made))
 
     def load_processor(self, modelpool: Any) -> Any:
@@ -206,14 +202,6 @@ def _known_classes(name: str) -> Known | None:
     if name not in CLIPTemplateFactory.get_available_datasets():
         return None
     return Known(*CLIPTemplateFactory.get_classnames_and_templates(name))
-
-
-def _upcycling_options(folder: Path) -> dict[str, Any] | None:
-    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
-    path = folder.expanduser() / RECORD_FILE
-    record = json.loads(path.read_bytes()) if path.is_file() else {}
-    made = record.get("method") == Upcycling.method
-    return recorded_options(record["options"]) if made else None
 
 
 @auto_register_config

@@ -91,7 +91,7 @@ class TrainingOptions:
         compile: torch.compile the model.
         experts_implementation: `grouped_mm`, `batched_mm` or `eager`; by default transformers'
             choice.
-        accelerator: Lightning's: `cpu`, `cuda`, ...
+        accelerator: Lightning's: `auto`, `cpu`, `cuda` or another.
         devices: per node; start as many processes with torchrun, or let Lightning.
         num_nodes: Lightning's.
         strategy: `auto` (one device, else ddp), `ddp` or `fsdp`. `fsdp` is FSDP2, by Lightning's

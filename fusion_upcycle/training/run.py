@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from fusion_upcycle.checkpoint.staging import check_output
+from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.report.record import Measured, versions
@@ -41,6 +41,8 @@ from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.router_rate import RouterRate
 from fusion_upcycle.training.validation import Validation
+from fusion_upcycle.upcycling.run import recorded_options
+from fusion_upcycle.upcycling.upcycling import Upcycling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +59,14 @@ class Origin:
 
     name: str
     upcycling: dict[str, Any] | None = None
+
+
+def upcycling_of(folder: str) -> dict[str, Any] | None:
+    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
+    path = Path(folder).expanduser() / RECORD_FILE
+    record = json.loads(path.read_bytes()) if path.is_file() else {}
+    made = record.get("method") == Upcycling.method
+    return recorded_options(record["options"]) if made else None
 
 
 @dataclass(frozen=True)
