@@ -43,8 +43,7 @@ def export(
     with staging_folder(
         output, {"run": uuid4().hex}, total_bytes=total, overwrite=overwrite
     ) as staging:
-        models.register_for(model.config)
-        model.save_pretrained(staging)
+        models.save(model, staging)
         processor.save_pretrained(staging)
         save_moments(moments, staging)
         text = json.dumps(record, indent=2, default=str)

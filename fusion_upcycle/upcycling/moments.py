@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusion_upcycle.architectures.layout import empty_model
+from fusion_upcycle.architectures.layout import empty_model, tied_names
 from fusion_upcycle.checkpoint.moments import KINDS, Moments
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.rules import Carried, Joined, Repeated, RouterRows, Rule, Zeros
@@ -27,8 +27,12 @@ def carried_moments(saved: Moments, config: Any, upcycling: Mapping[str, Any]) -
     )
     result: Moments = {}
     # Buffers and what was frozen have none: they are not a number, and so is what is made of them.
-    dense = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
-    absent = {name: torch.full(dense[name], torch.nan) for name in dense.keys() - saved.keys()}
+    dense = empty_model(config)
+    absent = {
+        name: torch.full(tensor.shape, torch.nan)
+        for name, tensor in dense.state_dict().items()
+        if name not in saved and name not in tied_names(dense)
+    }
     shapes: dict[str, torch.Size] = {}
     for kind in KINDS:
         moments = {name: values[kind] for name, values in saved.items()}
