@@ -227,9 +227,7 @@ def test_a_run_does_not_go_on_with_other_examples(tmp_path: Path) -> None:
         run(given, copy.deepcopy(given.dense), tmp_path / family, 1)
         given.data = {source: other_data(family, tmp_path)}
         with pytest.raises(UpcyclingError, match=rf"data\.{source} was"):
-            run(
-                case(family, tmp_path / "model"), given.dense, tmp_path / family, 1, data=given.data
-            )
+            run(given, given.dense, tmp_path / family, 1)
 
 
 def other_data(family: str, folder: Path) -> str:
