@@ -68,7 +68,11 @@ class ZeroShotImages(LabelledImages):
 
 
 class Clip(ImageClassification):
-    """The class of an image, by the text that is most like it."""
+    """The class of an image, by the text that is most like it.
+
+    Raises:
+        UpcyclingError: no image processor, no CLIP model, or one of another size.
+    """
 
     name = "clip"
     loss = "clip_nats_per_image"

@@ -63,7 +63,11 @@ class TokenPairs:
 
 
 class Seq2Seq(Objective):
-    """The tokens of a target, given its input and those before."""
+    """The tokens of a target, given its input and those before.
+
+    Raises:
+        UpcyclingError: no tokenizer, or one that cannot pad.
+    """
 
     name = "seq2seq"
     loss = "seq2seq_nats_per_token"

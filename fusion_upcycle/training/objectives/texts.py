@@ -57,7 +57,11 @@ class Windows:
 
 
 class CausalLM(Objective):
-    """The next token of decoders, of packed texts."""
+    """The next token of decoders, of packed texts.
+
+    Raises:
+        UpcyclingError: a backbone, an encoder, too few positions, or no tokenizer.
+    """
 
     name = "causal_lm"
     loss = "lm_nats_per_token"
@@ -168,7 +172,11 @@ class MaskedWindows(Windows):
 
 
 class MaskedLM(Objective):
-    """Masked tokens of encoders, of packed texts."""
+    """Masked tokens of encoders, of packed texts.
+
+    Raises:
+        UpcyclingError: too few positions, no tokenizer, or one without a mask.
+    """
 
     name = "masked_lm"
     loss = "masked_lm_nats_per_token"
