@@ -76,10 +76,27 @@ def model_class(name: str) -> "type[PreTrainedModel]":
     return found
 
 
+def takes_images(config: "PreTrainedConfig") -> bool:
+    """Whether the model of this config is given images, not token ids."""
+    return model_class(class_name(config)).main_input_name == "pixel_values"
+
+
 def class_name(config: "PreTrainedConfig") -> str:
     """The model class that a config is of."""
     assert config.architectures and len(config.architectures) == 1, config.architectures
     return config.architectures[0]
+
+
+def own_class_name(model: "PreTrainedModel") -> str:
+    """The class that a live model is of: transformers' or ours, whatever FSDP2 made of it."""
+    import transformers
+
+    from fusion_upcycle.models import modeling_sparse
+
+    # FSDP2 gives a model a class of its own, derived from the model's.
+    names = (cls.__name__ for cls in type(model).__mro__)
+    known = (transformers, modeling_sparse)
+    return next(name for name in names if any(hasattr(module, name) for module in known))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,12 @@ from fusion_upcycle.architectures.introspection import (
     dense_view,
     file_slots,
 )
-from fusion_upcycle.architectures.layout import class_name, model_class, one_class
+from fusion_upcycle.architectures.layout import (
+    class_name,
+    model_class,
+    one_class,
+    takes_images,
+)
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.errors import UpcyclingError
@@ -243,8 +248,24 @@ def for_source(source: "PreTrainedConfig") -> SparseArchitecture:
 
 
 def for_config(config: "PreTrainedConfig") -> SparseArchitecture:
-    """The architecture of a model of ours."""
+    """The architecture of a model of ours.
+
+    Raises:
+        UpcyclingError: a config that names no class of ours for this family.
+    """
+    names = config.architectures
+    if not isinstance(names, list) or len(names) != 1 or not _is_ours(names[0], config):
+        raise UpcyclingError(
+            f"config.json of the {config.model_type} model: architectures={names!r} is no class of "
+            "such a model. Set it to the class that the model is of, Sparse and the name of the "
+            "dense one."
+        )
     return _ours(dense_ffns(dense_config(config)), config.dense_model_type, config)
+
+
+def _is_ours(name: str, config: "PreTrainedConfig") -> bool:
+    kind = model_class(name) if str(name).startswith("Sparse") else None
+    return kind is not None and kind.config_class.model_type == config.model_type
 
 
 def dense_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -298,8 +319,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
             "pass ignore_config_fields=[auto_map]."
         )
     refuse_unknown(source, shape.ignored)
-    images = model_class(class_name(source)).main_input_name == "pixel_values"
-    if shape.routing == "hash" and images:
+    if shape.routing == "hash" and takes_images(source):
         raise UpcyclingError(
             f"routing=hash goes by token ids, and a {source.model_type} model is given images. "
             "Choose routing=expert_choice or token_choice."

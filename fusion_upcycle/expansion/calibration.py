@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fusion_upcycle.architectures.layout import takes_images
+from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.architectures.routing import routing_rule
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.expansion import Expansion
@@ -24,6 +26,7 @@ from fusion_upcycle.expansion.router.inputs import RouterInputs, folder_router_i
 from fusion_upcycle.expansion.router.rows import rows_report
 from fusion_upcycle.expansion.router.split import check_split, split_rows
 from fusion_upcycle.experts import generator_for
+from fusion_upcycle.live.inputs import positions_of
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences, sequence_length
@@ -79,7 +82,8 @@ def read_calibration(
         routed: whether there are router rows already.
 
     Raises:
-        UpcyclingError: text that is too short, not readable, or that nothing reads.
+        UpcyclingError: text that is too short, not readable, or that nothing reads; text for a
+            model of images.
     """
     rows, scores = options.calibrated is not None and not routed, options.needs_scores
     if not calibration:
@@ -90,8 +94,13 @@ def read_calibration(
             f"Calibration text is given, but nothing would read it: {why}, and the router's rows "
             "are not made of it. Choose router_extension=split or fit, or leave it out."
         )
-    positions: int = config.get_text_config().max_position_embeddings
-    length = sequence_length(context_length, positions)
+    if takes_images(checked_config(config)):
+        raise UpcyclingError(
+            f"Calibration text is given, and a {config.model_type} model is given images: neither "
+            "scores nor router rows can be made of them. Choose selection=uniform and "
+            "router_extension=noise, and leave the text out."
+        )
+    length = sequence_length(context_length, positions_of(config))
     texts = named_documents(calibration)
     sequences = calibration_sequences(texts, tokenizer_file, tokens=tokens, context_length=length)
     assert tokenizer_file is not None  # or it would have been refused

@@ -73,17 +73,6 @@ def plan_expansion(
     """
     architecture = moe_family(source_config)
     source_config = checked_config(source_config)
-    if (routing := getattr(source_config, "moe_routing", "token_choice")) != "token_choice":
-        raise UpcyclingError(
-            f"config.json of the {source_config.model_type} source: moe_routing={routing}. Only "
-            "token choice can be expanded: "
-            + (
-                "a table of token ids has no router whose rows could be copied."
-                if routing == "hash"
-                else "with more experts, each would take fewer tokens."
-            )
-            + " Upcycle the dense model into more experts instead."
-        )
     num_experts: int = getattr(source_config, architecture.experts_field)
     before = file_layout(source_config)
     routers = {

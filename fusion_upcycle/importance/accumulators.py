@@ -1,7 +1,8 @@
 """What is kept of the gradients: a few sums for each expert, in float32.
 
 Shapes: E experts, F intermediate, D hidden size. Parameters hold all experts of a layer on their
-first axis: `gate_up_proj` [E, 2F, D], `down_proj` [E, D, F].
+first axis: `gate_up_proj` [E, 2F, D], or `up_proj` [E, F, D] without a gate, and `down_proj`
+[E, D, F]; and biases, where there are any, [E, 2F], [E, F] and [E, D].
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -111,8 +112,9 @@ class ExpertSums:
 
 
 def matrices(name: str, packed: Tensor) -> list[Tensor]:
-    """The matrices of all experts that one parameter holds: gate and up, or down alone."""
-    return list(packed.chunk(2, dim=1)) if name.endswith("gate_up_proj") else [packed]
+    """The matrices, or biases, of all experts in one parameter: gate and up, or one alone."""
+    fused = name.endswith(("gate_up_proj", "gate_up_proj_bias"))
+    return list(packed.chunk(2, dim=1)) if fused else [packed]
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Importance of every expert, by all metrics, in one pass over calibration text.
 
+What a model is to predict of a text goes by its kind: `fusion_upcycle.texts.reading`.
+
 Gradients are reduced to numbers and freed as they appear, so that the peak is the model and one
 layer's gradients. Design and formulas: Expert Upcycling, arXiv 2604.19835.
 
@@ -14,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from fusion_upcycle.architectures.layout import own_class_name
+from fusion_upcycle.architectures.moe_config import require_token_choice
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.accumulators import ExpertSums
 from fusion_upcycle.importance.scores import Importance
@@ -25,6 +28,7 @@ from fusion_upcycle.live.inputs import max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import Routers, expert_counts, find_routers
 from fusion_upcycle.report.progress import progress_bar
+from fusion_upcycle.texts.reading import is_masked_lm, mask_token, window_loss
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences, sequence_length
 
@@ -43,9 +47,10 @@ def measure_importance(
     context_length: int | None = None,
     progress: bool = False,
 ) -> Importance:
-    """Score the experts of a causal LM; modes, gradients' flags and hooks are restored after.
+    """Score the experts of a language model; modes, gradients' flags and hooks are restored after.
 
-    A gradient is that of the mean next-token loss of one sequence, without a balance loss.
+    A gradient is that of the mean loss of one sequence, without a balance loss: of the next tokens
+    of a causal LM, of masked tokens (BERT), or of a sequence's second half of its first (T5).
 
     Args:
         model: a trained MoE on its own device; or sharded by FSDP2, where every process calls this
@@ -57,9 +62,9 @@ def measure_importance(
         progress: show a bar.
 
     Raises:
-        UpcyclingError: a dense or unknown model, or a backbone; text that is too short, or of
-            another tokenizer; a gradient that is missing or not finite, by name; gradients that the
-            model already has.
+        UpcyclingError: a dense or unknown model, a backbone, a model of images, or one that cannot
+            be expanded; text that is too short, or of another tokenizer; a gradient that is missing
+            or not finite, by name; gradients that the model already has.
     """
     routers = find_routers(model)
     try:
@@ -68,22 +73,23 @@ def measure_importance(
                 f"This {model.config.get_text_config().model_type} model is dense: it has no "
                 "experts to score. Give a Mixture-of-Experts model."
             )
+        require_token_choice(model.config.get_text_config())
+        require_text(model.main_input_name, type(model).__name__)
         if model.get_output_embeddings() is None:
-            raise UpcyclingError(
-                f"{type(model).__name__} does not predict tokens, and importance is that of a "
-                "causal language model's loss: give the causal LM, or scores measured of one."
-            )
+            raise no_head(type(model).__name__)
+        masked = is_masked_lm(own_class_name(model))
+        mask = mask_token(Path(tokenizer_file)) if masked else None
         length = sequence_length(context_length, max_positions(model))
         sequences = calibration_sequences(
             texts, tokenizer_file, tokens=tokens, context_length=length
         )
         _check(model, sequences)
         sums = ExpertSums(expert_parameters(model, routers))
-        counts = _backwards(model, routers, sequences, sums, progress)
+        counts, seen = _backwards(model, routers, sequences, sums, mask, progress)
     finally:
         routers.close()
     layers = list(routers.modules)
-    load = {layer: (counts[layer] / sequences.tokens).tolist() for layer in layers}
+    load = {layer: (counts[layer] / seen[layer]).tolist() for layer in layers}
     unreached = {
         layer: [expert for expert, count in enumerate(counts[layer].tolist()) if not count]
         for layer in layers
@@ -104,6 +110,32 @@ def measure_importance(
     )
 
 
+def require_text(takes: str, name: str) -> None:
+    """Refuse a model that is given something else than token ids.
+
+    Args:
+        takes: its main input.
+        name: of its class.
+
+    Raises:
+        UpcyclingError: it is.
+    """
+    if takes != "input_ids":
+        raise UpcyclingError(
+            f"{name} takes {takes}, and importance is that of a language model's loss on text. "
+            "Choose selection=uniform, which needs no scores."
+        )
+
+
+def no_head(name: str) -> UpcyclingError:
+    """The error for a model that predicts no tokens."""
+    return UpcyclingError(
+        f"{name} does not predict tokens, and importance is that of a language model's loss: give "
+        "the model with its head (ForCausalLM, ForMaskedLM, ForConditionalGeneration), or scores "
+        "measured of one, or choose selection=uniform."
+    )
+
+
 def _check(model: "PreTrainedModel", sequences: Sequences) -> None:
     check_vocabulary(sequences.largest, num_embeddings(model))
     for name, parameter in model.named_parameters():
@@ -119,9 +151,15 @@ def _backwards(
     routers: Routers,
     sequences: Sequences,
     sums: ExpertSums,
+    mask: int | None,
     progress: bool,
-) -> dict[int, Tensor]:
-    """One backward pass for each sequence; returns layer -> tokens routed to each expert [E]."""
+) -> tuple[dict[int, Tensor], dict[int, int]]:
+    """One backward pass for each sequence.
+
+    Returns:
+        Layer -> tokens routed to each expert [E]; and layer -> tokens that it saw.
+    """
+    seen = dict.fromkeys(routers.modules, 0)
     counts = {
         layer: torch.zeros(routers.num_experts, dtype=torch.int64) for layer in routers.modules
     }
@@ -134,16 +172,16 @@ def _backwards(
             progress_bar("Measuring importance", len(rows), progress, unit="sequence")
         )
         for number, ids_T in enumerate(rows):
-            ids_1T = ids_T[None].to(model.device)
             with routers.listening() as routed:
-                logits_1TV = model(input_ids=ids_1T, use_cache=False).logits
-            cross_entropy(logits_1TV[0, :-1].float(), ids_1T[0, 1:]).backward()
+                loss = window_loss(model, ids_T, number=number, mask_token=mask)
+            loss.backward()
             for (layer, count_E), chosen in zip(counts.items(), routed.chosen, strict=True):
                 count_E += expert_counts(chosen, routers.num_experts).long().cpu()
+                seen[layer] += len(chosen)
                 sums.require_gradients(layer, number)
             sums.next_sequence()
             bar.update()
-    return counts
+    return counts, seen
 
 
 @contextmanager

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 
 from fusion_upcycle.architectures import moe_family
-from fusion_upcycle.architectures.layout import class_name
+from fusion_upcycle.architectures.layout import class_name, model_class
 from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import require_folder
-from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.importance.figure import save_importance_map
-from fusion_upcycle.importance.measure import measure_importance
+from fusion_upcycle.importance.measure import measure_importance, no_head, require_text
 from fusion_upcycle.importance.scores import Importance
+from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.report.drawing import require_matplotlib
 from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.texts.documents import named_documents
+
+#: Endings of the names of classes that predict tokens.
+_WITH_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel")
 
 
 def folder_importance(
@@ -32,8 +35,8 @@ def folder_importance(
     """Score the experts of an MoE checkpoint by all metrics; the model is loaded for it.
 
     Args:
-        model: local folder or Hugging Face Hub id of a causal LM, loaded in its own dtype on a GPU
-            if there is one.
+        model: local folder or Hugging Face Hub id of a language model, loaded in its own dtype on
+            a GPU if there is one.
         calibration: name -> documents, as `fusion_upcycle.texts.documents` takes them.
         output: folder for `importance.json` and the figure (PNG, SVG); None writes nothing.
         tokens: of calibration, divided evenly among the texts.
@@ -72,18 +75,15 @@ def score_folder(
     Raises:
         UpcyclingError: a dense or unknown model, or a backbone; as `measure_importance`.
     """
-    import transformers
-
     config = read_config(folder)
     moe_family(config)
     name = class_name(checked_config(config))
-    if not name.endswith("ForCausalLM"):
-        raise UpcyclingError(
-            f"{folder} is a {name}: importance is that of a causal language model's loss. Give the "
-            "causal LM, or scores that were measured of one."
-        )
+    kind = model_class(name)
+    require_text(kind.main_input_name, name)
+    if not name.endswith(_WITH_HEADS):
+        raise no_head(name)
     with loading_bars(progress):
-        model = getattr(transformers, name).from_pretrained(folder, dtype="auto")
+        model = load_folder(kind, folder, dtype="auto")
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return measure_importance(
         model,

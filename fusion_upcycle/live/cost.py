@@ -1,4 +1,4 @@
-"""What a live model costs per token: parameters that take part, and FLOPs.
+"""What a live model costs per token: parameters that take part.
 
 A multiplication and an addition are 2 FLOPs; norms, activations and softmax are left out.
 """
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 def active_parameters(model: "PreTrainedModel") -> int:
     """Parameters that one token uses: all, less the experts that it is not sent to.
 
+    In expert choice that is so on average: an expert takes `capacity_factor / num_experts` of the
+    tokens. Of an encoder and a decoder these are of a token of each.
+
     Routed experts are those of a family in `fusion_upcycle.architectures`, and, as FusionBench
     makes them, lists `experts` of modules that send a token to `top_k` of them.
 
@@ -24,11 +27,11 @@ def active_parameters(model: "PreTrainedModel") -> int:
         UpcyclingError: an MoE family that is not known.
     """
     routers = find_routers(model)
-    unused = routers.num_experts - routers.experts_per_token
     try:
+        used = routers.experts_on_average
         idle = sum(
-            parameter.numel() // routers.num_experts * unused
-            for module in find_experts(model, routers).values()
+            round(parameter.numel() // routers.num_experts * (routers.num_experts - used[layer]))
+            for layer, module in find_experts(model, routers).items()
             for parameter in module.parameters()
         )
     finally:

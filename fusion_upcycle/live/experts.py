@@ -24,9 +24,9 @@ def find_experts(model: "PreTrainedModel", routers: Routers) -> dict[int, nn.Mod
     if family is None:
         return {}
     found = family.layer_modules(model, family.experts_module)
-    if routers and found.keys() != routers.modules.keys():
+    if list(found) != routers.layers:
         raise UpcyclingError(
-            f"This {family.name} model has routers in layers {list(routers.modules)} but experts, "
+            f"This {family.name} model has routers in layers {routers.layers} but experts, "
             f"as {family.experts_module}, in {list(found)}. Load it as transformers' own class."
         )
     return found

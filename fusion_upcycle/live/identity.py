@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures import moe_family
-from fusion_upcycle.architectures.layout import file_layout
+from fusion_upcycle.architectures.layout import file_layout, own_class_name
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import TensorSource
@@ -89,12 +89,8 @@ def folder_identity(folder: Path) -> dict[str, Any]:
 
 def live_identity(model: "PreTrainedModel") -> dict[str, Any]:
     """`model_identity` of a live model; of one sharded by FSDP2, called by every process."""
-    import transformers
-
     config = copy.deepcopy(model.config)
-    # FSDP2 gives a model a class of its own, derived from transformers'.
-    classes = (cls.__name__ for cls in type(model).__mro__)
-    config.architectures = [next(name for name in classes if hasattr(transformers, name))]
+    config.architectures = [own_class_name(model)]
     architecture = moe_family(config.get_text_config())
     source = LiveTensors(model, architecture, file_layout(config).specs)
     return model_identity(source, config)

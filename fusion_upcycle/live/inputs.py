@@ -6,12 +6,20 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def max_positions(model: "PreTrainedModel") -> int | None:
     """Longest input that the model's config allows; None where it sets no limit (e.g. Mamba)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(model.config)
+
+
+def positions_of(config: "PreTrainedConfig") -> int | None:
+    """As `max_positions`, of a config."""
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    # RoBERTa's positions begin behind that of padding.
+    return positions - 2 if positions and "roberta" in text.model_type else positions
 
 
 def num_embeddings(model: "PreTrainedModel") -> int:

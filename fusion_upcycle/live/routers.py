@@ -3,10 +3,12 @@
 `Routers.listening` hears what they say, `hearing_inputs` what they, or other modules, are given.
 
 Works for every family in `fusion_upcycle.architectures`, also where transformers' own class has no
-balance loss. Shapes: L MoE layers, E experts, N tokens, K experts per token, D hidden size.
+balance loss, and for every routing of our own class. Shapes: L MoE layers, E experts, N tokens, K
+experts per token, C tokens per expert, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 
 from fusion_upcycle.architectures import MOE_FAMILIES, known_family
 from fusion_upcycle.architectures.base import Architecture
+from fusion_upcycle.architectures.layout import own_class_name
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.models.modeling_sparse import given_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -27,8 +31,11 @@ class Routed:
     """What the routers of one forward pass said, layer by layer.
 
     Attributes:
-        logits: of each MoE layer, [N, E], with gradient.
-        chosen: experts of each token, [N, K]; in expert choice, tokens of each expert, [E, C].
+        logits: of each MoE layer, [N, E], with gradient; where a table of token ids says the
+            experts, the logarithm of even shares of these.
+        chosen: experts of each token, [N, K]; in expert choice, tokens of each expert, [E, C],
+            padding among them where there are too few others. `Routers.sent` says the same for
+            every routing.
     """
 
     logits: list[Tensor] = field(default_factory=list)
@@ -48,8 +55,9 @@ class Routers:
         experts_per_token: K.
         architecture: the family; None for a dense model.
         bias_owners: for each router, the module that holds its selection bias; none without one.
-        stacks: name of a stack of layers -> places of its routers among `modules`; the only one
+        stacks: name of a stack of layers -> places of its routers among `layers`; the only one
             has no name.
+        tables: layer index -> MoE whose experts a table of token ids says; empty for others.
     """
 
     modules: dict[int, nn.Module]
@@ -58,11 +66,14 @@ class Routers:
     architecture: Architecture | None = None
     bias_owners: Sequence[nn.Module] = ()
     stacks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tables: dict[int, nn.Module] = field(default_factory=dict)
     _heard: Routed | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         hooked = self.modules.values()
         self._handles = [module.register_forward_hook(self._hear) for module in hooked]
+        hashed = self.tables.values()
+        self._handles += [module.register_forward_hook(self._look_up) for module in hashed]
 
     def close(self) -> None:
         """Leave the model as it was found."""
@@ -90,18 +101,46 @@ class Routers:
             self._heard.logits.append(logits.flatten(0, -2))
             self._heard.chosen.append(chosen.flatten(0, -2))
 
+    def _look_up(self, module: Any, args: Any, output: Tensor) -> None:
+        if self._heard is not None:
+            chosen_NK = module.hash_table[given_token_ids(args[0])].flatten(0, -2)
+            shares_NE = _counted(chosen_NK, self.num_experts) / chosen_NK.shape[-1]
+            self._heard.logits.append(shares_NE.log())
+            self._heard.chosen.append(chosen_NK)
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the MoE layers, in the order in which they are heard."""
+        return [*self.modules, *self.tables]
+
     @property
     def expert_choice(self) -> list[bool]:
         """Of each router, whether experts choose tokens."""
         routings = [getattr(module, "routing", None) for module in self.modules.values()]
         return [routing == "expert_choice" for routing in routings]
 
-    def used_experts(self, layer: int) -> float:
-        """Experts that a token of an MoE layer is sent to, on average."""
-        router: Any = self.modules.get(layer)
-        if getattr(router, "routing", None) == "expert_choice":
-            return float(min(router.capacity_factor, self.num_experts))
-        return float(self.experts_per_token)
+    @property
+    def experts_on_average(self) -> dict[int, float]:
+        """MoE layer -> how many experts a token is sent to; in expert choice on average."""
+        found = dict.fromkeys(self.layers, float(self.experts_per_token))
+        for layer, by_experts in zip(self.modules, self.expert_choice, strict=True):
+            if by_experts:
+                router: Any = self.modules[layer]
+                found[layer] = min(float(router.capacity_factor), float(self.num_experts))
+        return found
+
+    def sent(self, routed: Routed) -> list[Tensor]:
+        """How often each token was sent to each expert, [N, E], layer by layer, for any routing.
+
+        In expert choice padding may be among them, if only with weight 0: leave its rows out.
+        """
+        by_experts = self.expert_choice or [False] * len(self.tables)
+        found = []
+        for turned, logits_NE, chosen in zip(by_experts, routed.logits, routed.chosen, strict=True):
+            # An expert's tokens are counted as a token's experts are, the other way round.
+            counted = _counted(chosen, len(logits_NE) if turned else self.num_experts)
+            found.append(counted.T if turned else counted)
+        return found
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Router probabilities of the balance loss: softmax, or sigmoid scores over their sum."""
@@ -134,6 +173,9 @@ def find_routers(model: "PreTrainedModel") -> Routers:
             one that is not as known there.
     """
     config = model.config.get_text_config()
+    if hasattr(config, "dense_model_type"):  # of a model whose class its config may not name
+        config = copy.copy(config)
+        config.architectures = [own_class_name(model)]
     architecture = known_family(config)
     if architecture is None:
         if any("router_logits" in (m._can_record_outputs or {}) for m in _submodels(model)):
@@ -144,10 +186,10 @@ def find_routers(model: "PreTrainedModel") -> Routers:
             )
         return Routers({})
     architecture.check_known(config)
+    if getattr(config, "moe_routing", None) == "hash":
+        return _hashed(model, config, architecture)
     path = architecture.live_router_module
     modules = architecture.layer_modules(model, path)
-    if getattr(config, "moe_routing", None) == "hash":
-        return Routers({}, config.num_experts, config.num_experts_per_tok, architecture)
     if not modules:
         raise UpcyclingError(f"This {config.model_type} model has no MoE layer in {path}.")
     first: Any = next(iter(modules.values()))
@@ -159,11 +201,34 @@ def find_routers(model: "PreTrainedModel") -> Routers:
         experts_per_token=first.top_k,
         architecture=architecture,
         bias_owners=[owners[layer] for layer in modules] if owners else (),
-        stacks={
-            name: [place for place, layer in enumerate(modules) if layer in layers]
-            for name, layers in architecture.stacks(config).items()
-        },
+        stacks=_stacks(architecture, config, modules),
     )
+
+
+def _hashed(
+    model: "PreTrainedModel", config: "PreTrainedConfig", architecture: Architecture
+) -> Routers:
+    """Of one of our models without routers."""
+    block, _, _ = architecture.experts_module.rpartition(".")
+    held = architecture.layer_modules(model, architecture.experts_module)
+    blocks = architecture.layer_modules(model, block)
+    return Routers(
+        {},
+        num_experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        architecture=architecture,
+        stacks=_stacks(architecture, config, held),
+        tables={layer: blocks[layer] for layer in held},
+    )
+
+
+def _stacks(
+    architecture: Architecture, config: "PreTrainedConfig", layers: Iterable[int]
+) -> dict[str, list[int]]:
+    return {
+        name: [place for place, layer in enumerate(layers) if layer in stack]
+        for name, stack in architecture.stacks(config).items()
+    }
 
 
 @contextmanager
@@ -197,3 +262,9 @@ def expert_counts(chosen_NK: Tensor, num_experts: int) -> Tensor:
     chosen = chosen_NK.flatten()
     ones = torch.ones(len(chosen), device=chosen.device)
     return ones.new_zeros(num_experts).scatter_add_(0, chosen, ones)
+
+
+def _counted(chosen_XY: Tensor, size: int) -> Tensor:
+    """How often each of `size` numbers stands in each row, [X, size], whole numbers in float32."""
+    ones = torch.ones(chosen_XY.shape, device=chosen_XY.device)
+    return ones.new_zeros(len(chosen_XY), size).scatter_add_(1, chosen_XY, ones)

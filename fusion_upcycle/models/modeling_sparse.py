@@ -319,7 +319,7 @@ class SparseMLP(nn.Module):
             _, weights, experts = self.gate(hidden_states)
             output = self.experts(x, experts, weights.to(x.dtype))
         elif self.routing == "hash":
-            experts = self.hash_table[_token_ids(hidden_states)].flatten(0, -2)
+            experts = self.hash_table[given_token_ids(hidden_states)].flatten(0, -2)
             weights = x.new_full((1, 1), 1 / experts.shape[-1]).expand(experts.shape)
             output = self.experts(x, experts, weights)
         else:
@@ -333,7 +333,8 @@ class SparseMLP(nn.Module):
         return self.dropout(output.view_as(hidden_states))
 
 
-def _token_ids(hidden_states):
+def given_token_ids(hidden_states):
+    """Token ids [B, T] of what a layer is given, for whoever is called within a forward pass."""
     given = _GIVEN.get()
     ids = None if given is None else given.input_ids
     if ids is None or ids.numel() != hidden_states.shape[:-1].numel():

@@ -122,6 +122,6 @@ def count_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str, in
     """Parameters of a model, in total and active per token."""
     total, idle = model.num_parameters(), 0
     for layer, module in find_experts(model, routers).items():
-        unused = 1 - routers.used_experts(layer) / routers.num_experts
+        unused = 1 - routers.experts_on_average[layer] / routers.num_experts
         idle += round(unused * sum(parameter.numel() for parameter in module.parameters()))
     return {"total": total, "active": total - idle}

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_upcycle.architectures.layout import class_name, model_class
+from fusion_upcycle.architectures.layout import takes_images
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import positions_of
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.texts.tokens import check_vocabulary, read_tokenizer
 
@@ -125,7 +126,7 @@ def take_sample(tokenizer_file: Path | None, config: "PreTrainedConfig") -> Samp
     Raises:
         UpcyclingError: the tokenizer is damaged or does not fit the model's vocabulary.
     """
-    if config.architectures and "pixel_values" in _takes(config):
+    if config.architectures and takes_images(config):
         images = _images(config.num_channels, config.image_size)
         return Sample({"pixel_values": images}, f"{len(images)} images made on the spot")
     ids, words = _sample_ids(tokenizer_file, config)
@@ -134,10 +135,6 @@ def take_sample(tokenizer_file: Path | None, config: "PreTrainedConfig") -> Samp
     if isinstance(config.eos_token_id, int):  # which T5's classifiers look for
         ids = torch.cat([ids[:, :-1], torch.tensor([[config.eos_token_id]])], dim=1)
     return Sample({"input_ids": ids, "decoder_input_ids": ids}, words)
-
-
-def _takes(config: "PreTrainedConfig") -> str:
-    return str(model_class(class_name(config)).main_input_name)
 
 
 def _images(channels: int, size: int | Sequence[int]) -> Tensor:
@@ -150,9 +147,7 @@ def _images(channels: int, size: int | Sequence[int]) -> Tensor:
 
 def _sample_ids(tokenizer_file: Path | None, config: "PreTrainedConfig") -> tuple[Tensor, str]:
     """Token ids [1, T], and where they come from."""
-    # RoBERTa's positions begin behind that of padding.
-    positions = getattr(config, "max_position_embeddings", None) or NUM_TOKENS
-    count = min(NUM_TOKENS, positions - (2 if "roberta" in config.model_type else 0))
+    count = min(NUM_TOKENS, positions_of(config) or NUM_TOKENS)
     if tokenizer_file is None or not tokenizer_file.is_file():
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (1, count), generator=generator)

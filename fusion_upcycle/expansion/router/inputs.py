@@ -29,6 +29,7 @@ from fusion_upcycle.live.inputs import logits_of_last, num_embeddings
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.live.routers import find_routers, hearing_inputs
 from fusion_upcycle.report.progress import progress_bar
+from fusion_upcycle.texts.reading import read
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences
 from fusion_upcycle.verification.streamed_model import streamed_model
@@ -131,7 +132,7 @@ def _inputs(
         hooks.enter_context(hearing_inputs(routers.modules, keep))
         for ids_BT in _batches(sequences):
             # The output head is not looked at: one row of logits is the least it can make.
-            model(input_ids=ids_BT.to(device), use_cache=False, **logits_of_last(model, 1))
+            model(**read(model, ids_BT.to(device)), **logits_of_last(model, 1))
             bar.update(len(ids_BT))
         return {
             layer: RouterInputs(
