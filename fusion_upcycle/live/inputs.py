@@ -18,8 +18,9 @@ def positions_of(config: "PreTrainedConfig") -> int | None:
     """As `max_positions`, of a config."""
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
-    # RoBERTa's positions begin behind that of padding.
-    return positions - 2 if positions and "roberta" in text.model_type else positions
+    if positions and "roberta" in text.model_type:  # positions begin behind that of padding
+        return positions - text.pad_token_id - 1
+    return positions
 
 
 def num_embeddings(model: "PreTrainedModel") -> int:
