@@ -12,7 +12,7 @@ from fusion_bench.models.hf_clip import HFCLIPClassifier
 from test_training_run import Killed, dying_at
 from tiny import assert_same_bits
 from tiny_objectives import PAIRS, Case, case, mask_tokenizer, moe, relative, run
-from tiny_vision import KINDS, clip_processor, image_folder
+from tiny_vision import KINDS, clip_processor, image_folder, images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, CLIPModel, PreTrainedModel
@@ -231,8 +231,10 @@ def test_a_run_does_not_go_on_with_other_examples(tmp_path: Path) -> None:
 
 
 def other_data(family: str, folder: Path) -> str:
-    if family == "vit":
-        return str(image_folder(folder / "fewer", number=9))
+    if family == "vit":  # the same labels, and one image is another
+        root = image_folder(folder / "others")
+        images(1, seed=1)[0].save(next(root.rglob("00.png")))
+        return str(root)
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, PAIRS[:-1])))
     return str(folder / "x.jsonl")
 
