@@ -19,7 +19,7 @@ def positions_of(config: "PreTrainedConfig") -> int | None:
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
     if positions and "roberta" in text.model_type:  # positions begin behind that of padding
-        return positions - text.pad_token_id - 1
+        return int(positions - text.pad_token_id - 1)
     return positions
 
 

@@ -99,7 +99,7 @@ class MaskedLM(Objective):
                 "The tokenizer has no mask token, which masked_lm puts in the place of others: "
                 "give the model's own tokenizer, or set tokenizer.mask_token."
             )
-        check_length(options, _usable_positions(model))
+        check_length(options, max_positions(model))
         self._embeddings = num_embeddings(model)
 
     @classmethod
@@ -141,11 +141,3 @@ class MaskedLM(Objective):
 
     def counted(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
-
-
-def _usable_positions(model: "PreTrainedModel") -> int | None:
-    """RoBERTa's positions begin behind that of padding."""
-    limit = max_positions(model)
-    embeddings = getattr(model.base_model, "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return limit if limit is None or padding is None else limit - padding - 1
