@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fusion_upcycle.errors import UpcyclingError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +23,19 @@ def positions_of(config: "PreTrainedConfig") -> int | None:
     if positions and "roberta" in text.model_type:  # positions begin behind that of padding
         return int(positions - text.pad_token_id - 1)
     return positions
+
+
+def require_decoder_start(model: "PreTrainedModel") -> None:
+    """Refuse an encoder-decoder that does not know with which token its decoder begins.
+
+    Raises:
+        UpcyclingError: its config names none.
+    """
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        raise UpcyclingError(
+            f"config.json of this {model.config.model_type} model has no decoder_start_token_id, "
+            "with which its decoder begins. Set it (0 for a T5)."
+        )
 
 
 def num_embeddings(model: "PreTrainedModel") -> int:
