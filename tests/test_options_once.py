@@ -251,10 +251,11 @@ def expert_upcycling(
 
 
 def continued_pretraining(
-    data, save_checkpoint=None, *, validation=None, tokenizer=None, optimizer_state=None,
-    work_folder=None, resume=True, overwrite=False, progress=True, **kwargs,
+    data, save_checkpoint=None, *, validation=None, tokenizer=None, processor=None,
+    clip_model=None, optimizer_state=None, work_folder=None, resume=True, overwrite=False,
+    progress=True, **kwargs,
 ):  # fmt: skip
-    """Likewise; options were in `kwargs`, unseen."""
+    """Likewise; options were in `kwargs`, unseen; `processor` and `clip_model` are new."""
 
 
 Parameters = dict[str, tuple[Any, Any]]
@@ -302,7 +303,14 @@ def test_all_faces_are_here() -> None:
 
 #: Of no option's kind, each; text is what `"false"` in a YAML file is.
 WRONG = (8.5, True, "false", [[8]], {"x": 1})
-FREE_TEXT = {"save_checkpoint", "optimizer_state", "work_folder", "tokenizer"}
+FREE_TEXT = {
+    "save_checkpoint",
+    "optimizer_state",
+    "work_folder",
+    "tokenizer",
+    "processor",
+    "clip_model",
+}
 
 
 @pytest.mark.parametrize("value", WRONG, ids=str)
@@ -479,7 +487,11 @@ def test_the_saved_config_makes_the_same_algorithm(name: str, own_folder: Path) 
 def defaults(cls: type) -> dict[str, Any]:
     required = {"data": "demo", "tokens": 8192, "num_experts": 4, "experts_per_token": 2}
     _, arguments = parameters(cls)
-    needed = {n: required[n] for n, (_, value) in arguments.items() if value is MISSING_ARGUMENT}
+    needed = {
+        n: required[n]
+        for n, (_, value) in arguments.items()
+        if value is MISSING_ARGUMENT or n == "tokens"
+    }
     return {"_target_": f"fusion_upcycle.method.{cls.__name__}"} | needed
 
 
@@ -531,6 +543,7 @@ heavy = {"torch", "transformers", "omegaconf", "yaml", "fusion_bench"} & set(sys
 assert not heavy, heavy
 """
 COMMANDS = {"upcycle": UpcyclingOptions, "merge": MergingOptions, "expand": ExpansionOptions}
+COMMANDS["train"] = TrainingOptions
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "inspect"])
@@ -544,6 +557,8 @@ def test_the_help_of_a_command_is_the_text_of_its_options_and_quick(command: str
         said = text.replace("`", "")
         if isinstance(field.default, str | int | float):
             said = f"{said.rstrip('.')} (default: {str(field.default).lower()})"
+        elif isinstance(field.default, tuple) and field.default:
+            said = f"{said.rstrip('.')} (default: {[*field.default]})"
         assert f" --{field.name.replace('_', '-')}" in shown
         assert f" {said}" in shown
 

@@ -16,6 +16,7 @@ from fusion_upcycle.training.churn import RouterChurn, first_expert
 from fusion_upcycle.training.figure import routing_figure, save_routing
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
+from fusion_upcycle.training.objectives.base import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
 
@@ -42,19 +43,19 @@ def test_churn_is_the_share_of_the_first_window_that_changed(
 ) -> None:
     """By a forward pass of one's own before the first step, and after every second."""
     seen: list[Tensor] = []
-    window: list[Tensor] = []
+    window: list[Batch] = []
     original = PretrainingModule.training_step
 
     def look(self: Any) -> None:
         routers = self.routers
         with torch.no_grad(), routers.listening() as routed:
-            self.model.eval()(window[0], use_cache=False, **self.arguments(window[0]))
+            self.model.eval()(**self.objective.inputs(self.model, window[0]))
         self.model.train()
         seen.append(torch.stack([logits.argmax(1) for logits in routed.logits]))
 
-    def training_step(self: Any, ids: Tensor, batch_idx: int) -> None:
+    def training_step(self: Any, ids: Batch, batch_idx: int) -> None:
         if not window:
-            window.append(ids[:1, :-1])
+            window.append({"ids": ids["ids"][:1]})
             look(self)
         original(self, ids, batch_idx)
         if self.global_step % 2 == 0:

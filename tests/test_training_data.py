@@ -11,7 +11,8 @@ from tiny_training import DATA, TOKENIZER, documents
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.data import PackedText, pack_sources
-from fusion_upcycle.training.order import StepSampler, WindowOrder
+from fusion_upcycle.training.objectives.texts import Windows
+from fusion_upcycle.training.order import ExampleOrder, StepSampler
 
 EOS = 256
 
@@ -107,14 +108,15 @@ def test_no_text_is_refused(data: Any, tmp_path: Path) -> None:
 # --- order ------------------------------------------------------------------------------------
 
 
-def source(name: str, windows: int) -> PackedText:
-    return PackedText(name, np.arange(4 * windows, dtype=np.int32), EOS, 1, 0, "")
+def source(name: str, windows: int) -> Windows:
+    text = PackedText(name, np.arange(4 * windows, dtype=np.int32), EOS, 1, 0, "")
+    return Windows(text, 4)
 
 
-def order(*sizes: int, mixture: list[float] | None = None, seed: int = 0) -> WindowOrder:
+def order(*sizes: int, mixture: list[float] | None = None, seed: int = 0) -> ExampleOrder:
     texts = [source(f"s{i}", size) for i, size in enumerate(sizes)]
     weights = None if mixture is None else {f"s{i}": w for i, w in enumerate(mixture)}
-    return WindowOrder(texts, 4, weights, seed)
+    return ExampleOrder(texts, weights, seed)
 
 
 def test_each_pass_takes_every_window_once_in_another_order() -> None:
@@ -161,7 +163,7 @@ def test_a_mixture_has_its_shares_at_every_moment(weights: list[float]) -> None:
 )
 def test_weights_that_do_not_fit_are_refused(weights: dict[str, float], words: str) -> None:
     with pytest.raises(UpcyclingError, match=words):
-        WindowOrder([source("s0", 3), source("s1", 3)], 4, weights, 0)
+        ExampleOrder([source("s0", 3), source("s1", 3)], weights, 0)
 
 
 def test_devices_share_the_windows_of_a_step_whatever_their_number() -> None:

@@ -231,11 +231,12 @@ def test_the_balance_loss_takes_the_load_of_all_micro_batches_so_far(tmp_path: P
 def module_inputs(folder: Path) -> Tensor:
     """The windows of the first step."""
     from fusion_upcycle.training.data import pack_sources
-    from fusion_upcycle.training.order import WindowOrder
+    from fusion_upcycle.training.objectives.texts import Windows
+    from fusion_upcycle.training.order import ExampleOrder
 
     texts = pack_sources(DATA, TOKENIZER, folder / "work" / "data")
-    order = WindowOrder(texts, OPTIONS["context_length"], None, 0)
-    return torch.stack([order[i] for i in range(OPTIONS["batch_size"])])
+    order = ExampleOrder([Windows(text, OPTIONS["context_length"]) for text in texts], None, 0)
+    return torch.stack([order[i]["ids"] for i in range(OPTIONS["batch_size"])])
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
@@ -508,7 +509,9 @@ def test_the_progress_bar_shows_loss_and_speed(
     ("options", "words"),
     [
         ({"tokens": 63}, "tokens=63 is less than one step.*at least 64"),
-        ({"tokens": None}, "option tokens must be given"),
+        ({"tokens": None}, "tokens=None and examples=None: one of the two"),
+        ({"examples": 9}, "tokens=6400 and examples=9: one of the two"),
+        ({"objective": "lm"}, "objective 'lm'.*causal_lm"),
         ({"learning_rat": 1}, "learning_rat.*Did you mean 'learning_rate'"),
         ({"learning_rate": 0}, "learning_rate=0 must be a number, above 0"),
         ({"learning_rate": "1"}, "learning_rate='1' must be a number"),

@@ -264,8 +264,10 @@ def for_config(config: "PreTrainedConfig") -> SparseArchitecture:
 
 
 def _is_ours(name: str, config: "PreTrainedConfig") -> bool:
-    kind = model_class(name) if str(name).startswith("Sparse") else None
-    return kind is not None and kind.config_class.model_type == config.model_type
+    if not str(name).startswith("Sparse"):
+        return False
+    config_class: Any = model_class(name).config_class
+    return bool(config_class.model_type == config.model_type)
 
 
 def dense_config(config: "PreTrainedConfig") -> "PreTrainedConfig":

@@ -1,4 +1,4 @@
-"""`python -m fusion_upcycle`: upcycle, merge, expand, verify, analyze without FusionBench."""
+"""`python -m fusion_upcycle`: upcycle, merge, expand, train, verify without FusionBench."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from fusion_upcycle.cli.merge_flags import add_merge
 from fusion_upcycle.cli.option_flags import Command, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
+from fusion_upcycle.cli.train_flags import add_train
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.inspection.numbers import read_count
 
@@ -27,12 +28,13 @@ examples:
   python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle merge    ./moe --model math=./math-1b --model code=./code-1b
   python -m fusion_upcycle expand   ./llama-8x1b ./llama-16x1b --router-extension split --demo
+  python -m fusion_upcycle train    ./llama-8x1b ./trained --demo --tokens 1000000
   python -m fusion_upcycle verify   ./llama-8x1b
   python -m fusion_upcycle analyze  ./llama-8x1b --demo
   python -m fusion_upcycle benchmark experiment=three_domains jobs=2
   python -m fusion_upcycle report   outputs/benchmark/three_domains -o ./report
 
-Training and task pools are FusionBench's: fusion_bench method=continued_pretraining ...
+Task pools are FusionBench's: fusion_bench method=dummy taskpool=...
 (docs/fusionbench.md).
 """
 
@@ -167,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     add_merge(commands)
     add_importance(commands)
     add_expand(commands)
+    add_train(commands)
 
     verify = commands.add_parser(
         "verify",

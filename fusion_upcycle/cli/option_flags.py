@@ -21,6 +21,9 @@ _METAVARS = {
     "router_init": _INITIALISER,
     "router_extension": _INITIALISER,
     "ignore_config_fields": "FIELD[,FIELD...]",
+    "mixture": "SOURCE=WEIGHT[,...]",
+    "betas": "X,X",
+    "freeze": "GROUP[,GROUP...]",
 }
 
 
@@ -53,7 +56,7 @@ def _add_flags(group: "argparse._ArgumentGroup", options: type) -> None:
         kinds: dict[str, Any] = {"metavar": "NAME"}
         if option.type in (int, int | None):
             kinds = {"type": int, "metavar": "N"}
-        elif option.type is float:
+        elif option.type in (float, float | None):
             kinds = {"type": float, "metavar": "X"}
         elif option.type is bool:
             kinds = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
@@ -120,7 +123,28 @@ def _layers(text: str) -> Any:
     return [int(index) for index in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 
+def _numbers(text: str) -> list[float]:
+    """`0.9,0.95` as a list."""
+    return [_number(word) for word in text.split(",")]
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`prose=0.4,source=0.6` as a mapping."""
+    parts = (word.partition("=") for word in text.split(","))
+    return {name: _number(weight) for name, _, weight in parts}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UpcyclingError(f"{text!r} is not a number.") from error
+
+
 _PARSERS = {
+    "mixture": _weights,
+    "betas": _numbers,
+    "freeze": lambda text: text.split(","),
     "expert_init": _initialiser,
     "router_init": _initialiser,
     "router_extension": _initialiser,

@@ -17,7 +17,8 @@ def find_experts(model: "PreTrainedModel", routers: Routers) -> dict[int, nn.Mod
     None for a dense model.
 
     Raises:
-        UpcyclingError: a layer that has a router and no such module, or the other way round.
+        UpcyclingError: a layer that has a router and no such module, or the other way round (which
+            is as it must be where routing is by hash).
     """
     family = routers.architecture
     if family is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
 
 if TYPE_CHECKING:
@@ -21,8 +22,22 @@ def positions_of(config: "PreTrainedConfig") -> int | None:
     """As `max_positions`, of a config."""
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
-    # RoBERTa's positions begin behind that of padding.
-    return positions - 2 if positions and "roberta" in text.model_type else positions
+    if positions and "roberta" in text.model_type:  # positions begin behind that of padding
+        return int(positions - text.pad_token_id - 1)
+    return positions
+
+
+def require_decoder_start(model: "PreTrainedModel") -> None:
+    """Refuse an encoder-decoder that does not know with which token its decoder begins.
+
+    Raises:
+        UpcyclingError: its config names none.
+    """
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        raise UpcyclingError(
+            f"config.json of this {model.config.model_type} model has no decoder_start_token_id, "
+            "with which its decoder begins. Set it (0 for a T5)."
+        )
 
 
 @torch.inference_mode()

@@ -8,10 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle import models
+from fusion_upcycle.architectures.layout import model_class
 from fusion_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SHOWN = 3  # tensors that an error names
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -73,12 +77,52 @@ def load_folder(
     return model
 
 
+def load_by_config(folder: str | Path) -> "PreTrainedModel":
+    """The model of a folder or Hub id, of the class that its config names; of CLIP its tower.
+
+    Raises:
+        UpcyclingError: as `load_folder`, or a config that names no class.
+    """
+    config = _config(folder)
+    names = config.get("architectures") or []
+    if len(names) != 1:
+        raise UpcyclingError(
+            f"config.json of {folder} names no class (architectures). Set it to the one that the "
+            "model is of."
+        )
+    kind = model_class("CLIPVisionModel" if config.get("model_type") == "clip" else names[0])
+    model: PreTrainedModel = load_folder(kind, folder)
+    return model
+
+
+def load_processor(folder: str | Path, model: "PreTrainedModel") -> Any:
+    """The tokenizer of a folder or Hub id, or its image processor where the model takes images.
+
+    Raises:
+        UpcyclingError: there is none.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    takes_images = model.main_input_name == "pixel_values"
+    kind: Any = AutoImageProcessor if takes_images else AutoTokenizer
+    try:
+        return kind.from_pretrained(_source(folder))
+    except UpcyclingError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, kind.__name__, error) from error
+
+
 def model_type(folder: str | Path) -> str:
     """The family that the config of a folder or Hub id names; empty where it names none.
 
     Raises:
         UpcyclingError: no config there.
     """
+    return str(_config(folder).get("model_type", ""))
+
+
+def _config(folder: str | Path) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     try:
@@ -87,7 +131,7 @@ def model_type(folder: str | Path) -> str:
         raise
     except (OSError, ValueError) as error:
         raise _unloadable(folder, "AutoConfig", error) from error
-    return str(config.get("model_type", ""))
+    return config
 
 
 def as_folder(entry: Any) -> tuple[Any, str, dict[str, Any]] | None:

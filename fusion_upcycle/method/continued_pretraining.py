@@ -1,6 +1,5 @@
-"""Continued pre-training, by itself and after sparse upcycling."""
+"""Continued training, by itself and after sparse upcycling."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,27 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseAlgorithm, BaseModelPool
 from fusion_bench.mixins import auto_register_config
+from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.checks import require_flag
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.live.loading import as_folder
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
     FUSION_BENCH_KEYS,
     named_texts,
-    pooled_folder,
+    plain,
     require_pretrained,
 )
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
+from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
-from fusion_upcycle.upcycling.run import recorded_options
-from fusion_upcycle.upcycling.upcycling import Upcycling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from fusion_upcycle.training.run import Origin
 
@@ -38,14 +37,17 @@ log = logging.getLogger(__name__)
 @auto_register_config
 @takes_options(TrainingOptions)
 class ContinuedPretrainingAlgorithm(BaseAlgorithm):
-    """Next-token training of the pool's causal LM, dense or MoE; returns it, and saves its folder.
+    """Training of the pool's model, dense or MoE, by its objective; returns it, saves its folder.
 
     Args:
         data: name of a source -> documents, see `fusion_upcycle.texts.documents`; a mapping may say
-            `tokens: N` for the first N tokens only. `demo` is the shipped text.
+            `tokens: N` for the first N tokens only. `demo` is the shipped text. For the objectives
+            with examples see `fusion_upcycle.tables.pairs` and `.images`.
         save_checkpoint: folder to write; None keeps the result in memory only.
-        validation: held-out texts, likewise.
+        validation: held out, likewise.
         tokenizer: path or Hub id; None is the pool's.
+        processor: of images, folder or Hub id; None is the pool's.
+        clip_model: of a vision tower: the whole CLIP model whose texts judge, folder or Hub id.
         optimizer_state: folder of an earlier run whose AdamW moments to begin with.
         work_folder: of checkpoints and packed data, from which a killed run goes on; None is
             `save_checkpoint` + `.training`, else the run's own folder.
@@ -62,6 +64,8 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
     section = "method"
     # FusionBench's decorator makes an attribute of every argument.
     tokenizer: str | None
+    processor: str | None
+    clip_model: str | None
     resume: bool
     overwrite: bool
     progress: bool
@@ -73,6 +77,8 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         *,
         validation: Mapping[str, Any] | str | None = None,
         tokenizer: str | None = None,
+        processor: str | None = None,
+        clip_model: str | None = None,
         optimizer_state: str | None = None,
         work_folder: str | None = None,
         resume: bool = True,
@@ -105,51 +111,61 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: see `fusion_upcycle.training.run.train`.
         """
-        from fusion_upcycle.training.run import Origin
+        from fusion_upcycle.training.run import Origin, upcycling_of
 
-        tokenizer = self.load_tokenizer(modelpool)
+        processor = self.load_processor(modelpool)
         if not isinstance(modelpool, BaseModelPool):
-            return self.train(modelpool, tokenizer, Origin(type(modelpool).__name__))
+            return self.train(modelpool, processor, Origin(type(modelpool).__name__))
         require_pretrained(modelpool)
-        found = pooled_folder(modelpool, streaming=False)
-        name = "in memory" if found is None else found.source
+        found = as_folder(plain(modelpool._models["_pretrained_"]))
+        name = "in memory" if found is None else found[1]
         model = modelpool.load_model("_pretrained_")
         # Only a state of the dense model has to be carried over to the experts.
-        made = None if self._state is None else _upcycling_options(Path(name))
-        return self.train(model, tokenizer, Origin(name, made))
+        made = None if self._state is None else upcycling_of(name)
+        return self.train(model, processor, Origin(name, made))
 
-    def load_tokenizer(self, modelpool: Any) -> "PreTrainedTokenizerBase":
-        """The tokenizer that was asked for, else the pool's.
+    def load_processor(self, modelpool: Any) -> Any:
+        """The tokenizer or image processor that was asked for, else the pool's.
 
         Raises:
             UpcyclingError: there is neither.
         """
+        if self.processor is not None:
+            from transformers import AutoImageProcessor
+
+            return AutoImageProcessor.from_pretrained(self.processor)
         if self.tokenizer is not None:
             from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(self.tokenizer)
+        if getattr(modelpool, "_processor", None) is not None:
+            return modelpool.load_processor()
         if getattr(modelpool, "tokenizer", None) is None:
             raise UpcyclingError(
-                "There is no tokenizer: set method.tokenizer (path or Hub id), or run with a model "
-                "pool that has one (modelpool.tokenizer)."
+                "There is no tokenizer and no image processor: set method.tokenizer or "
+                "method.processor (path or Hub id), or run with a model pool that has one "
+                "(modelpool.tokenizer, modelpool.processor)."
             )
         return modelpool.load_tokenizer()
 
     def train(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", origin: "Origin"
+        self, model: "PreTrainedModel", processor: Any, origin: "Origin"
     ) -> "PreTrainedModel":
         """Train a model and leave the run record."""
+        from fusion_upcycle.training.objectives.clip import ClipTexts
         from fusion_upcycle.training.run import train
 
+        clip = None if self.clip_model is None else ClipTexts(self.clip_model, _known_classes)
         trained = train(
             model,
-            tokenizer,
+            processor,
             self._options,
             data=self._data,
             places=self._places(),
             origin=origin,
             validation=self._validation,
             optimizer_state=self._state,
+            clip=clip,
             progress=self.progress,
         )
         record = {"algorithm": type(self).__name__} | trained.record
@@ -181,12 +197,11 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         return Places(work, log_folder / "logs", self._output, self.overwrite, self.resume)
 
 
-def _upcycling_options(folder: Path) -> dict[str, Any] | None:
-    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
-    path = folder.expanduser() / RECORD_FILE
-    record = json.loads(path.read_bytes()) if path.is_file() else {}
-    made = record.get("method") == Upcycling.method
-    return recorded_options(record["options"]) if made else None
+def _known_classes(name: str) -> Known | None:
+    """What FusionBench calls the classes of its data sets, as its task pools do."""
+    if name not in CLIPTemplateFactory.get_available_datasets():
+        return None
+    return Known(*CLIPTemplateFactory.get_classnames_and_templates(name))
 
 
 @auto_register_config
@@ -230,8 +245,8 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin
 
-        tokenizer = self._second.load_tokenizer(modelpool)
+        processor = self._second.load_processor(modelpool)
         moe = self._first.run(modelpool)
         assert moe is not None
         name = self._first.save_checkpoint or "sparse upcycling in memory"
-        return self._second.train(moe, tokenizer, Origin(name, self._first._options.to_json()))
+        return self._second.train(moe, processor, Origin(name, self._first._options.to_json()))

@@ -7,14 +7,16 @@ A family's classes are made when transformers is first asked for its `model_type
 would take a second.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.models import modeling_sparse
 from fusion_upcycle.models.modeling_sparse import FAMILIES, config_class, model_class
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _PREFIX = "sparse_"
 #: Auto classes that say less of what a model is for than others that know it.
@@ -54,6 +56,19 @@ def register() -> None:
     known = CONFIG_MAPPING._extra_content
     if not isinstance(known, _OnDemand):
         CONFIG_MAPPING._extra_content = _OnDemand(known)
+
+
+def save(model: "PreTrainedModel", folder: Path) -> None:
+    """`save_pretrained`; of a model of ours with its code, and all that `auto_map` can say."""
+    register()
+    is_ours = hasattr(model.config, "dense_model_type")
+    if is_ours:
+        _register(model.config.dense_model_type)
+    model.save_pretrained(folder)
+    if is_ours:
+        file = folder / "config.json"
+        said = json.loads(file.read_text(encoding="utf-8")) | {"auto_map": auto_map(model.config)}
+        file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def auto_map(config: "PreTrainedConfig") -> dict[str, str]:

@@ -46,16 +46,21 @@ def start_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def packed(
-    tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str], *, start: int | None
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Iterable[str],
+    *,
+    start: int | None,
+    separator: int | None = None,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Documents that are not empty as one stream, read as it is asked for.
 
     Yields:
-        What stands before a document, and its tokens: `start` before the first one, EOS before the
-        others; nothing where the tokenizer has none.
+        What stands before a document, and its tokens: `start` before the first one, `separator`,
+        by default EOS, before the others; nothing where the tokenizer has none.
     """
     before = [] if start is None else [start]
-    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    separator = tokenizer.eos_token_id if separator is None else separator
+    between = [] if separator is None else [separator]
     rest = (document for document in documents if document)
     while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
         for ids in encode(tokenizer, batch):

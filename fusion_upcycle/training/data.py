@@ -1,9 +1,10 @@
 """Text to train on: tokenised once into a memory-mapped stream, and cut into full windows.
 
-A source's stream is `EOS document EOS document ...`, seen as a circle: window i has the inputs
-`[i*T, (i+1)*T)`, and as targets the token after each. So there is no padding, no token is dropped,
-and the last window of a stream ends with its beginning. The separator begins the document that
-follows: the first token is predicted from it, and it is what a document's last token predicts.
+A source's stream is `EOS document EOS document ...` (masked models have another separator), seen as
+a circle: window i has the inputs `[i*T, (i+1)*T)`, and as targets the token after each. So there is
+no padding, no token is dropped, and the last window of a stream ends with its beginning. The
+separator begins the document that follows: the first token is predicted from it, and it is what a
+document's last token predicts.
 """
 
 import hashlib
@@ -70,7 +71,12 @@ class PackedText:
 
 
 def pack_sources(
-    sources: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", cache: Path
+    sources: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    cache: Path,
+    *,
+    where: str = "data",
+    separator: int | None = None,
 ) -> list[PackedText]:
     """Tokenise every source, or take it from `cache`.
 
@@ -80,26 +86,37 @@ def pack_sources(
             a stream is written to disk first, so that its order is known and a run can be resumed
             anywhere.
         cache: folder; processes that ask at the same time wait for the one that writes.
+        where: the option that names them, for errors.
+        separator: token id that begins each document; None is the tokenizer's EOS.
 
     Raises:
         UpcyclingError: no source, a source without text, a tokenizer without EOS.
     """
     if not sources:
         raise UpcyclingError("data is empty: name at least one source, {name: file}.")
-    if tokenizer.eos_token_id is None:
+    separator = tokenizer.eos_token_id if separator is None else separator
+    if separator is None:
         raise UpcyclingError(
             "The tokenizer has no EOS token, which separates documents: set tokenizer.eos_token."
         )
-    identity = _tokenizer_identity(tokenizer)
-    return [_pack(name, spec, tokenizer, identity, cache) for name, spec in sources.items()]
+    packer = _Packer(tokenizer, separator, _tokenizer_identity(tokenizer, separator), cache)
+    return [_pack(name, spec, f"{where}.{name}", packer) for name, spec in sources.items()]
 
 
-def _pack(
-    name: str, spec: Any, tokenizer: "PreTrainedTokenizerBase", identity: str, cache: Path
-) -> PackedText:
+@dataclass(frozen=True)
+class _Packer:
+    """What all sources are packed with."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    separator: int
+    identity: str
+    cache: Path
+
+
+def _pack(name: str, spec: Any, where: str, packer: _Packer) -> PackedText:
     from filelock import FileLock
 
-    where, limit = f"data.{name}", None
+    limit, cache = None, packer.cache
     if isinstance(spec, Mapping) and "_target_" not in spec:
         limit = spec.get("tokens")
         spec = {key: value for key, value in spec.items() if key != "tokens"}
@@ -110,13 +127,13 @@ def _pack(
         if limit is not None and (not isinstance(limit, int) or limit < 2):
             raise UpcyclingError(f"{where}.tokens={limit!r} must be a whole number, 2 or more.")
     documents = open_documents(spec, where)
-    content = json.dumps([_VERSION, identity, documents.fingerprint, limit])
+    content = json.dumps([_VERSION, packer.identity, documents.fingerprint, limit])
     folder = cache / hashlib.sha256(content.encode()).hexdigest()[:24]
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _write(folder, documents, tokenizer, where, limit)
+                _write(folder, documents, packer, where, limit)
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     stream = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
     return PackedText(name, stream, **facts)
@@ -125,16 +142,18 @@ def _pack(
 def _write(
     folder: Path,
     documents: Documents,
-    tokenizer: "PreTrainedTokenizerBase",
+    packer: _Packer,
     where: str,
     limit: int | None,
 ) -> None:
     """Make `folder`, with the stream and what is known of it, in one step."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     digest, count, largest, written = hashlib.sha256(), 0, 0, 0
+    start = packer.separator
     try:
         with open(temporary / "tokens.bin", "wb") as file:
-            for before, tokens in packed(tokenizer, documents.texts, start=tokenizer.eos_token_id):
+            texts = packed(packer.tokenizer, documents.texts, start=start, separator=start)
+            for before, tokens in texts:
                 ids = np.array(before + tokens, dtype=np.int32)
                 ids = ids[: None if limit is None else limit - written]
                 file.write(ids.tobytes())
@@ -146,7 +165,7 @@ def _write(
         if not count:
             raise UpcyclingError(f"{where}: there is no text to train on; all documents are empty.")
         facts = {
-            "separator": tokenizer.eos_token_id,
+            "separator": start,
             "documents": count,
             "largest": largest,
             "digest": digest.hexdigest(),
@@ -158,11 +177,11 @@ def _write(
         raise
 
 
-def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase", separator: int) -> str:
     """Changes whenever the same text could give other tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     known = (
         json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     )
-    content = f"{type(tokenizer).__name__}/{tokenizer.eos_token_id}/{known}"
+    content = f"{type(tokenizer).__name__}/{separator}/{known}"
     return hashlib.sha256(content.encode()).hexdigest()

@@ -7,24 +7,27 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from fusion_upcycle import models
 from fusion_upcycle.checkpoint.moments import save_moments
 from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE, staging_folder
 from fusion_upcycle.report.card import card_text
+from fusion_upcycle.training.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def export(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    processor: Any,
     output: Path,
     *,
+    objective: Objective,
     record: dict[str, Any],
     moments: dict[str, dict[str, Tensor]],
     overwrite: bool,
 ) -> None:
-    """Write weights, config, tokenizer, AdamW's moments, record and model card.
+    """Write weights, config, tokenizer or image processor, AdamW's moments, record and model card.
 
     Args:
         model: trained, on one device, in the dtypes it is to be saved in.
@@ -40,31 +43,40 @@ def export(
     with staging_folder(
         output, {"run": uuid4().hex}, total_bytes=total, overwrite=overwrite
     ) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        models.save(model, staging)
+        processor.save_pretrained(staging)
         save_moments(moments, staging)
         text = json.dumps(record, indent=2, default=str)
         (staging / TRAINING_RECORD_FILE).write_text(text + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(_model_card(output.name, record), encoding="utf-8")
+        card = _model_card(output.name, objective, record)
+        (staging / "README.md").write_text(card, encoding="utf-8")
 
 
-def _model_card(name: str, record: dict[str, Any]) -> str:
+def _model_card(name: str, objective: Objective, record: dict[str, Any]) -> str:
     options, data = record["options"], record["data"]
+    columns, examples = ["examples"], "examples"
+    if objective.unit == "tokens":
+        columns, examples = (
+            ["documents", "tokens"],
+            f"windows of {options['context_length']} tokens",
+        )
+    trained = f"{record[f'{objective.unit}_trained']:,} {objective.unit}"
+    version = record["versions"]["fusion_upcycle"]
     rows = "\n".join(
-        f"| {source} | {facts['documents']:,} | {facts['tokens']:,} |"
+        f"| {source} | {' | '.join(f'{facts[column]:,}' for column in columns)} |"
         for source, facts in data.items()
     )
     body = f"""# {name}
 
-A {record["class"]} ({record["dtype"]}) after {record["tokens_trained"]:,} tokens of
-continued pre-training with fusion_upcycle {record["versions"]["fusion_upcycle"]}: schedule
+A {record["class"]} ({record["dtype"]}) after {trained} of
+continued training (`{objective.name}`) with fusion_upcycle {version}: schedule
 `{options["schedule"]}`, learning rate {options["learning_rate"]:g}, {record["steps"]:,} steps of
-{options["batch_size"]} windows of {options["context_length"]} tokens. Loss of the last step:
-{record["final"]["lm_nats_per_token"]:.4f} nats per token.
+{options["batch_size"]} {examples}. Loss of the last step:
+{record["final"][objective.loss]:.4f} nats per {objective.target}.
 
-| data | documents | tokens |
-|---|---:|---:|
+| data | {" | ".join(columns)} |
+|---{"|---:" * len(columns)}|
 {rows}
 
 `{TRAINING_RECORD_FILE}` holds all options and what the model was before."""
-    return card_text(body, pipeline_tag="text-generation", tags=["fusion_upcycle"])
+    return card_text(body, pipeline_tag=objective.pipeline_tag, tags=["fusion_upcycle"])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fusion_upcycle.architectures.layout import with_kept_dtypes
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.inputs import max_positions
 from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
 
@@ -20,24 +19,6 @@ if TYPE_CHECKING:
 
 #: Attention implementations that tell documents apart by their positions.
 _BY_POSITION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
-
-
-def check_model(model: "PreTrainedModel", options: TrainingOptions) -> None:
-    """Refuse a model that cannot be trained on windows of this length.
-
-    Raises:
-        UpcyclingError: a backbone, or too few positions.
-    """
-    if model.get_output_embeddings() is None:
-        raise UpcyclingError(
-            f"{type(model).__name__} does not predict tokens: give a causal language model."
-        )
-    limit = max_positions(model)
-    if limit is not None and options.context_length > limit:
-        raise UpcyclingError(
-            f"context_length={options.context_length} is longer than the model's {limit} positions "
-            f"(max_position_embeddings): use at most {limit}."
-        )
 
 
 def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Routers) -> None:

@@ -1,5 +1,8 @@
 """Watching the experts: load, dead ones, router entropy, and one warning when it goes wrong.
 
+In expert choice load is even by construction, and what is watched is the share of tokens that no
+expert chose.
+
 Shapes: L MoE layers, E experts, N tokens.
 """
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.live.layer_health import LayerHealth
+from fusion_upcycle.training.routing import StackRouting
 
 if TYPE_CHECKING:
     from fusion_upcycle.training.module import PretrainingModule
@@ -34,26 +38,39 @@ class RoutingTotals:
     """
 
     def __init__(self, num_layers: int, num_experts: int):
+        self._start(num_layers, num_experts)
+
+    def _start(self, num_layers: int, num_experts: int) -> None:
         self.counts = torch.zeros(num_layers, num_experts)
         self._entropy_L = torch.zeros(num_layers)
-        self._tokens = 0
+        self._left_out_L = torch.zeros(num_layers)
+        self._tokens_L = torch.zeros(num_layers, dtype=torch.int64)
 
     def add_counts(self, counts_LE: Tensor) -> None:
         self.counts = self.counts.to(counts_LE.device) + counts_LE
 
-    def add_entropy(self, probabilities_LNE: Tensor) -> None:
-        """Count the router entropies of this device's tokens."""
+    def add(self, stack: StackRouting, probabilities_LNE: Tensor) -> None:
+        """Count the router entropies of this device's tokens, and those that no expert chose."""
         entropy_LN = torch.special.entr(probabilities_LNE).sum(-1) / math.log(2)
-        self._entropy_L = self._entropy_L.to(entropy_LN.device) + entropy_LN.sum(1)
-        self._tokens += entropy_LN.shape[1]
+        device, places = entropy_LN.device, list(stack.places)
+        self._entropy_L = self._entropy_L.to(device)
+        self._entropy_L[places] += entropy_LN.sum(1)
+        self._tokens_L = self._tokens_L.to(device)
+        self._tokens_L[places] += entropy_LN.shape[1]
+        if stack.left_out_L is not None:
+            self._left_out_L = self._left_out_L.to(device)
+            self._left_out_L[places] += stack.left_out_L
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Load [L, E], rows summing to 1, and mean entropy in bits [L]; then start again."""
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Load [L, E], rows summing to 1; mean entropy in bits [L]; share left out [L].
+
+        Then start again.
+        """
         load = self.counts / self.counts.sum(1, keepdim=True)
-        entropy = self._entropy_L / self._tokens
-        self.counts = torch.zeros_like(self.counts)
-        self._entropy_L, self._tokens = torch.zeros_like(self._entropy_L), 0
-        return load, entropy
+        entropy = self._entropy_L / self._tokens_L
+        left_out = self._left_out_L.to(entropy.device) / self._tokens_L
+        self._start(*self.counts.shape)
+        return load, entropy, left_out
 
 
 class RouterHealth(L.Callback):
@@ -82,22 +99,31 @@ class RouterHealth(L.Callback):
     ) -> None:
         if not module.routers or not module.due(module.options.log_every):
             return
-        load_LE, entropy_L = module.routing.take()
-        entropy_L = trainer.strategy.reduce(entropy_L, reduce_op="mean").cpu()
+        load_LE, *of_tokens = module.routing.take()
+        entropy_L, left_out_L = (
+            trainer.strategy.reduce(each_L, reduce_op="mean").tolist() for each_L in of_tokens
+        )
         metrics: dict[str, float] = {}
         broken = []
-        for layer, load_E, entropy in zip(
-            module.routers.modules, load_LE.cpu(), entropy_L, strict=True
+        for layer, load_E, entropy, left_out, chosen_by_experts in zip(
+            module.routers.modules,
+            load_LE.cpu(),
+            entropy_L,
+            left_out_L,
+            module.routers.expert_choice,
+            strict=True,
         ):
             health = LayerHealth.of(load_E)
             self._best[layer] = max(self._best.get(layer, 0.0), health.balance)
             metrics |= {
                 f"layer_{layer}/load_cv": health.cv,
                 f"layer_{layer}/dead_experts": float(health.dead),
-                f"layer_{layer}/router_entropy_bits": float(entropy),
+                f"layer_{layer}/router_entropy_bits": entropy,
                 f"layer_{layer}/balance_drop": self._best[layer] - health.balance,
             }
             metrics |= {f"layer_{layer}/load_{e}": float(share) for e, share in enumerate(load_E)}
+            if chosen_by_experts:
+                metrics[f"layer_{layer}/left_out"] = left_out
             if reason := health.broken(len(load_E)):
                 broken.append(f"layer {layer}: {reason}")
         module.write(metrics)

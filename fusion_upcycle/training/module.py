@@ -2,12 +2,15 @@
 
 The balance loss takes each expert's load over all devices, and over the micro-batches of the step
 so far, so that it is the load of the whole batch where nothing is accumulated, and in the last
-micro-batch; probabilities are those of the micro-batch. [arXiv 2501.11873]
+micro-batch; probabilities are those of the micro-batch. [arXiv 2501.11873] Where experts choose
+tokens there is none, as load is even by construction; and they choose among those of the
+micro-batch, unless they choose within each example.
 
-Shapes: B windows, T tokens of a window, L MoE layers, E experts, N tokens.
+Shapes: L MoE layers, E experts.
 """
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -18,16 +21,18 @@ from torch.nn.functional import cross_entropy
 
 from fusion_upcycle.checkpoint.moments import Moments
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.routers import Routed, expert_counts, find_routers
+from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training.checkpoints import named_state, numbered_state
-from fusion_upcycle.training.fit import check_fit, document_positions
+from fusion_upcycle.training.fit import check_fit
 from fusion_upcycle.training.health import RoutingTotals
-from fusion_upcycle.training.losses import balance_loss, balanced_bias, z_loss
+from fusion_upcycle.training.losses import balanced_bias
 from fusion_upcycle.training.moments import place_moments
+from fusion_upcycle.training.objectives.base import Batch, Objective, split
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.parameters import freeze, group_of_parameters, optimizer_groups
 from fusion_upcycle.training.router_rate import RouterRate
+from fusion_upcycle.training.routing import by_stack, routing_losses
 from fusion_upcycle.training.schedule import Factors
 
 if TYPE_CHECKING:
@@ -35,16 +40,16 @@ if TYPE_CHECKING:
 
 #: Key of our own entry in a checkpoint.
 IDENTITY = "fusion_upcycle"
-_LOSSES = ("lm_nats_per_token", "balance", "z", "total")
+_OTHER_LOSSES = ("balance", "z", "total")
 
 
 class PretrainingModule(L.LightningModule):
-    """Next-token training of a causal LM, dense or MoE.
+    """Training of a model, dense or MoE, by an objective.
 
     Args:
         model: as at step 0, also where a run is resumed; trained in place, in train mode.
+        objective: of the model.
         options: of the run.
-        separator: token id that begins each document.
         identity: what a resumed run must share, JSON; kept in every checkpoint.
         moments: parameter name -> AdamW state to begin with, see `training.moments`.
 
@@ -55,18 +60,18 @@ class PretrainingModule(L.LightningModule):
     def __init__(
         self,
         model: "PreTrainedModel",
+        objective: Objective,
         options: TrainingOptions,
         *,
-        separator: int,
         identity: dict[str, Any],
         moments: Moments | None = None,
     ):
         super().__init__()
         self.model = model.train()
-        self.options = options
+        self.objective, self.options = objective, options
         self.routers = find_routers(model)
         self.automatic_optimization = False
-        self._separator, self._identity, self._moments = separator, identity, moments or {}
+        self._identity, self._moments = identity, moments or {}
         self._groups = group_of_parameters(model, self.routers)
         freeze(model, self._groups, options)
         check_fit(model, options, self.routers)
@@ -74,6 +79,7 @@ class PretrainingModule(L.LightningModule):
         self.routing = RoutingTotals(len(self.routers.modules), self.routers.num_experts)
         self._last_log = (time.perf_counter(), 0)
         self._step_number = 0
+        self.first_step = options.steps  # of this process, which may find the run finished
         self._unwritten: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
 
@@ -138,24 +144,25 @@ class PretrainingModule(L.LightningModule):
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def training_step(self, ids: Tensor, batch_idx: int) -> None:
-        """One optimizer step on this device's windows, [B, T + 1]."""
-        step, options = self.global_step, self.options
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step on this device's examples."""
+        step, options, objective = self.global_step, self.options, self.objective
         self._step_number = step + 1
-        tokens = (step + 1) * options.tokens_per_step
-        factors = options.curve.factors(tokens, options.steps * options.tokens_per_step)
+        done = (step + 1) * options.per_step
+        factors = options.curve.factors(done, options.steps * options.per_step)
         # Dropout's draws are a function of seed, step and device, so that a resume repeats them.
         torch.manual_seed(hash((options.seed, step, self.global_rank)) % 2**63)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = group["learning_rate"] * factors.learning_rate
 
-        parts = ids.split(options.micro_batch_size or len(ids))
-        counts = torch.zeros_like(self.routing.counts, device=ids.device)
-        losses = torch.zeros(len(_LOSSES), device=ids.device)
-        for index, part in enumerate(parts):
+        parts = split(batch, options.micro_batch_size or options.batch_size)
+        weights = self._weights(parts)
+        counts = torch.zeros_like(self.routing.counts, device=self.device)
+        losses = torch.zeros(1 + len(_OTHER_LOSSES), device=self.device)
+        for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             with _block_parallel_sync_behavior(self.trainer.strategy, index + 1 < len(parts)):
-                terms = self._losses(part, counts, factors)
+                terms = self._losses(part, weight, counts, factors)
                 self.manual_backward(terms[-1] / len(parts))
             losses += terms.detach() / len(parts)
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
@@ -163,51 +170,52 @@ class PretrainingModule(L.LightningModule):
         self._require_finite(losses, norm, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if tokens > options.bias_update_after * options.steps * options.tokens_per_step:
+        if done > options.bias_update_after * options.steps * options.per_step:
             self._move_selection_biases(counts)
         self.routing.add_counts(counts)
         if self.due(options.log_every):
-            metrics = dict(zip(_LOSSES, losses.tolist(), strict=True))
-            metrics |= {
+            speed = f"{options.unit}_per_second"
+            metrics = self._named(losses) | {
                 "learning_rate": options.learning_rate * factors.learning_rate,
                 "gradient_norm": norm,
-                "tokens": float(tokens),
-                "tokens_per_second": self._speed(tokens),
+                options.unit: float(done),
+                speed: self._speed(done),
             }
             self.write(metrics)
             self.last_metrics = metrics
-            shown = ("lm_nats_per_token", "tokens_per_second")
+            shown = (objective.loss, speed)
             self.log_dict({n: metrics[n] for n in shown}, prog_bar=True, logger=False)
 
-    def _losses(self, ids_BT1: Tensor, counts_LE: Tensor, factors: Factors) -> Tensor:
-        """Language model, balance, z and total loss of a micro-batch, whose choices are counted."""
-        inputs_BT, targets_BT = ids_BT1[:, :-1], ids_BT1[:, 1:]
-        arguments = self.arguments(inputs_BT)
+    def _weights(self, parts: Sequence[Batch]) -> list[float]:
+        """Of the mean loss of each part, so that every target of the step counts the same."""
+        counted = [self.objective.counted(part) for part in parts]
+        mean = torch.tensor(sum(counted) / len(parts), device=self.device)
+        mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
+        return [count / float(mean) for count in counted]
+
+    def _losses(self, batch: Batch, weight: float, counts_LE: Tensor, factors: Factors) -> Tensor:
+        """The objective's, balance, z and total loss of a micro-batch, its choices counted."""
+        objective = self.objective
+        arguments = objective.inputs(self.model, batch)
         with self.routers.listening() as routed:
-            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False, **arguments).logits
-        lm = cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+            logits = objective.logits(self.model(**arguments), batch)
+        targets = objective.targets(batch).flatten()
+        answers = cross_entropy(logits.flatten(0, -2).float(), targets)
+        answers = answers * weight
         if not self.routers:
-            return torch.stack([lm, torch.zeros_like(lm), torch.zeros_like(lm), lm])
-        balance, z = self._routing_losses(routed, counts_LE)
-        total = lm + self.options.balance_weight * factors.balance * balance
+            nothing = torch.zeros_like(answers)
+            return torch.stack([answers, nothing, nothing, answers])
+        stacks = by_stack(self.routers, routed, objective.kept(batch))
+        balance, z = routing_losses(
+            self.routers, stacks, counts_LE, self.routing, self.trainer.strategy.reduce
+        )
+        total = answers + self.options.balance_weight * factors.balance * balance
         total = total + self.options.z_weight * factors.z * z
-        return torch.stack([lm, balance, z, total])
+        return torch.stack([answers, balance, z, total])
 
-    def arguments(self, inputs_BT: Tensor) -> dict[str, Any]:
-        """What the model is given beside token ids."""
-        if self.options.attention == "document":
-            return {"position_ids": document_positions(inputs_BT, self._separator)}
-        return {}
-
-    def _routing_losses(self, routed: Routed, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
-        logits_LNE = torch.stack(routed.logits)
-        probabilities_LNE = self.routers.probabilities(logits_LNE)
-        with torch.no_grad():
-            chosen = [expert_counts(c, self.routers.num_experts) for c in routed.chosen]
-            counts_LE += self.trainer.strategy.reduce(torch.stack(chosen), reduce_op="sum")
-            self.routing.add_entropy(probabilities_LNE)
-        load_LE = counts_LE / counts_LE.sum(1, keepdim=True)
-        return balance_loss(load_LE, probabilities_LNE.mean(1)), z_loss(logits_LNE)
+    def _named(self, losses: Tensor) -> dict[str, float]:
+        names = (self.objective.loss, *_OTHER_LOSSES)
+        return dict(zip(names, losses.tolist(), strict=True))
 
     def _clip(self, optimizer: Any) -> float:
         """Clip the gradients where they are too large, and return the norm they had."""
@@ -224,12 +232,12 @@ class PretrainingModule(L.LightningModule):
         if bool(losses.isfinite().all()) and norm < float("inf"):
             return
         first = step * self.options.batch_size
-        named = dict(zip(_LOSSES, losses.tolist(), strict=True))
+        windows = "windows" if self.options.unit == "tokens" else "examples"
         raise UpcyclingError(
-            f"Step {step} (windows {first} to {first + self.options.batch_size - 1} of the run) "
-            f"gives losses {named} and gradient norm {norm}. The weights are those before the "
-            "step, and the last checkpoint is kept. Lower the learning rate, or look at the data "
-            "of these windows."
+            f"Step {step} ({windows} {first} to {first + self.options.batch_size - 1} of the run) "
+            f"gives losses {self._named(losses)} and gradient norm {norm}. The weights are those "
+            "before the step, and the last checkpoint is kept. Lower the learning rate, or look at "
+            f"the data of these {windows}."
         )
 
     @torch.no_grad()
@@ -258,10 +266,11 @@ class PretrainingModule(L.LightningModule):
             logger.log_metrics(self._unwritten, step=self._step_number)
         self._unwritten = {}
 
-    def _speed(self, tokens: int) -> float:
-        """Tokens per second since the last log, on all devices together."""
-        (then, before), self._last_log = self._last_log, (time.perf_counter(), tokens)
-        return (tokens - before) / (self._last_log[0] - then)
+    def _speed(self, done: int) -> float:
+        """Units per second since the last log, on all devices together."""
+        (then, before), self._last_log = self._last_log, (time.perf_counter(), done)
+        return (done - before) / (self._last_log[0] - then)
 
     def on_train_start(self) -> None:
-        self._last_log = (time.perf_counter(), self.global_step * self.options.tokens_per_step)
+        self.first_step = self.global_step
+        self._last_log = (time.perf_counter(), self.global_step * self.options.per_step)

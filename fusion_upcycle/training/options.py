@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fusion_upcycle.checks import require_flag, require_list, require_number, require_whole
+from fusion_upcycle.checks import AUTO, require_flag, require_list, require_number, require_whole
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.options import choice, make
 from fusion_upcycle.training.schedule import SCHEDULES, Schedule
 
 #: Kinds of parameters that can be frozen; see `fusion_upcycle.training.parameters`.
 GROUPS = ("routers", "experts", "ffn", "attention", "embeddings", "norms", "others")
+OBJECTIVES = (AUTO, "causal_lm", "masked_lm", "seq2seq", "image_classification", "clip")
 ATTENTIONS = ("causal", "document")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -36,19 +37,29 @@ class TrainingOptions:
     """What decides a training run.
 
     Attributes:
-        tokens: budget; rounded down to whole steps of `batch_size * context_length` tokens.
-        context_length: tokens of a window.
-        batch_size: windows per optimizer step, on all devices together.
-        micro_batch_size: windows per forward pass of a device; by default all of its share. The
-            rest is accumulated. It decides memory, not the result, but for the balance loss: see
-            `fusion_upcycle.training.module`.
+        objective: what is learnt; `auto` is what the model's class is made for. `causal_lm`: the
+            next token of packed texts. `masked_lm`: 15 % of the tokens of packed texts, masked.
+            `seq2seq`: targets of inputs. `image_classification`: classes of images. `clip`: these,
+            by a vision tower alone, against the frozen texts of its CLIP model.
+        tokens: budget of `causal_lm` and `masked_lm`; by default the budget is `examples`. Rounded
+            down to whole steps of `batch_size * context_length` tokens.
+        examples: budget of the other objectives, in images or pairs of input and target; by default
+            the budget is `tokens`. Rounded down to whole steps of `batch_size`.
+        context_length: tokens of a window; of `seq2seq`, the most of an input, which is cut off
+            there, and of a target, which must not be longer.
+        batch_size: examples per optimizer step, on all devices together: windows of texts, pairs,
+            or images.
+        micro_batch_size: examples per forward pass of a device; by default all of its share. The
+            rest is accumulated. It decides memory, not the result, but for the balance loss and for
+            expert choice among all of a batch: see `fusion_upcycle.training.module`.
         attention: what a token sees: `causal`, the window up to it; `document`, its own document
-            only, with positions that start again at each separator.
-        mixture: source of data -> weight, its share of the windows to 1/1000; by default every
-            window of all sources is taken once before any comes again.
-        seed: of the order of windows, and of dropout where the model has it.
+            only, with positions that start again at each separator. Other objectives than
+            `causal_lm` take the model's own.
+        mixture: source of data -> weight, its share of the examples to 1/1000; by default every
+            example of all sources is taken once before any comes again.
+        seed: of the order of examples, of masks, and of dropout where the model has it.
         schedule: of the learning rate and the router losses: `three_phase`, `cosine`, `wsd` or
-            `constant`. `three_phase`: 5 % of the tokens at 0.1 x rate, 5 x balance, 2 x z; 70 % at
+            `constant`. `three_phase`: 5 % of the budget at 0.1 x rate, 5 x balance, 2 x z; 70 % at
             1; 25 % at 0.1, 0.5, 0.5. `cosine`: linear warm-up, then half a cosine to `final_share`.
             `wsd`: linear warm-up, constant, linear decay to `final_share`. `constant`: 1
             throughout. The last three leave balance and z at 1.
@@ -80,7 +91,7 @@ class TrainingOptions:
         compile: torch.compile the model.
         experts_implementation: `grouped_mm`, `batched_mm` or `eager`; by default transformers'
             choice.
-        accelerator: Lightning's: `cpu`, `cuda`, ...
+        accelerator: Lightning's: `auto`, `cpu`, `cuda` or another.
         devices: per node; start as many processes with torchrun, or let Lightning.
         num_nodes: Lightning's.
         strategy: `auto` (one device, else ddp), `ddp` or `fsdp`. `fsdp` is FSDP2, by Lightning's
@@ -96,7 +107,9 @@ class TrainingOptions:
             other.
     """
 
-    tokens: int
+    objective: str = choice(AUTO, OBJECTIVES)
+    tokens: int | None = None
+    examples: int | None = None
     context_length: int = 1024
     batch_size: int = 8
     micro_batch_size: int | None = None
@@ -130,15 +143,17 @@ class TrainingOptions:
     validate_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "context_length", "batch_size", "devices", "num_nodes"):
+        for name in ("context_length", "batch_size", "devices", "num_nodes"):
             require_whole(name, getattr(self, name), at_least=1)
-        if self.micro_batch_size is not None:
-            require_whole("micro_batch_size", self.micro_batch_size, at_least=1)
+        for name in ("tokens", "examples", "micro_batch_size"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), at_least=1)
         for name in ("seed", "log_every", "checkpoint_every", "validate_every"):
             require_whole(name, getattr(self, name), at_least=0)
         for name in ("activation_checkpointing", "compile"):
             require_flag(name, getattr(self, name))
         for name, choices in (
+            ("objective", OBJECTIVES),
             ("attention", ATTENTIONS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
@@ -153,17 +168,24 @@ class TrainingOptions:
                 raise unknown("group in freeze:", str(group), GROUPS)
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.tokens < self.tokens_per_step:
+        if (self.tokens is None) == (self.examples is None):
             raise UpcyclingError(
-                f"tokens={self.tokens} is less than one step of batch_size={self.batch_size} "
-                f"windows of context_length={self.context_length}: give at least "
-                f"{self.tokens_per_step}, or lower one of the two."
+                f"tokens={self.tokens} and examples={self.examples}: one of the two must be given, "
+                "tokens for texts, examples for images and pairs of input and target."
+            )
+        if self.budget < self.per_step:
+            of_tokens = self.unit == "tokens"
+            windows = f" windows of context_length={self.context_length}" if of_tokens else ""
+            raise UpcyclingError(
+                f"{self.unit}={self.budget} is less than one step of batch_size={self.batch_size}"
+                f"{windows}: give at least "
+                f"{self.per_step}, or a smaller step."
             )
         world = self.devices * self.num_nodes
         share = self.batch_size // world
         if self.batch_size % world or share % (self.micro_batch_size or share):
             raise UpcyclingError(
-                f"batch_size={self.batch_size} windows cannot be divided evenly among {world} "
+                f"batch_size={self.batch_size} cannot be divided evenly among {world} "
                 f"device(s) in parts of micro_batch_size={self.micro_batch_size}: choose a "
                 "batch_size that is a multiple of devices * num_nodes * micro_batch_size."
             )
@@ -198,12 +220,25 @@ class TrainingOptions:
             require_number(f"mixture.{source}", weight, above=0.0)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.context_length
+    def unit(self) -> str:
+        """What the budget is counted in: `tokens` or `examples`."""
+        return "examples" if self.tokens is None else "tokens"
+
+    @property
+    def budget(self) -> int:
+        """In units."""
+        budget = self.examples if self.tokens is None else self.tokens
+        assert budget is not None
+        return budget
+
+    @property
+    def per_step(self) -> int:
+        """Units of a step."""
+        return self.batch_size * (1 if self.tokens is None else self.context_length)
 
     @property
     def steps(self) -> int:
-        return self.tokens // self.tokens_per_step
+        return self.budget // self.per_step
 
     @property
     def curve(self) -> Schedule:

@@ -1,7 +1,7 @@
-"""Which window comes when: a pure function of the seed and the window's number in the run.
+"""Which example comes when: a pure function of the seed and the example's number in the run.
 
 Nothing is remembered, so that a run resumed at step s, on any number of devices, sees exactly the
-windows that it would have seen.
+examples that it would have seen. Those of texts are windows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,26 +10,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fusion_upcycle.errors import UpcyclingError, unknown
-from fusion_upcycle.training.data import PackedText
+from fusion_upcycle.training.objectives.base import Source
 
-_PERIOD = 1000  # windows in which every source has its share
+_PERIOD = 1000  # examples in which every source has its share
 
 
-class WindowOrder(Dataset[Tensor]):
-    """Number of a window in the run -> its tokens [T + 1].
+class ExampleOrder(Dataset[dict[str, Any]]):
+    """Number of an example in the run -> the example.
 
-    Without weights all windows of all sources are one set, shuffled anew for each pass. With
-    weights the sources take turns in a fixed pattern of 1000 windows that is as even as can be
+    Without weights all examples of all sources are one set, shuffled anew for each pass. With
+    weights the sources take turns in a fixed pattern of 1000 examples that is as even as can be
     (smooth weighted round robin), and each source is shuffled anew for each of its own passes.
 
     Args:
-        texts: the sources.
-        context_length: T.
+        sources: of the examples.
         mixture: source -> weight, for all sources or None.
         seed: of the shuffles.
 
@@ -37,33 +34,25 @@ class WindowOrder(Dataset[Tensor]):
         UpcyclingError: weights for other sources than there are, or less than 1/1000 of the sum.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[PackedText],
-        context_length: int,
-        mixture: Mapping[str, float] | None,
-        seed: int,
-    ):
-        self._texts = texts
-        self._context_length = context_length
+    def __init__(self, sources: Sequence[Source], mixture: Mapping[str, float] | None, seed: int):
+        self._sources = sources
         self._seed = seed
-        self._sizes = [text.windows(context_length) for text in texts]
+        self._sizes = [len(source) for source in sources]
         self._starts = np.cumsum([0, *self._sizes])
-        self._pattern = None if mixture is None else _pattern(_shares(texts, mixture))
-        self._shuffled = lru_cache(maxsize=2 * len(texts))(self._shuffle)
+        self._pattern = None if mixture is None else _pattern(_shares(sources, mixture))
+        self._shuffled = lru_cache(maxsize=2 * len(sources))(self._shuffle)
 
-    def __getitem__(self, number: int) -> Tensor:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         source, index = self.place(number)
-        window = self._texts[source].window(index, self._context_length)
-        return torch.from_numpy(window.astype(np.int64))
+        return self._sources[source].example(index, number)
 
     def place(self, number: int) -> tuple[int, int]:
-        """Source and window of the run's window `number`, 0 on."""
+        """Source of the run's example `number`, 0 on, and which of its own that is."""
         if self._pattern is None:
             passes, place = divmod(number, int(self._starts[-1]))
-            window = int(self._shuffled(-1, passes)[place])
-            source = int(np.searchsorted(self._starts, window, side="right")) - 1
-            return source, window - int(self._starts[source])
+            among_all = int(self._shuffled(-1, passes)[place])
+            source = int(np.searchsorted(self._starts, among_all, side="right")) - 1
+            return source, among_all - int(self._starts[source])
         periods, place = divmod(number, _PERIOD)
         source = int(self._pattern[place])
         same = self._pattern == source
@@ -72,7 +61,7 @@ class WindowOrder(Dataset[Tensor]):
         return source, int(self._shuffled(source, passes)[place])
 
     def _shuffle(self, source: int, passes: int) -> npt.NDArray[np.int64]:
-        """Order of the windows of one source, or of all (-1), in one pass.
+        """Order of the examples of one source, or of all (-1), in one pass.
 
         Sorted by a hash (splitmix64's finaliser) rather than by a library's shuffle, whose results
         may change from version to version.
@@ -87,15 +76,15 @@ class WindowOrder(Dataset[Tensor]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """For each step left, the numbers of the windows that one device takes.
+    """For each step left, the numbers of the examples that one device takes.
 
-    Step s of the run takes windows `[s * batch_size, (s + 1) * batch_size)`, the first device the
+    Step s of the run takes examples `[s * batch_size, (s + 1) * batch_size)`, the first device the
     first of them, and so on.
 
     Args:
         first: gives the step to begin at, asked when the iteration begins.
         steps: of the whole run.
-        batch_size: windows per step, on all devices.
+        batch_size: examples per step, on all devices.
         rank, world: this device, of how many.
     """
 
@@ -116,7 +105,7 @@ class StepSampler(Sampler[list[int]]):
         return self._steps
 
 
-class StatelessLoader(DataLoader[Tensor]):
+class StatelessLoader(DataLoader[dict[str, Any]]):
     """A loader that needs no state to be resumed, and says so to Lightning."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,9 +115,9 @@ class StatelessLoader(DataLoader[Tensor]):
         assert not state
 
 
-def _shares(texts: Sequence[PackedText], mixture: Mapping[str, float]) -> list[int]:
-    """Windows of each source in one period: largest remainders, so that they sum up."""
-    names = [text.name for text in texts]
+def _shares(sources: Sequence[Source], mixture: Mapping[str, float]) -> list[int]:
+    """Examples of each source in one period: largest remainders, so that they sum up."""
+    names = [source.name for source in sources]
     for name in mixture:
         if name not in names:
             raise unknown("source in mixture:", str(name), names)
@@ -149,7 +138,7 @@ def _shares(texts: Sequence[PackedText], mixture: Mapping[str, float]) -> list[i
 
 
 def _pattern(shares: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Sources of one period's windows, each spread out evenly."""
+    """Sources of one period's examples, each spread out evenly."""
     credit, step = np.zeros(len(shares), dtype=np.int64), np.array(shares)
     pattern = np.empty(_PERIOD, dtype=np.int64)
     for place in range(_PERIOD):

@@ -1,27 +1,31 @@
 """Which parameter is what: freezing, learning rates and weight decay go by these groups."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.live.routers import Routers
+from fusion_upcycle.models.modeling_sparse import FAMILIES
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.router_rate import RouterRate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ATTENTION = ("self_attn", "linear_attn")
+_ATTENTION = ("attn", "attention")
+_EMBEDDINGS = ("embed", "wte", "wpe")
 _FFN = ("mlp", "shared_expert", "shared_experts")
 
 
 def group_of_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str, str]:
-    """Name of each parameter of a causal LM -> its group, one of `options.GROUPS`.
+    """Name of each parameter of a model -> its group, one of `options.GROUPS`.
 
     `routers`: their weights; `experts`: routed experts; `ffn`: dense FFNs and shared experts;
-    `attention`: projections, and linear attention; `embeddings`: input and output; `norms`: all
-    norms, also inside attention; `others`: gates of shared experts and what else there is.
+    `attention`: projections, and linear attention; `embeddings`: of tokens, patches and positions,
+    and what reads tokens out; `norms`: all norms, also inside attention; `others`: gates of shared
+    experts, heads of classifiers and what else there is.
     """
     embeddings = {
         id(parameter)
@@ -32,25 +36,45 @@ def group_of_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str,
     of_routers = {id(p) for module in routers.modules.values() for p in module.parameters()}
     packed = find_experts(model, routers).values()
     of_experts = {id(p) for module in packed for p in module.parameters()}
+    of_ffns = {id(p) for p in _dense_ffns(model)}
     groups = {}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
+        parts, words = name.split("."), name.lower().split(".")
         if id(parameter) in of_routers:
             group = "routers"
         elif id(parameter) in embeddings:
             group = "embeddings"
-        elif any("norm" in part for part in parts):
+        elif any("norm" in word or word.startswith("ln_") for word in words):
             group = "norms"
         elif id(parameter) in of_experts:
             group = "experts"
-        elif any(part in _ATTENTION for part in parts):
+        elif id(parameter) in of_ffns:
+            group = "ffn"
+        elif any(kind in word for kind in _ATTENTION for word in words):
             group = "attention"
         elif any(part in _FFN for part in parts) and "shared_expert_gate" not in parts:
             group = "ffn"
+        elif any(kind in word for kind in _EMBEDDINGS for word in words):
+            group = "embeddings"
         else:
             group = "others"
         groups[name] = group
     return groups
+
+
+def _dense_ffns(model: "PreTrainedModel") -> Iterator[nn.Parameter]:
+    """Of families whose FFNs go by other names than most, also where some layers have experts."""
+    config = model.config
+    forms = FAMILIES.get(getattr(config, "dense_model_type", config.model_type), ())
+    for layer in model.modules():
+        for form in forms:
+            if type(layer).__name__ != form.layer:
+                continue
+            for path in filter(None, (form.gate, form.up, form.down)):
+                try:
+                    yield from layer.get_submodule(path).parameters()
+                except AttributeError:
+                    continue  # another form, or a layer with experts
 
 
 def freeze(model: "PreTrainedModel", groups: dict[str, str], options: TrainingOptions) -> None:
@@ -96,10 +120,8 @@ def optimizer_groups(
 
 def count_parameters(model: "PreTrainedModel", routers: Routers) -> dict[str, int]:
     """Parameters of a model, in total and active per token."""
-    total = model.num_parameters()
-    if not routers:
-        return {"total": total, "active": total}
-    groups = group_of_parameters(model, routers)
-    experts = sum(p.numel() for n, p in model.named_parameters() if groups[n] == "experts")
-    idle = routers.num_experts - routers.experts_per_token
-    return {"total": total, "active": total - experts * idle // routers.num_experts}
+    total, idle = model.num_parameters(), 0
+    for layer, module in find_experts(model, routers).items():
+        unused = 1 - routers.experts_on_average[layer] / routers.num_experts
+        idle += round(unused * sum(parameter.numel() for parameter in module.parameters()))
+    return {"total": total, "active": total - idle}

@@ -1,4 +1,4 @@
-"""Continued pre-training from a model in memory to a trained model and its folder."""
+"""Continued training from a model in memory to a trained model and its folder."""
 
 import json
 import shutil
@@ -9,42 +9,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from fusion_upcycle.checkpoint.staging import check_output
+from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.live.identity import state_sha256
-from fusion_upcycle.live.inputs import num_embeddings
 from fusion_upcycle.report.record import Measured, versions
-from fusion_upcycle.texts.documents import named_documents
-from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.training.checkpoints import (
-    AtomicCheckpointIO,
-    CheckpointEvery,
     checkpoints_in,
     last_checkpoint,
     load_checkpoint,
 )
 from fusion_upcycle.training.churn import RouterChurn
-from fusion_upcycle.training.data import PackedText, pack_sources
 from fusion_upcycle.training.export import export
 from fusion_upcycle.training.figure import save_routing
-from fusion_upcycle.training.fit import Before, check_model, prepare
+from fusion_upcycle.training.fit import Before, prepare
 from fusion_upcycle.training.health import RouterHealth
-from fusion_upcycle.training.logs import Progress, loggers, quiet_lightning
+from fusion_upcycle.training.logs import quiet_lightning
 from fusion_upcycle.training.module import IDENTITY, PretrainingModule
 from fusion_upcycle.training.moments import load_moments
+from fusion_upcycle.training.objectives import objective_for
+from fusion_upcycle.training.objectives.base import Source
+from fusion_upcycle.training.objectives.clip import ClipTexts
 from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
-from fusion_upcycle.training.order import StatelessLoader, StepSampler, WindowOrder
+from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.router_rate import RouterRate
+from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
+from fusion_upcycle.upcycling.run import recorded_options
+from fusion_upcycle.upcycling.upcycling import Upcycling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,14 @@ class Origin:
 
     name: str
     upcycling: dict[str, Any] | None = None
+
+
+def upcycling_of(folder: str) -> dict[str, Any] | None:
+    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
+    path = Path(folder).expanduser() / RECORD_FILE
+    record = json.loads(path.read_bytes()) if path.is_file() else {}
+    made = record.get("method") == Upcycling.method
+    return recorded_options(record["options"]) if made else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Trained:
 
 def train(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    processor: Any,
     options: TrainingOptions,
     *,
     data: Mapping[str, Any],
@@ -102,31 +108,34 @@ def train(
     origin: Origin,
     validation: Mapping[str, Any] | None = None,
     optimizer_state: Path | None = None,
+    clip: ClipTexts | None = None,
     progress: bool = True,
 ) -> Trained:
-    """Train a causal LM, dense or MoE, on next-token prediction; a killed run goes on.
+    """Train a model, dense or MoE, by its objective; a killed run goes on.
 
     Every process of a distributed run calls this with the same arguments, and `places.work` must be
     one folder for all.
 
     Args:
         model: changed in place, but under `strategy=fsdp`, whose result is a new model.
-        data: name -> documents, as `fusion_upcycle.texts.documents` takes them.
+        processor: the model's tokenizer, or its image processor.
+        data: name -> documents, as `fusion_upcycle.texts.documents` takes them; for other
+            objectives as `fusion_upcycle.tables.pairs` or `.images` takes them, without a split
+            the train split.
         validation: the same, held out.
         optimizer_state: folder of an earlier run whose AdamW moments to begin with.
+        clip: the CLIP model whose texts judge a vision tower.
 
     Raises:
         UpcyclingError: options, data or model that do not fit; a loss that is not finite.
     """
     if places.output is not None:
         check_output(places.output, overwrite=places.overwrite)
-    check_model(model, options)
-    texts = pack_sources(data, tokenizer, places.work / "data")
-    for text in texts:
-        check_vocabulary(text.largest, num_embeddings(model), f"data.{text.name}: the tokenizer")
-    order = WindowOrder(texts, options.context_length, options.mixture, options.seed)
-    held_out = named_documents(validation, "validation")
-    identity = _identity(model, options, texts, optimizer_state)
+    objective = objective_for(model, processor, options, clip)
+    sources = objective.read(data, places.work / "data")
+    order = ExampleOrder(sources, options.mixture, options.seed)
+    objective.hold_out(validation, places.work / "data")
+    identity = _identity(model, options, sources, optimizer_state)
     checkpoints = places.work / "checkpoints"
     resumed = last_checkpoint(checkpoints, identity, IDENTITY) if places.resume else None
     before = Before.of(model)
@@ -134,18 +143,18 @@ def train(
     moments = None
     if optimizer_state is not None and resumed is None:
         moments = load_moments(optimizer_state, model, origin.upcycling)
-    module = PretrainingModule(
-        model, options, separator=texts[0].separator, identity=identity, moments=moments
-    )
+    module = PretrainingModule(model, objective, options, identity=identity, moments=moments)
     parameters = count_parameters(model, module.routers)
-    health, scores = RouterHealth(), Validation(held_out, tokenizer)
+    health, scores = RouterHealth(), Validation()
+    churn = RouterChurn(objective.collate([order[0]]))
     with quiet_lightning(), Measured() as cost:
-        trainer = _trainer(options, places, [health, RouterChurn(order[0]), scores], progress)
+        callbacks: list[Callback] = [health, churn, scores]
+        trainer = make_trainer(options, places.work, places.log, callbacks, progress)
         if trainer.is_global_zero:
             _announce(module.router_rate, progress)
             if not places.resume:
                 shutil.rmtree(checkpoints, ignore_errors=True)
-        loader = _loader(order, options, trainer)
+        loader = make_loader(order, objective, options, trainer)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         with kept_pages() if on_cpu else nullcontext():
             trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
@@ -155,25 +164,27 @@ def train(
     model = before.restored(model, saved["state_dict"], sharded=options.strategy == "fsdp")
     record = {
         "method": "continued pre-training",
+        "objective": objective.name,
         "source": vars(origin),
         "class": type(model).__name__,
         "dtype": dtype_name(model.dtype),
         "parameters": parameters,
         "router_learning_rate": module.router_rate and module.router_rate.to_json(),
         "optimizer_state": None if optimizer_state is None else str(optimizer_state),
-        "data": {text.name: text.to_json() for text in texts},
+        "data": {source.name: source.to_json() for source in sources},
         "resumed_from": None if resumed is None else resumed.name,
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
-        "cost": cost.as_record(),
+        "cost": _cost(cost, options, module.first_step),
         "log": str(places.log),
     } | _settings(options)
     if places.output is not None and trainer.is_global_zero:
         export(
             model,
-            tokenizer,
+            processor,
             places.output,
+            objective=objective,
             record=record,
             moments=saved["optimizer_states"][0]["state"],
             overwrite=places.overwrite,
@@ -197,23 +208,18 @@ def _announce(rate: RouterRate | None, progress: bool) -> None:
         warnings.warn(rate.warning, stacklevel=3)
 
 
-def _loader(order: WindowOrder, options: TrainingOptions, trainer: L.Trainer) -> StatelessLoader:
-    """This device's windows of each step that is left."""
-    sampler = StepSampler(
-        lambda: trainer.global_step,
-        options.steps,
-        options.batch_size,
-        trainer.global_rank,
-        trainer.world_size,
-    )
-    return StatelessLoader(order, batch_sampler=sampler)
+def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, float | int]:
+    """What this process took, and how fast it was, validation included."""
+    done = (options.steps - first_step) * options.per_step
+    speed = done / cost.cpu_seconds if cost.cpu_seconds else 0.0
+    return cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
 
 
 def _settings(options: TrainingOptions) -> dict[str, Any]:
     return {
         "options": options.to_json(),
         "steps": options.steps,
-        "tokens_trained": options.steps * options.tokens_per_step,
+        f"{options.unit}_trained": options.steps * options.per_step,
         "versions": versions(),
     }
 
@@ -221,7 +227,7 @@ def _settings(options: TrainingOptions) -> dict[str, Any]:
 def _identity(
     model: "PreTrainedModel",
     options: TrainingOptions,
-    texts: Sequence[PackedText],
+    sources: Sequence[Source],
     optimizer_state: Path | None,
 ) -> dict[str, Any]:
     """What a run must share with the checkpoint that it goes on from."""
@@ -229,39 +235,6 @@ def _identity(
     return {
         "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),
         "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
-        "data": {text.name: text.digest for text in texts},
+        "data": {source.name: source.digest for source in sources},
         "optimizer_state": None if optimizer_state is None else str(optimizer_state),
     }
-
-
-def _trainer(
-    options: TrainingOptions, places: Places, callbacks: list[Callback], progress: bool
-) -> L.Trainer:
-    strategy: str | Strategy = options.strategy
-    world = options.devices * options.num_nodes
-    if strategy == "fsdp":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    return L.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        # Weights are cast by us, which leaves in float32 what transformers keeps there.
-        precision="bf16-mixed" if options.precision == "bf16-mixed" else "32-true",
-        max_steps=options.steps,
-        max_epochs=1,
-        logger=loggers(places.log),
-        callbacks=[
-            *callbacks,
-            CheckpointEvery(places.work / "checkpoints", options.checkpoint_every),
-            *([Progress()] if progress else []),
-        ],
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        enable_checkpointing=True,
-        use_distributed_sampler=False,
-        default_root_dir=places.work,
-    )

@@ -1,33 +1,24 @@
-"""Held-out text while training: loss and bits per byte, at intervals and at the end."""
+"""Held-out examples while training: loss and what else the objective scores, at intervals."""
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from fusion_upcycle.texts.perplexity import perplexity
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fusion_upcycle.training.module import PretrainingModule
 
 
 class Validation(L.Callback):
-    """Score texts with `fusion_upcycle.texts.perplexity.perplexity`, windows overlapping by half.
+    """Score what the objective holds out.
 
-    Every device scores all of them, as a sharded model needs.
-
-    Args:
-        texts: name -> documents.
+    Every device scores all of it, as a sharded model needs.
 
     Attributes:
-        results: step -> name of the text -> metrics; of this process only, not of one before a
+        results: step -> name of the examples -> metrics; of this process only, not of one before a
             resume, which is in the logs.
     """
 
-    def __init__(self, texts: Mapping[str, Sequence[str]], tokenizer: "PreTrainedTokenizerBase"):
-        self._texts, self._tokenizer = texts, tokenizer
+    def __init__(self) -> None:
         self.results: dict[int, dict[str, dict[str, float | int]]] = {}
 
     def on_train_batch_end(
@@ -38,25 +29,15 @@ class Validation(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        options = module.options
-        if not self._texts or not module.due(options.validate_every):
+        objective = module.objective
+        if not objective.held_out or not module.due(module.options.validate_every):
             return
-        found = {
-            name: perplexity(
-                module.model,
-                self._tokenizer,
-                documents,
-                context_length=options.context_length,
-                stride=max(1, options.context_length // 2),
-                batch_size=options.micro_batch_size or options.batch_size,
-            )
-            for name, documents in self._texts.items()
-        }
+        found = {name: objective.score(module.model, name) for name in objective.held_out}
         self.results[trainer.global_step] = found
         module.write(
             {
                 f"validation/{name}/{metric}": float(found[name][metric])
                 for name in found
-                for metric in ("loss_nats_per_token", "bits_per_byte")
+                for metric in objective.scores
             }
         )

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fusion_upcycle.architectures.layout import empty_model, tied_names
 from fusion_upcycle.checkpoint.moments import KINDS, Moments
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.rules import Carried, Joined, Repeated, RouterRows, Rule, Zeros
@@ -26,12 +26,24 @@ def carried_moments(saved: Moments, config: Any, upcycling: Mapping[str, Any]) -
         **{**upcycling, "expert_init": "copy", "router_init": "zeros", "dtype": "float32"}
     )
     result: Moments = {}
+    # Buffers and what was frozen have none: they are not a number, and so is what is made of them.
+    dense = empty_model(config)
+    absent = {
+        name: torch.full(tensor.shape, torch.nan)
+        for name, tensor in dense.state_dict().items()
+        if name not in saved and name not in tied_names(dense)
+    }
+    shapes: dict[str, torch.Size] = {}
     for kind in KINDS:
-        source = StateDictSource({name: values[kind] for name, values in saved.items()})
+        moments = {name: values[kind] for name, values in saved.items()}
+        source = StateDictSource(absent | moments)
         plan = _unscaled(plan_upcycling(source, config, options))
         for name, rule in plan.rules.items():
             if isinstance(rule, RouterRows | Zeros):
                 continue
+            if not shapes:
+                made = empty_model(plan.config).state_dict()
+                shapes = {live: tensor.shape for live, tensor in made.items()}
             parameter, index = plan.architecture.live_slot(name, plan.resolved.expert_size)
             tensor = plan.tensor(name).float()
             if not index:
@@ -39,18 +51,17 @@ def carried_moments(saved: Moments, config: Any, upcycling: Mapping[str, Any]) -
                 continue
             whole = result.setdefault(parameter, {})
             if kind not in whole:
-                whole[kind] = torch.zeros(_packed_shape(parameter, tensor, plan))
+                whole[kind] = torch.zeros(shapes[parameter])
             whole[kind][index] = tensor
+    result = {
+        name: values
+        for name, values in result.items()
+        if not any(value.isnan().any() for value in values.values())
+    }
     step = max((values["step"] for values in saved.values()), key=float)
     for values in result.values():
         values["step"] = step.clone()
     return result
-
-
-def _packed_shape(parameter: str, tensor: Tensor, plan: Upcycling) -> tuple[int, ...]:
-    rows, columns = tensor.shape
-    packed = 2 if parameter.endswith("gate_up_proj") else 1
-    return plan.options.num_experts, packed * rows, columns
 
 
 def _unscaled(plan: Upcycling) -> Upcycling:

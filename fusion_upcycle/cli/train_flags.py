@@ -1,0 +1,146 @@
+"""The command `train`; light, so that `--help` is quick."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_upcycle.cli.merge_flags import pairs
+from fusion_upcycle.cli.option_flags import Command, given_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DESCRIPTION = """\
+Train a model on, dense or Mixture-of-Experts, on what its class is made for: decoders on the next
+token, BERT and the like on masked tokens, T5 and the like on targets of inputs, image classifiers
+on labelled images, CLIP's vision towers against the frozen texts of their CLIP model.
+
+A run that was killed goes on with the same command.
+"""
+
+EXAMPLES = """\
+examples:
+  python -m fusion_upcycle train ./llama-8x1b ./trained --data web=./web.jsonl --tokens 1000000000
+  python -m fusion_upcycle train ./bert-moe ./trained --data web=./texts --tokens 100000000 \\
+      --context-length 512
+  python -m fusion_upcycle train ./t5-moe ./trained --data sums=./sums.jsonl --examples 200000
+  python -m fusion_upcycle train ./vit-moe ./trained --data pets=./pets --examples 100000 \\
+      --validation pets=./held-out --validate-every 200
+  python -m fusion_upcycle train ./tower-moe ./trained --clip-model ./clip --data pets=./pets \\
+      --examples 100000
+"""
+
+
+def add_train(commands: "argparse._SubParsersAction[Command]") -> None:
+    """Add the command, its inputs, and one flag for each field of `TrainingOptions`."""
+    train = commands.add_parser(
+        "train",
+        help="train a model on, dense or MoE: texts, pairs or images",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("model", help="local folder or Hugging Face Hub id")
+    train.add_argument("output", help="folder to make; appears only when complete")
+    data = train.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="texts: a .txt (one document), .jsonl or .parquet (column `text`) file, or a folder "
+        "of such files; pairs: a .jsonl or .parquet file with `input` and `target`; images: a "
+        "folder with one for each class, or a .parquet file; once for each source",
+    )
+    data.add_argument("--demo", action="store_true", help="shipped text, unseen by the demo base")
+    train.add_argument(
+        "--validation",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="likewise, held out",
+    )
+    train.add_argument(
+        "--processor",
+        metavar="MODEL",
+        help="whose tokenizer or image processor is taken (default: the model's own)",
+    )
+    train.add_argument(
+        "--clip-model",
+        metavar="MODEL",
+        help="of a vision tower: the whole CLIP model whose texts judge",
+    )
+    train.add_options("fusion_upcycle.training.options:TrainingOptions")
+    train.add_argument(
+        "--optimizer-state",
+        metavar="FOLDER",
+        help="of an earlier run of this model or of its dense source, whose AdamW moments to begin "
+        "with",
+    )
+    train.add_argument(
+        "--work-folder",
+        metavar="FOLDER",
+        help="checkpoints, logs and packed data (default: OUTPUT.training)",
+    )
+    train.add_argument("--start-over", action="store_true", help="where there are checkpoints")
+    train.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(run=_train)
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from fusion_upcycle.live.loading import load_by_config, load_processor
+    from fusion_upcycle.training.objectives.clip import ClipTexts
+    from fusion_upcycle.training.options import make_training_options
+    from fusion_upcycle.training.run import Origin, Places, train, upcycling_of
+
+    options = make_training_options(**given_options(parsed))
+    output = Path(parsed.output).expanduser()
+    work = parsed.work_folder or output.with_name(f"{output.name}.training")
+    work = Path(work).expanduser()
+    places = Places(work, work / "logs", output, parsed.overwrite, not parsed.start_over)
+    model = load_by_config(parsed.model)
+    trained = train(
+        model,
+        load_processor(parsed.processor or parsed.model, model),
+        options,
+        data=_data(parsed, model),
+        places=places,
+        origin=Origin(parsed.model, upcycling_of(parsed.model)),
+        validation=_sources("--validation", parsed.validation, model) or None,
+        optimizer_state=parsed.optimizer_state and Path(parsed.optimizer_state).expanduser(),
+        clip=parsed.clip_model and ClipTexts(parsed.clip_model),
+        progress=not parsed.quiet,
+    )
+    _say(trained.record, options.unit)
+    print(f"Output: {output}")
+
+
+def _data(parsed: argparse.Namespace, model: "PreTrainedModel") -> dict[str, Any]:
+    from fusion_upcycle.demo.texts import demo_documents
+
+    if parsed.demo:
+        return demo_documents("continued")
+    return _sources("--data", parsed.data, model)
+
+
+def _sources(flag: str, given: list[str], model: "PreTrainedModel") -> dict[str, Any]:
+    from fusion_upcycle.analysis.run import text_files
+
+    reads_text = model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
+    read = text_files if reads_text else str
+    return {name: read(path) for name, path in pairs(flag, given).items()}
+
+
+def _say(record: dict[str, Any], unit: str) -> None:
+    """Loss, held-out metrics and speed."""
+    final, cost = record["final"], record["cost"]
+    loss = next(name for name in final if "_nats_per_" in name)
+    print(f"{record['objective']}: {final[loss]:.4g} nats per {loss.rpartition('_')[2]} at the end")
+    steps = list(record["validation"])
+    for name, metrics in record["validation"][steps[-1]].items() if steps else ():
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        print(f"  {name}: {shown}")
+    print(
+        f"{record[f'{unit}_trained']:,} {unit}, {cost[f'{unit}_per_cpu_second']:.4g} per CPU second"
+    )
