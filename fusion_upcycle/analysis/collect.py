@@ -108,7 +108,9 @@ class _Run:
         self.kept: dict[int, list[Tensor]] = {layer: [] for layer in routers.layers}
         self._model, self._routers, self._counts = model, routers, counts
         self._stacks = {
-            routers.layers[place]: name for name, places in routers.stacks.items() for place in places
+            routers.layers[place]: name
+            for name, places in routers.stacks.items()
+            for place in places
         }
         self._wanted = {
             stack: torch.linspace(0, number - 1, min(sample, number)).round().long().unique()

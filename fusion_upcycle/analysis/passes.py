@@ -200,7 +200,9 @@ class _Images:
         chosen = {}
         for domain, found in images.items():
             if len(found) == 0:
-                raise UpcyclingError(f"There are no images of {domain}. Give some, or leave it out.")
+                raise UpcyclingError(
+                    f"There are no images of {domain}. Give some, or leave it out."
+                )
             if isinstance(found[0], str):
                 raise UpcyclingError(
                     f"A {type(model).__name__} takes images, and of {domain} there are texts. Give "

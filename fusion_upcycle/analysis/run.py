@@ -133,9 +133,7 @@ def analyze_folder(
 
     path = locate(folder)
     kind, images = _class_of(path)
-    what, auto = (
-        ("image processor", AutoImageProcessor) if images else ("tokenizer", AutoTokenizer)
-    )
+    what, auto = ("image processor", AutoImageProcessor) if images else ("tokenizer", AutoTokenizer)
     try:
         processor = auto.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -190,7 +188,9 @@ class ImageFiles(Sequence[Any]):
 
         known = {*Image.registered_extensions()}
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [f for f in inside if f.is_file() and f.suffix.lower() in known and f.name[0] != "."]
+        files = [
+            f for f in inside if f.is_file() and f.suffix.lower() in known and f.name[0] != "."
+        ]
         if not files:
             raise UpcyclingError(f"{path} has no images. Give an image file, or a folder of some.")
         return cls(files)
