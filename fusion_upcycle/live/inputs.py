@@ -1,11 +1,13 @@
 """What a live model takes: how long an input, which token ids, which arguments."""
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,6 +38,18 @@ def require_decoder_start(model: "PreTrainedModel") -> None:
             f"config.json of this {model.config.model_type} model has no decoder_start_token_id, "
             "with which its decoder begins. Set it (0 for a T5)."
         )
+
+
+@torch.inference_mode()
+def image_tokens(model: "PreTrainedModel") -> int:
+    """Tokens that a model makes of one image, found by giving it one."""
+    config: Any = model.config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, config.num_channels, height, width)
+    pixels = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    with evaluating(model):
+        return int(model.base_model(pixel_values=pixels).last_hidden_state.shape[1])
 
 
 def num_embeddings(model: "PreTrainedModel") -> int:

@@ -56,9 +56,14 @@ def halves(ids_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 def decoder_inputs(config: "PreTrainedConfig", targets_BT: Tensor) -> Tensor:
     """What a decoder is given that is to predict these: its start token, and all but the last."""
-    start = config.decoder_start_token_id
-    start = (config.pad_token_id or 0) if start is None else start
-    return torch.cat([torch.full_like(targets_BT[:, :1], start), targets_BT[:, :-1]], 1)
+    start_B1 = torch.full_like(targets_BT[:, :1], start_of_decoder(config))
+    return torch.cat([start_B1, targets_BT[:, :-1]], 1)
+
+
+def start_of_decoder(config: "PreTrainedConfig") -> int:
+    """The token id that a decoder begins with."""
+    start: int | None = config.decoder_start_token_id
+    return (config.pad_token_id or 0) if start is None else start
 
 
 def window_loss(
