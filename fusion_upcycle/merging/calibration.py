@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.inputs import logits_of_last
+from fusion_upcycle.live.inputs import logits_of_last, positions_of
 from fusion_upcycle.live.routers import hearing_inputs
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.report.progress import progress_bar
+from fusion_upcycle.texts.reading import read
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 from fusion_upcycle.upcycling.proof import streamed_dense
@@ -61,7 +62,7 @@ def calibration_windows(
         {model: texts[model] for model in merging.experts},
         tokenizer_file,
         tokens=merging.asked.calibration_tokens * len(merging.experts),
-        context_length=min(WINDOW_TOKENS, config.max_position_embeddings),
+        context_length=min(WINDOW_TOKENS, positions_of(config) or WINDOW_TOKENS),
         starts=_from_end_to_end,
     )
     check_vocabulary(windows.largest, config.vocab_size, str(tokenizer_file))
@@ -97,7 +98,7 @@ def router_moments(
             with hearing_inputs(ffns, partial(_add, moments, index, ids_WT.numel())):
                 for batch in ids_WT.split(BATCH_WINDOWS):
                     # The output head is not looked at: one row of logits is the least it can make.
-                    dense(input_ids=batch, use_cache=False, **logits_of_last(dense, 1))
+                    dense(**read(dense, batch), **logits_of_last(dense, 1))
                     bar.update(len(batch))
     return moments
 
