@@ -154,7 +154,7 @@ class _Texts:
                     given["attention_mask"] = batch.kept_BT.long()
                 yield Pass(batch.domain, given, {"": seen(batch)})
                 continue
-            first, second = _halves(batch, start_of_decoder(self.model.config))
+            first, second = _halves(batch, start_of_decoder(self.model))
             given |= {
                 "input_ids": first.ids_BT,
                 "attention_mask": first.kept_BT.long(),

@@ -40,14 +40,18 @@ def require_decoder_start(model: "PreTrainedModel") -> None:
         )
 
 
-@torch.inference_mode()
-def image_tokens(model: "PreTrainedModel") -> int:
-    """Tokens that a model makes of one image, found by giving it one."""
+def image_shape(model: "PreTrainedModel") -> tuple[int, int, int]:
+    """Channels, height and width of what the model takes."""
     config: Any = model.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, config.num_channels, height, width)
-    pixels = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    return config.num_channels, height, width
+
+
+@torch.inference_mode()
+def image_tokens(model: "PreTrainedModel") -> int:
+    """Tokens that a model makes of one image, found by giving it one."""
+    pixels = torch.zeros(1, *image_shape(model), dtype=model.dtype, device=model.device)
     with evaluating(model):
         return int(model.base_model(pixel_values=pixels).last_hidden_state.shape[1])
 
