@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -392,11 +393,8 @@ def test_each_text_is_routed_to_its_models_experts(
 
 
 def test_a_t5s_routers_know_what_encoder_and_decoder_read(tmp_path: Path) -> None:
-    models = tiny_vision.save(
-        {name: tiny_vision.t5(seed) for seed, name in enumerate(TEXTS)},
-        byte_tokenizer(64),
-        tmp_path,
-    )
+    speakers = {name: tiny_vision.t5(seed) for seed, name in enumerate(TEXTS)}
+    models = tiny_vision.save(speakers, byte_tokenizer(64), tmp_path)
     merge(
         models,
         tmp_path / "moe",
@@ -405,20 +403,21 @@ def test_a_t5s_routers_know_what_encoder_and_decoder_read(tmp_path: Path) -> Non
         router_init={"name": "prototype", "logit_std": 3.0},
     )
     moe = load_by_config(tmp_path / "moe")
+    seen: list[tuple[str, Tensor]] = []
+
+    def hear(part: str, gate: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
+        seen.append((part, (args[0] @ gate.weight.T).argmax(-1)))
+
+    for part, module in moe.named_modules():
+        if part.endswith(".gate"):
+            module.register_forward_hook(partial(hear, part))
     for expert, name in enumerate(TEXTS):
+        seen.clear()
         ids = windows(name, [7, 100, 200])
-        chosen: dict[str, Tensor] = {}
-        for part, layer in moe.named_modules():
-            if part.endswith(".gate"):
-                layer.register_forward_hook(
-                    lambda gate, args, _, part=part, chosen=chosen: chosen.update(
-                        {part: (args[0] @ gate.weight.T).argmax(-1)}
-                    )
-                )
         moe(input_ids=ids, decoder_input_ids=ids)
-        for part, experts in chosen.items():
+        for part, experts in seen:
             assert experts.eq(expert).float().mean() > 0.9, part
-        assert {part.split(".")[0] for part in chosen} == {"encoder", "decoder"}
+        assert {part.split(".")[0] for part, _ in seen} == {"encoder", "decoder"}
 
 
 def text_of(name: str) -> list[str]:
