@@ -111,7 +111,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     headers = [
         f"{budget}, {what}" for budget in budgets(SHARES) for what in ("accuracy, %", "loss")
     ]
-    return Table("", ["", "step 0, accuracy, %", *headers], lines).to_markdown()
+    return Table("", ["", "step 0 (2,000 images), accuracy, %", *headers], lines).to_markdown()
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> str:

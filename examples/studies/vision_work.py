@@ -6,12 +6,12 @@ from typing import Any
 
 import fashion
 import torch
-from fashion import BATCH_SIZE, RECIPE, fit, scores
+from fashion import BATCH_SIZE, RECIPE, fit, pixels, scores
 from lab import Run
 
 from fusion_upcycle import upcycle
 from fusion_upcycle.inspection.economics import TRAINING_PASSES
-from fusion_upcycle.live.loading import load_by_config, load_processor
+from fusion_upcycle.live.loading import load_by_config
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.training.logs import read_metrics
@@ -24,8 +24,9 @@ SCHEDULE: dict[str, Any] = {
     "decay_share": 0.5,
     "final_share": 0.0,
 }
-#: Of the training images, as many as are scored.
-TRAINED = "train[:5000]"
+#: Of the images that are scored before training, or that were trained on.
+FEW = 2_000
+SCORED = {"validation": "validation", "test": "test", "train": f"train[:{FEW}]"}
 
 
 def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
@@ -39,23 +40,22 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         if options.pop("do", None) == "upcycle":
             folder = temporary / "made"
             upcycle(base, folder, seed=run.seed, verify="none", progress=False, **options)
-        model, processor = load_by_config(folder), load_processor(base, dense)
+        model = load_by_config(folder)
     parameters, per_image = facts_of(model)
     unit = facts_of(dense)[1] * RECIPE["examples"]
     steps = max(1, round(run.share * unit / per_image / BATCH_SIZE))
-    sets = {split: {"path": str(images), "split": split} for split in ("validation", "test")}
-    before = scores(model, processor, {"test": sets["test"]})["test"]
+    sets = {name: fashion.in_memory(images, split) for name, split in SCORED.items()}
+    before = scores(model, pixels, {"test": sets["test"][:FEW]})["test"]
     trained = fit(
         model,
-        processor,
-        images,
+        pixels,
+        fashion.in_memory(images, "train"),
         temporary,
         examples=steps * BATCH_SIZE,
         batch_size=BATCH_SIZE,
         seed=run.seed,
         **SCHEDULE | dict(run.options),
     )
-    sets["train"] = {"path": str(images), "split": TRAINED}
     record, logged = trained.record, read_metrics(temporary / "log")[-1]
     return {
         "base": run.base or run.start,
@@ -63,7 +63,7 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         "flops_per_image": per_image,
         "flops": TRAINING_PASSES * per_image * steps * BATCH_SIZE,
         "before": before,
-        "scores": scores(trained.model, processor, sets),
+        "scores": scores(trained.model, pixels, sets),
         "images": steps * BATCH_SIZE,
         "router_learning_rate": record["router_learning_rate"],
         "router_warning": record["router_warning"],
