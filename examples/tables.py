@@ -91,8 +91,8 @@ def train() -> str:
     return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
 
 
-def three_domains() -> str:
-    folder = RESULTS / "three_domains"
+def experiment(name: str) -> str:
+    folder = RESULTS / name
     results = read_results([folder])
     tasks = find_tasks([result for result in results if result.error is None])
     return to_markdown(scores(make_rows(results, tasks), tasks))
@@ -126,7 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": partial(overview, "results"),
     "families": partial(overview, "families"),
     "demo": demo,
-    "three_domains": three_domains,
+    **{name: partial(experiment, name) for name in ("three_domains",)},
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
@@ -142,6 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sigmoid": partial(growing, "sigmoid"),
     "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
     "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
+    "sentences": partial(of_record, "sentences.py", RESULTS / "sentences"),
     "sparse families": partial(
         of_record, "sparse_families.py", RESULTS / "sparse_families", "rows_table"
     ),

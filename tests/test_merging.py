@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_vision
 import torch
 from fusion_bench.modelpool import CausalLMPool
 from helpers import merge
@@ -39,6 +41,7 @@ from fusion_upcycle.cli import main
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.experts import generator_for
+from fusion_upcycle.live.loading import load_by_config
 from fusion_upcycle.merging.merging import BASE, DenseModel
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.plan import plan_merging
@@ -387,6 +390,38 @@ def test_each_text_is_routed_to_its_models_experts(
         for expert, name in enumerate(speakers)
     ]
     assert torch.cat(hits).float().mean() > 0.9
+
+
+def test_a_t5s_routers_know_what_encoder_and_decoder_read(tmp_path: Path) -> None:
+    speakers = {name: tiny_vision.t5(seed) for seed, name in enumerate(TEXTS)}
+    models = tiny_vision.save(speakers, byte_tokenizer(64), tmp_path)
+    merge(
+        models,
+        tmp_path / "moe",
+        calibration={name: {"_target_": f"{__name__}.text_of", "name": name} for name in TEXTS},
+        calibration_tokens=1024,
+        router_init={"name": "prototype", "logit_std": 3.0},
+    )
+    moe = load_by_config(tmp_path / "moe")
+    seen: list[tuple[str, Tensor]] = []
+
+    def hear(part: str, gate: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
+        seen.append((part, (args[0] @ gate.weight.T).argmax(-1)))
+
+    for part, module in moe.named_modules():
+        if part.endswith(".gate"):
+            module.register_forward_hook(partial(hear, part))
+    for expert, name in enumerate(TEXTS):
+        seen.clear()
+        ids = windows(name, [7, 100, 200])
+        moe(input_ids=ids, decoder_input_ids=ids)
+        for part, experts in seen:
+            assert experts.eq(expert).float().mean() > 0.9, part
+        assert {part.split(".")[0] for part, _ in seen} == {"encoder", "decoder"}
+
+
+def text_of(name: str) -> list[str]:
+    return TEXTS[name]
 
 
 def test_the_logits_have_the_stated_standard_deviation(

@@ -183,7 +183,11 @@ class ImageFiles(Sequence[Any]):
 
     @classmethod
     def of(cls, path: Path) -> "ImageFiles":
-        """All below a folder, hidden ones aside; or one file."""
+        """All below a folder, hidden ones aside; or one file.
+
+        Raises:
+            UpcyclingError: there is no image.
+        """
         from PIL import Image
 
         known = {*Image.registered_extensions()}

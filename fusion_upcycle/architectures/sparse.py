@@ -117,6 +117,11 @@ class SparseArchitecture(Architecture):
         return _ours(self.ffns, self.config.dense_model_type, config)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse float16 where transformers keeps an FFN's matrices in float32 then.
+
+        Raises:
+            UpcyclingError: it does, as of a T5.
+        """
         dense = model_class(class_name(dense_config(self.config)))
         kept = {*(getattr(dense, "_keep_in_fp32_modules", None) or ())}
         inside = {word for name in self.ffns.parts.values() for word in name.split(".")}
