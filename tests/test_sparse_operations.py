@@ -25,6 +25,7 @@ from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.router.inputs import live_router_inputs
+from fusion_upcycle.importance.accumulators import weight_norms
 from fusion_upcycle.importance.measure import measure_importance
 from fusion_upcycle.importance.run import folder_importance
 from fusion_upcycle.importance.scores import Importance
@@ -268,6 +269,20 @@ def gate_of(model: PreTrainedModel) -> str:
     return moe_family(model.config).router_name.removesuffix(".weight")
 
 
+def test_heads_of_other_names_predict_tokens_too(tmp_path: Path) -> None:
+    moe_folder(tmp_path, "gpt2")  # an LMHeadModel
+    texts = text_files(tmp_path)
+    options = {"tokens": 48, "context_length": 24, "progress": False}
+    scores = folder_importance(tmp_path / "moe", texts, **options)
+    assert scores.model == folder_identity(tmp_path / "moe")
+
+
+def test_the_biases_of_gate_and_up_count_apart() -> None:
+    bias_EF = torch.tensor([[3.0, 4.0, 5.0, 12.0], [0.0, 0.0, 1.0, 0.0]])
+    assert weight_norms("gate_up_proj_bias", bias_EF).tolist() == [[5, 0], [13, 1]]
+    assert weight_norms("up_proj_bias", bias_EF)[:, 1].tolist() == [1]
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_models_of_images_have_no_scores_and_the_remedy_is_said(name: str, tmp_path: Path) -> None:
     moe, texts = moe_folder(tmp_path, name), text_files(tmp_path)
@@ -397,11 +412,11 @@ def as_moments(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("routing", ["token_choice", "hash"])
-@pytest.mark.parametrize("name", [*SIX, "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [*((name, "token_choice") for name in (*SIX, "gpt2")), ("bert", "hash"), ("t5", "hash")],
+)
 def test_moments_go_where_the_weights_go(name: str, routing: str, tmp_path: Path) -> None:
-    if routing == "hash" and name not in ("bert", "t5"):
-        pytest.skip("tried on two")
     moe = moe_folder(tmp_path, name, expert_init="copy", routing=routing)
     dense = type(tiny.dense(name)).from_pretrained(tmp_path / "dense")
     write_moments(as_moments(dense), tmp_path / "dense")

@@ -46,8 +46,7 @@ def data(name: str) -> dict[str, list[Any]]:
     """Two domains, documents or images of different lengths and looks."""
     if name in VISION:
         return {"a": images(5, 0), "b": images(4, 1)}
-    texts = {"a": [PROSE * 2, PROSE[:9], PROSE], "b": [OTHER, OTHER[:13]]}
-    return {domain: [*documents] for domain, documents in texts.items()}
+    return {"a": [PROSE, PROSE[:9], PROSE[4:30]], "b": [OTHER, OTHER[:13]]}
 
 
 def text_files(folder: Path) -> dict[str, str]:
