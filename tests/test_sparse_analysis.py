@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fusion_upcycle.analysis import analyze, write_analysis
 from fusion_upcycle.analysis.collect import Collected, collect, moe_routers
 from fusion_upcycle.cli import main
+from fusion_upcycle.comparison.tables import FACTS
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.cost import active_parameters
 from fusion_upcycle.live.inputs import image_tokens
@@ -289,6 +290,7 @@ def test_the_routing_pool_is_the_analysis(
     counts = collected(name, model).counts
     layers = [*counts.to_json().values()]
     assert found["experts"] == 4 * len(layers)
+    assert found.keys() <= {fact for part, fact, *_ in FACTS if part == "routing"}
     for key, of in (("load_cv", "load_cv"), ("entropy_bits", "token_entropy_bits")):
         mean = sum(layer[of] for layer in layers) / len(layers)
         assert found[key] == pytest.approx(mean, abs=1e-12), key

@@ -21,6 +21,7 @@ FACTS = (
     ("routing", "experts", "experts", "whole"),
     ("routing", "entropy_bits", "router entropy, bits", "ratio"),
     ("routing", "specialisation_bits", "specialisation, bits", "ratio"),
+    ("routing", "left_out", "taken by no expert", "ratio"),
 )
 SMALLEST_SHARE = 1e-9
 
