@@ -10,8 +10,9 @@ from PIL import Image
 from test_analysis_models import TOKENIZER, analysis_of, moe_model
 
 from fusion_upcycle.analysis import analyze, figures, write_analysis
+from fusion_upcycle.analysis.data import read_texts
 from fusion_upcycle.analysis.report import write_page
-from fusion_upcycle.analysis.run import compare, read_texts
+from fusion_upcycle.analysis.run import compare
 from fusion_upcycle.cli import main
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.report.drawing import save

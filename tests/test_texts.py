@@ -8,7 +8,7 @@ import pytest
 from tiny import dense_model
 from tiny_training import TOKENIZER, run
 
-from fusion_upcycle.analysis.run import read_texts
+from fusion_upcycle.analysis.data import read_texts
 from fusion_upcycle.demo import domain_text
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.taskpool import CausalLMPerplexityTaskPool

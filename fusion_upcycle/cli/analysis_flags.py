@@ -71,8 +71,9 @@ def add_analyze(commands: "argparse._SubParsersAction[Command]") -> None:
 def _analyze(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from fusion_upcycle.analysis.data import demo_texts, read_data
     from fusion_upcycle.analysis.report import information_table, load_table, write_analysis
-    from fusion_upcycle.analysis.run import analyze_folder, demo_texts, read_data
+    from fusion_upcycle.analysis.run import analyze_folder
     from fusion_upcycle.checks import require_folder
     from fusion_upcycle.report.drawing import require_matplotlib
 

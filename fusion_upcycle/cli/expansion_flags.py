@@ -118,7 +118,7 @@ def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def _calibration(parsed: argparse.Namespace) -> dict[str, Any]:
     """The texts as `fusion_upcycle.texts.documents` takes them."""
-    from fusion_upcycle.analysis.run import text_files
+    from fusion_upcycle.analysis.data import text_files
     from fusion_upcycle.demo.texts import demo_documents
 
     if parsed.demo:

@@ -125,7 +125,7 @@ def _data(parsed: argparse.Namespace, model: "PreTrainedModel") -> dict[str, Any
 
 
 def _sources(flag: str, given: list[str], model: "PreTrainedModel") -> dict[str, Any]:
-    from fusion_upcycle.analysis.run import text_files
+    from fusion_upcycle.analysis.data import text_files
 
     reads_text = model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
     read = text_files if reads_text else str
