@@ -126,7 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": partial(overview, "results"),
     "families": partial(overview, "families"),
     "demo": demo,
-    **{name: partial(experiment, name) for name in ("three_domains", "t5_three_tasks")},
+    **{name: partial(experiment, name) for name in ("three_domains",)},
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),

@@ -15,7 +15,7 @@ from fusion_upcycle.analysis.similarity import (
     weight_cosines,
 )
 from fusion_upcycle.analysis.token_classes import TOKEN_CLASSES, TokenClasses
-from fusion_upcycle.architectures import ARCHITECTURES
+from fusion_upcycle.architectures import ARCHITECTURES, moe_family
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.demo import domain_text
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
@@ -49,7 +49,7 @@ def test_every_family(target: str) -> None:
     model = moe_model(target)
     record = analysis_of(model).record
     assert record["model"] == {
-        "model_type": target, "num_experts": 4, "experts_per_token": 2,
+        "model_type": model.config.model_type, "num_experts": 4, "experts_per_token": 2,
     }  # fmt: skip
     assert list(record["layers"]) == ["0", "1"]
     for layer in record["layers"].values():
@@ -65,11 +65,13 @@ def test_every_family(target: str) -> None:
 def test_cosines_are_those_of_the_tensors_in_the_files(target: str) -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
-    family, model = ARCHITECTURES[target], moe_model(target)
+    model = moe_model(target)
+    family = moe_family(model.config)
+    parts = [part for part in EXPERT_PARTS if part in family.parts]
     files = revert_weight_conversion(model, model.state_dict())
     flat = []
     for expert in range(4):
-        places = [family.place(expert, part, 48 * 32) for part in EXPERT_PARTS]
+        places = [family.place(expert, part, 48 * 32) for part in parts]
         tensors = [files[f"model.layers.1.{name}"].flatten()[a:b] for name, a, b in places]
         flat.append(torch.cat(tensors).double())
     by_hand = [[torch.cosine_similarity(a, b, dim=0) for b in flat] for a in flat]
@@ -98,7 +100,7 @@ def test_counts_are_those_of_transformers_router_outputs() -> None:
     assert torch.equal(counts.chosen_LDCE, expected)
     torch.testing.assert_close(counts.probability_LDE, probability, rtol=1e-5, atol=1e-5)
     assert torch.equal(counts.unit_LDUE.sum(2), expected.sum(2))
-    assert counts.tokens_D.tolist() == [31, 7]
+    assert counts.tokens_LD.tolist() == [[31, 7]] * 2
     assert counts.class_tokens()["bracket"] == 4
     assert set(counts.class_tokens()) <= set(TOKEN_CLASSES)
 
@@ -106,7 +108,7 @@ def test_counts_are_those_of_transformers_router_outputs() -> None:
 def test_padding_batches_and_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = moe_model("glm4_moe")
     batched = analysis_of(model)
-    monkeypatch.setattr("fusion_upcycle.analysis.collect.BATCH_WINDOWS", 1)
+    monkeypatch.setattr("fusion_upcycle.analysis.passes.BATCH_SIZE", 1)
     single = analysis_of(model)
     assert torch.equal(batched.counts.chosen_LDCE, single.counts.chosen_LDCE)
     assert torch.equal(batched.counts.unit_LDUE, single.counts.unit_LDUE)

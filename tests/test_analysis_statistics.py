@@ -23,14 +23,14 @@ from fusion_upcycle.errors import UpcyclingError
 
 def counted(probabilities: list[list[float]], chosen: list[list[int]], experts: int = 4) -> dict:
     """Statistics of one layer, one domain, all tokens words."""
-    counts = RoutingCounts.empty(
-        [7], ["text"], num_experts=experts, experts_per_token=len(chosen[0]), units=UNITS
-    )
+    counts = RoutingCounts.empty([7], ["text"], num_experts=experts, units=UNITS)
     zeros = torch.zeros(len(chosen), dtype=torch.int64)
+    sent = torch.nn.functional.one_hot(torch.tensor(chosen), experts).sum(1)
     # In two parts: what is counted must not depend on batches.
     for part in (slice(0, 1), slice(1, None)):
-        routed = [(torch.tensor(probabilities)[part], torch.tensor(chosen)[part])]
-        counts.add(0, routed, zeros[part], zeros[part])
+        probability = torch.tensor(probabilities)[part]
+        counts.add(0, 0, probability, sent[part], zeros[part], zeros[part])
+        counts.add_classes(0, zeros[part])
     assert counts.class_tokens() == {"word": len(chosen)}
     return counts.to_json()["7"]
 

@@ -115,10 +115,10 @@ def test_a_trained_classifier_is_judged_by_its_task_pool(tmp_path: Path) -> None
 def test_a_tower_is_judged_by_its_task_pool_with_the_texts_that_it_was_trained_by(
     tmp_path: Path,
 ) -> None:
-    """Named as a data set of FusionBench, whose templates both take."""
+    """Named as a data set of FusionBench, whose templates, more than one, both take."""
     folder, data = saved("clip_vision_model", tmp_path)
     (source,) = data.values()
-    named = f"{{mnist: {{path: {source}, classnames: [a, b, c]}}}}"
+    named = f"{{cifar10: {{path: {source}, classnames: [a, b, c]}}}}"
     fusion_bench(
         tmp_path / "run",
         "method=continued_pretraining",
@@ -132,7 +132,7 @@ def test_a_tower_is_judged_by_its_task_pool_with_the_texts_that_it_was_trained_b
     )
     record = json.loads((tmp_path / "run" / "run_record.json").read_text())
     (held,) = record["method"]["validation"]["2"].values()
-    report = record["taskpool"]["evaluations"][0]["report"]["mnist"]
+    report = record["taskpool"]["evaluations"][0]["report"]["cifar10"]
     assert held["loss_nats_per_image"] == pytest.approx(report["loss"], rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from fusion_bench.models.hf_clip import HFCLIPClassifier
 from test_training_run import Killed, dying_at
 from tiny import assert_same_bits
 from tiny_objectives import PAIRS, Case, case, mask_tokenizer, moe, relative, run
-from tiny_vision import KINDS, clip_processor, image_folder
+from tiny_vision import KINDS, clip_processor, image_folder, images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, CLIPModel, PreTrainedModel
@@ -26,7 +26,7 @@ from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.objectives import objective_for
-from fusion_upcycle.training.objectives.texts import MaskedWindows
+from fusion_upcycle.training.objectives.masked_lm import MaskedWindows
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.parameters import count_parameters, group_of_parameters
@@ -231,8 +231,10 @@ def test_a_run_does_not_go_on_with_other_examples(tmp_path: Path) -> None:
 
 
 def other_data(family: str, folder: Path) -> str:
-    if family == "vit":
-        return str(image_folder(folder / "fewer", number=9))
+    if family == "vit":  # the same labels, and one image is another
+        root = image_folder(folder / "others")
+        images(1, seed=1)[0].save(next(root.rglob("00.png")))
+        return str(root)
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, PAIRS[:-1])))
     return str(folder / "x.jsonl")
 
@@ -446,6 +448,32 @@ def test_every_family_carries_the_moments_of_its_dense_model(family: str, tmp_pa
         assert torch.equal(moments["transformer.h.1.mlp.experts.up_proj"]["exp_avg"][1], up.T)
     state = {"optimizer_state": tmp_path / "dense", "origin": Origin("moe", recorded)}
     run(given, model, tmp_path / "again", 1, **state)
+
+
+# --- compute ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "routing"), [("t5", "expert_choice"), ("bert", "hash")])
+def test_layers_that_run_again_are_given_their_padding_and_tokens(
+    family: str, routing: str, tmp_path: Path
+) -> None:
+    given = case(family, tmp_path)
+    model = moe(given.dense, routing)
+    run(given, copy.deepcopy(model), tmp_path / "plain", 2)
+    run(given, copy.deepcopy(model), tmp_path / "again", 2, activation_checkpointing=True)
+    pairs = zip(logged(tmp_path / "again"), logged(tmp_path / "plain"), strict=True)
+    for found, expected in pairs:
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "clip_vision_model"])
+def test_images_are_given_in_the_precision_of_the_model(family: str, tmp_path: Path) -> None:
+    given = case(family, tmp_path)
+    for precision in ("bf16-true", "bf16-mixed"):
+        run(given, copy.deepcopy(given.dense), tmp_path / precision, 1, precision=precision)
+    assert losses(tmp_path / "bf16-true") == pytest.approx(
+        losses(tmp_path / "bf16-mixed"), rel=0.05
+    )
 
 
 # --- what does not fit ------------------------------------------------------------------------

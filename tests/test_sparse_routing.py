@@ -637,3 +637,13 @@ def test_configs_as_they_are_published(tmp_path: Path, model_type: str) -> None:
     expected = again.from_pretrained(tmp_path / "dense").eval()
     made = upcycle(tmp_path / "dense", tmp_path / "moe", verify="logits", progress=False)
     assert difference(expected, load(made.output, expected), **tiny.inputs(dense)) < 1e-4
+
+
+def test_a_t5_that_does_not_know_how_its_decoder_begins_is_refused(tmp_path: Path) -> None:
+    from fusion_upcycle.live.inputs import require_decoder_start
+
+    dense = tiny.dense("t5")
+    require_decoder_start(dense)
+    del dense.config.decoder_start_token_id
+    with pytest.raises(UpcyclingError, match=r"t5 model has no decoder_start_token_id.*0 for a T5"):
+        require_decoder_start(dense)

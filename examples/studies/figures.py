@@ -1,6 +1,6 @@
 """Figures of the studies, in the package's own style; PNG and SVG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean as average
 from typing import Any
@@ -15,24 +15,39 @@ _PLACES = 12  # as wide as a page of the documentation
 
 
 def lines_over_budget(
-    rows: Sequence[Mapping[str, Any]], arms: Sequence[str], folder: Path, name: str
+    rows: Sequence[Mapping[str, Any]],
+    arms: Sequence[str],
+    folder: Path,
+    name: str,
+    value: Callable[[Mapping[str, Any]], float] = mean,
+    label: str = "bits per byte, held-out, mean of three domains",
 ) -> Path:
-    """Bits per byte over training FLOPs of the continuation: a line per arm, a point per seed."""
-    save(_lines_over_budget(rows, arms), folder, name)
+    """A score over training FLOPs of the continuation: a line per arm, a point per seed.
+
+    Args:
+        value: of a row.
+        label: of the score.
+    """
+    save(_lines_over_budget(rows, arms, value, label), folder, name)
     return folder / f"{name}.svg"
 
 
 @styled
-def _lines_over_budget(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Figure:
+def _lines_over_budget(
+    rows: Sequence[Mapping[str, Any]],
+    arms: Sequence[str],
+    value: Callable[[Mapping[str, Any]], float],
+    label: str,
+) -> Figure:
     assert len(arms) <= len(LINES)
     figure, axes = chart(_PLACES)
     for arm, (colour, marker) in zip(arms, LINES, strict=False):
         seeds: dict[float, list[float]] = {}
         for row in select(rows, arm=arm):
-            seeds.setdefault(100 * row["share"], []).append(mean(row))
+            seeds.setdefault(100 * row["share"], []).append(value(row))
         _seeds_and_mean(axes, seeds, colour, marker, arm)
     axes.set_xlabel("training compute of the continuation, % of the base's")
-    axes.set_ylabel("bits per byte, held-out, mean of three domains")
+    axes.set_ylabel(label)
     _finish(axes, sorted({100 * row["share"] for row in rows}))
     return figure
 

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from statistics import mean as average
 from typing import Any
@@ -64,6 +65,21 @@ class Run:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the runs of a study are.
+
+    Attributes:
+        module: beside this one; its `train_run` makes a run's row.
+        identity: of the models and data that results depend on.
+        in_words: what a row says, for the screen.
+    """
+
+    module: str
+    identity: Callable[[], str]
+    in_words: Callable[[Mapping[str, Any]], str]
+
+
 def of_row(row: Mapping[str, Any]) -> Run:
     """The run that a row of a record is of."""
     base = None if row["base"] == row["start"] else row["base"]
@@ -77,8 +93,13 @@ def main(
     runs: Callable[[bool], Sequence[Run]],
     show: Callable[[list[dict[str, Any]]], str],
     draw: Callable[[list[dict[str, Any]], Path], Path] | None = None,
+    work: Work | None = None,
 ) -> None:
-    """The command line of a study: run what is missing, write the record, print the table."""
+    """The command line of a study: run what is missing, write the record, print the table.
+
+    Args:
+        work: what its runs are; None is that of texts.
+    """
     parser = argparse.ArgumentParser(
         description=document, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,7 +116,7 @@ def main(
     if arguments.table:
         print(show(read_run_record(arguments.table)[name]["runs"]))
         return
-    rows = run_all(runs(arguments.short), arguments.output, arguments.jobs)
+    rows = run_all(runs(arguments.short), arguments.output, arguments.jobs, work or OF_TEXTS)
     folder = arguments.record or arguments.output / name
     record = {"runs": rows, "cpu_seconds": sum(row["cost"]["cpu_seconds"] for row in rows)}
     print(f"Run record: {write_run_record(name, record, folder)}")
@@ -104,24 +125,29 @@ def main(
         print(f"Figure:     {draw(rows, arguments.figures or folder)}")
 
 
-def run_all(runs: Sequence[Run], output: Path, jobs: int) -> list[dict[str, Any]]:
+def run_all(
+    runs: Sequence[Run], output: Path, jobs: int, work: Work | None = None
+) -> list[dict[str, Any]]:
     """The rows of all runs, in their order; those that are missing are trained first.
 
-    Results lie in a folder of the models and the text that they are of: others have another.
+    Results lie in a folder of the models and the data that they are of: others have another.
     """
-    output = output / shipped_identity()
+    work = work or OF_TEXTS
+    output = output / work.identity()
     output.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not _result(output, run).is_file()]
     if missing:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes: two threads each are slower
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["work"])
+        context.set_forkserver_preload([work.module])
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            futures = {pool.submit(_execute, run, output): run for run in missing}
+            futures = {pool.submit(_execute, run, output, work.module): run for run in missing}
             try:
                 for number, done in enumerate(as_completed(futures), 1):
                     row = done.result()
-                    print(f"[{number}/{len(missing)}] {_in_words(futures[done], row)}", flush=True)
+                    said = f"{_in_words(futures[done])}: {work.in_words(row)}"
+                    seconds = f"{row['cost']['cpu_seconds']:.0f} s"
+                    print(f"[{number}/{len(missing)}] {said} ({seconds})", flush=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # or all others would be run first
                 raise
@@ -139,18 +165,13 @@ def _result(output: Path, run: Run) -> Path:
     return output / f"{run.key}.json"
 
 
-def _in_words(run: Run, row: Mapping[str, Any]) -> str:
-    return (
-        f"{run.arm}, +{run.share:.0%}, seed {run.seed}: {mean(row):.4f} bits per byte "
-        f"({row['cost']['cpu_seconds']:.0f} s)"
-    )
+def _in_words(run: Run) -> str:
+    return f"{run.arm}, +{run.share:.0%}, seed {run.seed}"
 
 
-def _execute(run: Run, output: Path) -> dict[str, Any]:
-    from work import train_run
-
+def _execute(run: Run, output: Path, module: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{run.key}.") as temporary:
-        row = train_run(run, output, Path(temporary))
+        row: dict[str, Any] = import_module(module).train_run(run, output, Path(temporary))
     part = _result(output, run).with_suffix(".part")
     part.write_text(json.dumps(row))
     part.replace(_result(output, run))
@@ -168,6 +189,9 @@ def mean(row: Mapping[str, Any], split: str = "test") -> float:
 def step0(row: Mapping[str, Any]) -> float:
     """`mean` of the test text before training."""
     return average(row["before"].values())
+
+
+OF_TEXTS = Work("work", shipped_identity, lambda row: f"{mean(row):.4f} bits per byte")
 
 
 def cell(values: Sequence[float]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from fusion_upcycle.analysis import figures
 from fusion_upcycle.analysis.information import ALPHA
 from fusion_upcycle.analysis.run import Analysis, compare
+from fusion_upcycle.experts import EXPERT_PARTS
 from fusion_upcycle.report import write_run_record
 from fusion_upcycle.report.drawing import save
 from fusion_upcycle.report.tables import Table, read_run_record
@@ -54,15 +55,16 @@ def write_page(folder: Path) -> Path:
 def _page(record: Mapping[str, Any], folder: Path) -> Iterator[str]:
     model = record["model"]
     name = Path(model["path"]).name if "path" in model else model["model_type"]
-    texts = ", ".join(
-        f"{name} ({found['tokens']:,} tokens of {found['documents']} documents)"
+    kind = "images" if "images" in next(iter(record["domains"].values())) else "documents"
+    data = ", ".join(
+        f"{name} ({found['tokens']:,} tokens of {found[kind]} {kind})"
         for name, found in record["domains"].items()
     )
     yield f"# Experts of {name}"
     yield (
-        f"{model['model_type']}, {model['num_experts']} experts, {model['experts_per_token']} per "
-        f"token, {len(record['layers'])} MoE layers. Texts: {texts}. All numbers are in "
-        "`run_record.json`; every picture is there as SVG too."
+        f"{model['model_type']}, {model['num_experts']} experts, {_per_token(model)}, "
+        f"{len(record['layers'])} MoE layers. {'Images' if kind == 'images' else 'Texts'}: {data}. "
+        "All numbers are in `run_record.json`; every picture is there as SVG too."
     )
     yield "## Where tokens go"
     yield load_table(record).to_markdown()
@@ -84,10 +86,11 @@ def _page(record: Mapping[str, Any], folder: Path) -> Iterator[str]:
         yield _picture(chart, folder, "information", "mutual information of domain and expert")
         panels = figures.share_map(record, "by_domain")
         yield _picture(panels, folder, "domains", "share of each domain's tokens by expert")
-    classes = ", ".join(f"{name} {count:,}" for name, count in record["token_classes"].items())
-    yield f"Tokens by class, a description without a test: {classes}."
-    panels = figures.share_map(record, "by_class")
-    yield _picture(panels, folder, "classes", "share of each token class by expert")
+    if record["token_classes"]:
+        classes = ", ".join(f"{name} {count:,}" for name, count in record["token_classes"].items())
+        yield f"Tokens by class, a description without a test: {classes}."
+        panels = figures.share_map(record, "by_class")
+        yield _picture(panels, folder, "classes", "share of each token class by expert")
     yield "## How alike experts are"
     yield similarity_table(record).to_markdown()
     yield (
@@ -118,6 +121,15 @@ def _comparison(
     yield _picture(chart, folder, "comparison", "similarity before and after")
 
 
+def _per_token(model: Mapping[str, Any]) -> str:
+    match model.get("routing"):
+        case "expert_choice":
+            return f"{model['experts_per_token']:g} per token on average, as experts choose tokens"
+        case "hash":
+            return f"{model['experts_per_token']} per token, by its id"
+    return f"{model['experts_per_token']} per token"
+
+
 def _information_in_words(information: Mapping[str, Any]) -> str:
     unit = information["unit"]
     limits = (
@@ -142,6 +154,7 @@ def load_table(record: Mapping[str, Any]) -> Table:
         "layer", "load CV", "min load / %", "max load / %", "dead",
         "router entropy / bits", "token entropy / bits", "margin", "healthy",
     ]  # fmt: skip
+    left_out = any(found.get("left_out") for found in record["layers"].values())
     rows = [
         [
             layer,
@@ -153,10 +166,11 @@ def load_table(record: Mapping[str, Any]) -> Table:
             f"{found['token_entropy_bits']:.3f}",
             f"{found['top1_margin']:.4f}",
             "no" if found["limit_broken"] else "yes",
+            *([f"{100 * found['left_out']:.2f}"] if left_out else []),
         ]
         for layer, found in record["layers"].items()
     ]
-    return Table("Where tokens go", headers, rows)
+    return Table("Where tokens go", headers + ["taken by none / %"] * left_out, rows)
 
 
 def information_table(record: Mapping[str, Any]) -> Table:
@@ -182,17 +196,16 @@ def information_table(record: Mapping[str, Any]) -> Table:
 
 def similarity_table(record: Mapping[str, Any]) -> Table:
     """Layers down: mean similarity of two experts."""
-    headers = ["layer", "cosine", "gate", "up", "down", "CKA", "CKA floor"]
+    first = next(iter(record["layers"].values()))["weight_cosine"]
+    parts = {part.partition("_")[0]: part for part in EXPERT_PARTS if part in first}
+    headers = ["layer", "cosine", *parts, "CKA", "CKA floor"]
     rows = []
     for layer, found in record["layers"].items():
         cosine = found["weight_cosine"]
-        values = [cosine["mean"], *(cosine[f"{p}_proj_{s}"] for p, s in _PARTS)]
+        values = [cosine["mean"], *(cosine[part] for part in parts.values())]
         values += [found["output_cka"]["mean"], found["output_cka_floor"]]
         rows.append([layer, *(f"{value:.4f}" for value in values)])
     return Table("How alike experts are", headers, rows)
-
-
-_PARTS = (("gate", "FD"), ("up", "FD"), ("down", "DF"))
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:

@@ -11,14 +11,17 @@ from fusion_upcycle.analysis.collect import collect, moe_routers
 from fusion_upcycle.analysis.information import domain_information, information_gain
 from fusion_upcycle.analysis.routing import RoutingCounts
 from fusion_upcycle.analysis.similarity import similarity_to_json
-from fusion_upcycle.checkpoint.source import locate
+from fusion_upcycle.architectures.layout import model_class, takes_images
+from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.experts import find_experts
+from fusion_upcycle.live.loading import load_folder
+from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.texts.documents import load_documents
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 TOKENS = 20_000
 #: Tokens whose router inputs all experts are given, for CKA.
@@ -32,7 +35,8 @@ class Analysis:
 
     Attributes:
         record: JSON, the section `analysis` of a run record, from which tables and figures are
-            made. `config`, `model`, `domains`, `token_classes` and `cka_tokens` say what was run;
+            made. `config`, `model`, `domains`, `token_classes` (none of images) and `cka_tokens`
+            say what was run;
             `layers` has the statistics of `RoutingCounts.to_json` and of `similarity_to_json`;
             `information` that of `domain_information`, None with one domain.
         counts: where tokens went.
@@ -44,8 +48,8 @@ class Analysis:
 
 def analyze(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    texts: Mapping[str, Sequence[str]],
+    processor: Any,
+    data: Mapping[str, Sequence[Any]],
     *,
     tokens: int = TOKENS,
     sample: int = SAMPLE,
@@ -53,20 +57,21 @@ def analyze(
     seed: int = 0,
     progress: bool = False,
 ) -> Analysis:
-    """What the experts of a model do with texts of several domains.
+    """What the experts of a model do with texts, or images, of several domains.
 
     Args:
         model: live MoE of a family in `fusion_upcycle.architectures`.
-        tokenizer: of the model.
-        texts: domain -> documents.
-        tokens: of each domain at most.
+        processor: the model's tokenizer or image processor.
+        data: domain -> documents, or images of PIL. The encoder of a T5 is given the first half of
+            each window of text, and its decoder the second.
+        tokens: of each domain at most; of images, spread over all of a domain, one at least.
         sample: tokens for CKA.
         permutations: of domain labels, at least 1.
         seed: of the permutations.
         progress: show a bar.
 
     Raises:
-        UpcyclingError: a dense model, an unknown family, or texts that cannot be used.
+        UpcyclingError: a dense model, an unknown family, or data that cannot be used.
     """
     if sample < 2 or permutations < 1:
         raise UpcyclingError(
@@ -76,39 +81,45 @@ def analyze(
     experts = find_experts(model, routers)
     try:
         found = collect(
-            model, routers, tokenizer, texts, tokens=tokens, sample=sample, progress=progress
+            model, routers, processor, data, tokens=tokens, sample=sample, progress=progress
         )
     finally:
         routers.close()
-    counts, windows = found.counts, found.windows
+    counts = found.counts
     information = domain_information(
         counts.unit_LDUE, counts.layers, permutations=permutations, seed=seed
     )
     record = {
         "config": {"tokens": tokens, "sample": sample, "permutations": permutations, "seed": seed},
-        "model": {
-            "model_type": model.config.get_text_config().model_type,
-            "num_experts": routers.num_experts,
-            "experts_per_token": routers.experts_per_token,
-        },
-        "domains": {
-            name: {"documents": windows.documents(name), "tokens": windows.tokens(name)}
-            for name in windows.windows
-        },
+        "model": _described(model, routers),
+        "domains": found.material.domains,
         "token_classes": counts.class_tokens(),
-        "cka_tokens": len(found.inputs[counts.layers[0]]),
+        "cka_tokens": min(map(len, found.inputs.values())),
         "layers": {
             layer: statistics | similarity_to_json(experts[int(layer)], found.inputs[int(layer)])
             for layer, statistics in counts.to_json().items()
         },
-        "information": information and {"unit": windows.unit, **information},
+        "information": information and {"unit": found.material.unit, **information},
     }
     return Analysis(record, counts)
 
 
+def _described(model: "PreTrainedModel", routers: Routers) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    routing = getattr(config, "moe_routing", "token_choice")
+    by_experts = routing == "expert_choice"
+    mean = sum(routers.experts_on_average.values()) / len(routers.layers)
+    return {
+        "model_type": config.model_type,
+        "num_experts": routers.num_experts,
+        "experts_per_token": mean if by_experts else routers.experts_per_token,
+        **({} if routing == "token_choice" else {"routing": routing}),
+    }
+
+
 def analyze_folder(
     folder: str | Path,
-    texts: Mapping[str, Sequence[str]],
+    data: Mapping[str, Sequence[Any]],
     *,
     tokens: int = TOKENS,
     progress: bool = False,
@@ -116,23 +127,91 @@ def analyze_folder(
     """`analyze` of a folder or Hub id, on a GPU if there is one.
 
     Raises:
-        UpcyclingError: no model or tokenizer there; what `analyze` cannot use.
+        UpcyclingError: no model, tokenizer or image processor there; what `analyze` cannot use.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     path = locate(folder)
-    if not (path / "config.json").is_file():
-        raise UpcyclingError(f"{path} has no config.json. Give the folder of a model.")
+    kind, images = _class_of(path)
+    what, auto = ("image processor", AutoImageProcessor) if images else ("tokenizer", AutoTokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = auto.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UpcyclingError(f"{path} has no tokenizer that can be read: {error}") from error
+        raise UpcyclingError(f"{path} has no {what} that can be read: {error}") from error
     with loading_bars(progress):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = load_folder(kind, path, dtype="auto")
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    analysis = analyze(model, tokenizer, texts, tokens=tokens, progress=progress)
+    analysis = analyze(model, processor, data, tokens=tokens, progress=progress)
     analysis.record["model"] = {"path": str(path), **analysis.record["model"]}
     return analysis
+
+
+def _class_of(folder: Path) -> tuple[Any, bool]:
+    """The model class of a folder, and whether it takes images."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    if not config.architectures:  # of a causal LM that was saved by other hands
+        return AutoModelForCausalLM, False
+    return model_class(config.architectures[0]), takes_images(config)
+
+
+def read_data(folder: str | Path, sources: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """Texts or images of each `NAME=PATH`, as the model of a folder or Hub id takes them.
+
+    Raises:
+        UpcyclingError: as `read_texts` and `read_images`; no model there.
+    """
+    _, images = _class_of(locate(folder))
+    return {**(read_images(sources) if images else read_texts(sources))}
+
+
+def read_images(sources: Sequence[str]) -> dict[str, "ImageFiles"]:
+    """All images below the folder, or the image file, of each `NAME=PATH`.
+
+    Raises:
+        UpcyclingError: not of that form, a name that comes twice, or no images.
+    """
+    return {name: ImageFiles.of(Path(path).expanduser()) for name, path in _pairs(sources).items()}
+
+
+@dataclass(frozen=True)
+class ImageFiles(Sequence[Any]):
+    """Image files, opened when they are asked for."""
+
+    files: Sequence[Path]
+
+    @classmethod
+    def of(cls, path: Path) -> "ImageFiles":
+        """All below a folder, hidden ones aside; or one file.
+
+        Raises:
+            UpcyclingError: there is no image.
+        """
+        from PIL import Image
+
+        known = {*Image.registered_extensions()}
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [
+            f for f in inside if f.is_file() and f.suffix.lower() in known and f.name[0] != "."
+        ]
+        if not files:
+            raise UpcyclingError(f"{path} has no images. Give an image file, or a folder of some.")
+        return cls(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Any:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(self.files[index]) as image:
+                return image.copy()
+        except (OSError, UnidentifiedImageError) as error:
+            raise UpcyclingError(
+                f"{self.files[index]} cannot be read as an image: {error}. Leave it out."
+            ) from error
 
 
 def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
@@ -141,15 +220,23 @@ def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         UpcyclingError: not of that form, a name that comes twice, or no text.
     """
-    texts: dict[str, list[str]] = {}
+    return {
+        name: load_documents(text_files(path), f"--data {name}")
+        for name, path in _pairs(sources).items()
+    }
+
+
+def _pairs(sources: Sequence[str]) -> dict[str, str]:
+    """Name -> path of each `NAME=PATH`."""
+    found: dict[str, str] = {}
     for source in sources:
         name, equals, path = source.partition("=")
         if not equals or not name or not path:
             raise UpcyclingError(f"--data {source} must be NAME=FILE_OR_FOLDER.")
-        if name in texts:
+        if name in found:
             raise UpcyclingError(f"--data {name} is given twice. Use another name for the second.")
-        texts[name] = load_documents(text_files(path), f"--data {name}")
-    return texts
+        found[name] = path
+    return found
 
 
 def text_files(path: str) -> str | list[str]:

@@ -4,15 +4,12 @@ Shapes: E experts, F intermediate size, D hidden size, n tokens.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.experts import EXPERT_PARTS
-
-if TYPE_CHECKING:
-    pass
 
 #: Matrices of more experts than this are summarised in a record, not kept.
 LARGEST_MATRIX = 64
@@ -22,8 +19,8 @@ _TINY = 1e-30  # of a norm: what has none is similar to nothing
 
 @torch.inference_mode()
 def weight_cosines(experts: nn.Module) -> dict[str, Tensor]:
-    """Cosine similarity [E, E], float64, of each flattened matrix (`gate_proj_FD`, `up_proj_FD`,
-    `down_proj_DF`), and of all three together (`all`)."""
+    """Cosine similarity [E, E], float64, of each flattened matrix (`gate_proj_FD`, where there is
+    one, `up_proj_FD`, `down_proj_DF`), and of all of these together (`all`); biases aside."""
     grams = {
         part: sum(rows.flatten(1).double() @ rows.flatten(1).double().T for rows in chunks)
         for part, chunks in _matrices(experts).items()
@@ -34,11 +31,12 @@ def weight_cosines(experts: nn.Module) -> dict[str, Tensor]:
 
 def _matrices(experts: Any) -> dict[str, Iterator[Tensor]]:
     """Part of `Expert` -> its rows of all experts, some at a time."""
-    gate_ERD, up_ERD = experts.gate_up_proj.chunk(2, dim=1)
-    parts = (gate_ERD, up_ERD, experts.down_proj)
+    gated = hasattr(experts, "gate_up_proj")
+    inside = experts.gate_up_proj.chunk(2, dim=1) if gated else (experts.up_proj,)
+    names = EXPERT_PARTS if gated else EXPERT_PARTS[1:]
     return {
         name: iter(matrix.split(_ROWS, dim=1))
-        for name, matrix in zip(EXPERT_PARTS, parts, strict=True)
+        for name, matrix in zip(names, (*inside, experts.down_proj), strict=True)
     }
 
 
@@ -102,7 +100,7 @@ def similarity_to_json(experts: nn.Module, inputs_nD: Tensor) -> dict[str, Any]:
 
     return {
         "weight_cosine": summary(cosines["all"])
-        | {part: mean_off_diagonal(cosines[part]) for part in EXPERT_PARTS},
+        | {part: mean_off_diagonal(cosines[part]) for part in EXPERT_PARTS if part in cosines},
         "output_cka": summary(cka),
         "output_cka_floor": floor,
     }

@@ -43,19 +43,34 @@ class Window:
 class Batch:
     """Windows of one domain, padded on the right to the same length.
 
-    With causal attention padding changes nothing before it, so that no mask is needed.
+    With causal attention padding changes nothing before it, so that no mask is needed there.
 
     Attributes:
         domain: its index.
         ids_BT: tokens.
+        kept_BT: whether a token is no padding.
         counted_BT: whether a token is counted: neither padding nor separator.
         units_BT: the unit of each token.
     """
 
     domain: int
     ids_BT: Tensor
+    kept_BT: Tensor
     counted_BT: Tensor
     units_BT: Tensor
+
+    def part(self, starts_B: Tensor, lengths_B: Tensor) -> "Batch":
+        """The tokens of each window from a start on, so many as given."""
+        places_T = torch.arange(int(lengths_B.max()))
+        kept = places_T < lengths_B[:, None]
+        places = (starts_B[:, None] + places_T).clamp(max=self.ids_BT.shape[1] - 1)
+
+        def take(tensor_BT: Tensor) -> Tensor:
+            return tensor_BT.gather(1, places) * kept
+
+        return Batch(
+            self.domain, take(self.ids_BT), kept, take(self.counted_BT), take(self.units_BT)
+        )
 
 
 @dataclass(frozen=True)
@@ -98,12 +113,13 @@ class DomainWindows:
     def _batch(self, domain: int, numbered: Sequence[tuple[int, Window]]) -> Batch:
         shape = (len(numbered), len(numbered[0][1].ids))
         ids, counted = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
-        units = torch.zeros(shape, dtype=torch.int64)
+        kept, units = torch.zeros_like(counted), torch.zeros(shape, dtype=torch.int64)
         for row, (number, window) in enumerate(numbered):
             ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            kept[row, : len(window.ids)] = True
             counted[row, window.context : len(window.ids)] = True
             units[row] = (window.document if self.unit == "document" else number) % UNITS
-        return Batch(domain, ids, counted, units)
+        return Batch(domain, ids, kept, counted, units)
 
 
 def domain_windows(
@@ -112,6 +128,7 @@ def domain_windows(
     *,
     tokens: int,
     length: int,
+    started: bool = True,
 ) -> DomainWindows:
     """Cut the texts: the first window of each document, then the second of each, and so on.
 
@@ -119,6 +136,7 @@ def domain_windows(
         texts: domain -> documents.
         tokens: of each domain at most; a shorter text gives all it has.
         length: tokens of a window; the last one of a document is shorter.
+        started: whether a document begins with the tokenizer's start token, if it has one.
 
     Raises:
         UpcyclingError: no domain, a domain without tokens, or fewer than one token asked for.
@@ -131,7 +149,7 @@ def domain_windows(
     for domain, documents in texts.items():
         if isinstance(documents, str):
             raise UpcyclingError(f"The text of {domain} is one string: give a list of documents.")
-        windows[domain] = list(_spread(tokenizer, documents, tokens, length))
+        windows[domain] = list(_spread(tokenizer, documents, tokens, length, started))
         if not windows[domain]:
             raise UpcyclingError(
                 f"The text of {domain} has no tokens: its documents are empty. Give more text, or "
@@ -142,9 +160,13 @@ def domain_windows(
 
 
 def _spread(
-    tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str], tokens: int, length: int
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[str],
+    tokens: int,
+    length: int,
+    started: bool,
 ) -> Iterator[Window]:
-    start = start_token(tokenizer)
+    start = start_token(tokenizer) if started else None
     before = [] if start is None else [start]
     # Each document in turn; those that have more come round again.
     waiting: list[tuple[int, list[int] | None, int]] = [

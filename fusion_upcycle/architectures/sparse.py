@@ -117,6 +117,11 @@ class SparseArchitecture(Architecture):
         return _ours(self.ffns, self.config.dense_model_type, config)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse float16 where transformers keeps an FFN's matrices in float32 then.
+
+        Raises:
+            UpcyclingError: it does, as of a T5.
+        """
         dense = model_class(class_name(dense_config(self.config)))
         kept = {*(getattr(dense, "_keep_in_fp32_modules", None) or ())}
         inside = {word for name in self.ffns.parts.values() for word in name.split(".")}
@@ -264,8 +269,10 @@ def for_config(config: "PreTrainedConfig") -> SparseArchitecture:
 
 
 def _is_ours(name: str, config: "PreTrainedConfig") -> bool:
-    kind = model_class(name) if str(name).startswith("Sparse") else None
-    return kind is not None and kind.config_class.model_type == config.model_type
+    if not str(name).startswith("Sparse"):
+        return False
+    config_class: Any = model_class(name).config_class
+    return bool(config_class.model_type == config.model_type)
 
 
 def dense_config(config: "PreTrainedConfig") -> "PreTrainedConfig":

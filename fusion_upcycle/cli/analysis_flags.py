@@ -6,12 +6,12 @@ from pathlib import Path
 from fusion_upcycle.cli.option_flags import Command
 
 DESCRIPTION = """\
-What the experts of a Mixture-of-Experts model do with your texts, as a folder with a page
-(index.md), figures (PNG and SVG) and all numbers (run_record.json):
+What the experts of a Mixture-of-Experts model do with your texts, or images, as a folder with a
+page (index.md), figures (PNG and SVG) and all numbers (run_record.json):
 
   load       of every expert; dead ones, health limits, router entropy, margin
   domains    does the choice of experts depend on the domain? In bits, tested by permuted labels
-  classes    where numbers, operators, brackets, capitalised and other tokens go
+  classes    where numbers, operators, brackets, capitalised and other tokens go (of texts)
   similarity of experts: cosine of weights, and CKA of outputs on the same tokens of your texts
 
 A domain is a name of yours for one kind of text. With 5 or more documents in each, the test speaks
@@ -44,7 +44,8 @@ def add_analyze(commands: "argparse._SubParsersAction[Command]") -> None:
         action="append",
         metavar="NAME=PATH",
         help="a domain and its text: a .txt (one document), .jsonl or .parquet (column `text`) "
-        "file, or a folder of such files; once for each domain",
+        "file, or a folder of such files; for a model of images, a folder of images; once for each "
+        "domain",
     )
     texts.add_argument("--demo", action="store_true", help="prose, source code and arithmetic")
     analyze.add_argument(
@@ -55,7 +56,7 @@ def add_analyze(commands: "argparse._SubParsersAction[Command]") -> None:
         type=int,
         default=20_000,
         metavar="N",
-        help="of each domain at most, spread over its documents (default: 20000)",
+        help="of each domain at most, spread over its documents or images (default: 20000)",
     )
     analyze.add_argument(
         "--output",
@@ -71,15 +72,15 @@ def _analyze(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fusion_upcycle.analysis.report import information_table, load_table, write_analysis
-    from fusion_upcycle.analysis.run import analyze_folder, demo_texts, read_texts
+    from fusion_upcycle.analysis.run import analyze_folder, demo_texts, read_data
     from fusion_upcycle.checks import require_folder
     from fusion_upcycle.report.drawing import require_matplotlib
 
     require_matplotlib()
     require_folder("output", Path(parsed.output))
-    texts = demo_texts() if parsed.demo else read_texts(parsed.data)
+    data = demo_texts() if parsed.demo else read_data(parsed.model, parsed.data)
     analyses = [
-        analyze_folder(folder, texts, tokens=parsed.tokens, progress=not parsed.quiet)
+        analyze_folder(folder, data, tokens=parsed.tokens, progress=not parsed.quiet)
         for folder in (parsed.model, parsed.before)
         if folder is not None
     ]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fusion_upcycle.architectures.layout import takes_images
-from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.architectures.routing import routing_rule
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.expansion import Expansion
@@ -76,7 +75,7 @@ def read_calibration(
 
     Args:
         calibration: name -> documents, as `fusion_upcycle.texts.documents` takes them.
-        config: of the source.
+        config: of the source, checked.
         context_length: None is 1024, or what positions the model has.
         scored: whether there are importance scores already.
         routed: whether there are router rows already.
@@ -94,7 +93,7 @@ def read_calibration(
             f"Calibration text is given, but nothing would read it: {why}, and the router's rows "
             "are not made of it. Choose router_extension=split or fit, or leave it out."
         )
-    if takes_images(checked_config(config)):
+    if takes_images(config):
         raise UpcyclingError(
             f"Calibration text is given, and a {config.model_type} model is given images: neither "
             "scores nor router rows can be made of them. Choose selection=uniform and "

@@ -92,7 +92,7 @@ def expand_model(
         check_state(Path(optimizer_state).expanduser(), config, live_identity(moe))
     prepared = prepare(
         Source(
-            moe.config,
+            config,
             file,
             partial(plan_model, moe),
             lambda text: measure_importance(

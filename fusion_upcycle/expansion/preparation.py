@@ -33,7 +33,7 @@ class Source:
     """The MoE that is expanded: a folder, or a model in memory.
 
     Attributes:
-        config: of it.
+        config: of it, checked.
         tokenizer_file: `tokenizer.json`, for calibration text; None where there is none.
         plan: plans its expansion; the scores are for selections that go by them.
         measure: scores its experts on a text.

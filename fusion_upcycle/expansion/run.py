@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.moe_config import checked_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
@@ -102,11 +101,10 @@ def expand(
         progress=progress,
     )
     folder = folders.source
-    config = read_config(folder)
-    moe_family(config)
+    config = checked_config(read_config(folder))
     folders.check_tokenizer(config)
     if state is not None:
-        check_state(state, checked_config(config), folder_identity(folder))
+        check_state(state, config, folder_identity(folder))
     prepared = prepare(
         Source(
             config,

@@ -66,6 +66,7 @@ def measure_importance(
             be expanded; text that is too short, or of another tokenizer; a gradient that is missing
             or not finite, by name; gradients that the model already has.
     """
+    require_token_choice(model.config.get_text_config())
     routers = find_routers(model)
     try:
         if not routers:
@@ -73,7 +74,6 @@ def measure_importance(
                 f"This {model.config.get_text_config().model_type} model is dense: it has no "
                 "experts to score. Give a Mixture-of-Experts model."
             )
-        require_token_choice(model.config.get_text_config())
         require_text(model.main_input_name, type(model).__name__)
         if model.get_output_embeddings() is None:
             raise no_head(type(model).__name__)

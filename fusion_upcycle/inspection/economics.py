@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.models.modeling_sparse import BIDIRECTIONAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -98,19 +99,37 @@ def embedding_parameters(upcycling: "Upcycling") -> tuple[int, int]:
 
 
 def attention_score_flops(config: "PreTrainedConfig", context_length: int) -> float:
-    """FLOPs per token of query x key and weights x value, forward, mean over a causal sequence.
+    """FLOPs per token of query x key and weights x value, forward, mean over a sequence.
 
-    Per layer `2 * heads * (d_qk + d_v) * a`, where a token attends to `a` positions on the mean:
-    `(T + 1) / 2`, or less in a sliding window. That is half of PaLM's count (arXiv 2204.02311,
-    appendix B), which does not use that attention is causal, and Kaplan's `2 * n_layer * n_ctx *
-    d_attn` (arXiv 2001.08361, table 1). Layers of linear attention have no scores.
+    Of a causal one, per layer `2 * heads * (d_qk + d_v) * a`, where a token attends to `a`
+    positions on the mean: `(T + 1) / 2`, or less in a sliding window. That is half of PaLM's count
+    (arXiv 2204.02311, appendix B), which does not use that attention is causal, and Kaplan's
+    `2 * n_layer * n_ctx * d_attn` (arXiv 2001.08361, table 1). Layers of linear attention have no
+    scores. In a model in which a token sees those behind it too (BERT, ViT) it attends to all T
+    positions; of a T5 it is that of a token of the input and one of the output, each of T,
+    together.
     """
+    family = getattr(config, "dense_model_type", config.model_type)
+    if config.is_encoder_decoder:
+        causal = (context_length + 1) / 2
+        layers, decoder = config.num_layers, config.num_decoder_layers
+        attended = layers * context_length + decoder * (causal + context_length)
+        return 2 * config.num_heads * 2 * config.d_kv * attended
     heads = config.num_attention_heads
     if config.model_type in ("youtu", "deepseek_v3"):  # compressed keys and values: two widths
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     else:
         widths = 2 * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return sum(2 * heads * widths * attended for attended in _attended(config, context_length))
+    all_seen = family in BIDIRECTIONAL
+    attended = (_reached if all_seen else _attended)(config, context_length)
+    return sum(2 * heads * widths * positions for positions in attended)
+
+
+def _reached(config: "PreTrainedConfig", length: int) -> Iterable[float]:
+    """The same where a token sees those behind it too."""
+    window = getattr(config, "local_attention", None) or length  # of ModernBERT
+    for kind in getattr(config, "layer_types", None) or [None] * config.num_hidden_layers:
+        yield min(window, length) if kind == "sliding_attention" else length
 
 
 def _attended(config: "PreTrainedConfig", length: int) -> Iterable[float]:

@@ -13,6 +13,9 @@ from fusion_upcycle.live.routers import find_routers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: What image models call the positions that they add, where these are no module.
+_POSITIONS = "position_embeddings"
+
 
 def active_parameters(model: "PreTrainedModel") -> int:
     """Parameters that one token uses: all, less the experts that it is not sent to.
@@ -46,8 +49,28 @@ def active_parameters(model: "PreTrainedModel") -> int:
 
 
 def looked_up_parameters(model: "PreTrainedModel") -> int:
-    """Parameters of embeddings that are only looked up; those of a tied output head are not."""
-    embeddings: Any = model.get_input_embeddings()
+    """Parameters of embeddings that are only looked up or added; a tied output head is not."""
     head: Any = model.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    return 0 if tied else int(embeddings.weight.numel())
+    found = {
+        id(parameter): parameter.numel()
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or name == _POSITIONS
+    }
+    if head is not None:
+        found.pop(id(head.weight), None)
+    return sum(found.values())
+
+
+def head_of_images(model: "PreTrainedModel") -> int:
+    """Parameters of matrices behind the layers of a model of images, which see it once, pooled.
+
+    Those of keys and values of a pooling head (SigLIP) count among them.
+    """
+    inside = {
+        id(parameter)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) or name.endswith("embeddings")
+        for parameter in module.parameters()
+    }
+    return sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in inside)

@@ -1,9 +1,13 @@
 """What a live model takes: how long an input, which token ids, which arguments."""
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,8 +22,38 @@ def positions_of(config: "PreTrainedConfig") -> int | None:
     """As `max_positions`, of a config."""
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
-    # RoBERTa's positions begin behind that of padding.
-    return positions - 2 if positions and "roberta" in text.model_type else positions
+    if positions and "roberta" in text.model_type:  # positions begin behind that of padding
+        return int(positions - text.pad_token_id - 1)
+    return positions
+
+
+def require_decoder_start(model: "PreTrainedModel") -> None:
+    """Refuse an encoder-decoder that does not know with which token its decoder begins.
+
+    Raises:
+        UpcyclingError: its config names none.
+    """
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        raise UpcyclingError(
+            f"config.json of this {model.config.model_type} model has no decoder_start_token_id, "
+            "with which its decoder begins. Set it (0 for a T5)."
+        )
+
+
+def image_shape(model: "PreTrainedModel") -> tuple[int, int, int]:
+    """Channels, height and width of what the model takes."""
+    config: Any = model.config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.num_channels, height, width
+
+
+@torch.inference_mode()
+def image_tokens(model: "PreTrainedModel") -> int:
+    """Tokens that a model makes of one image, found by giving it one."""
+    pixels = torch.zeros(1, *image_shape(model), dtype=model.dtype, device=model.device)
+    with evaluating(model):
+        return int(model.base_model(pixel_values=pixels).last_hidden_state.shape[1])
 
 
 def num_embeddings(model: "PreTrainedModel") -> int:

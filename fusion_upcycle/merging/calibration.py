@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fusion_upcycle.architectures.layout import takes_images
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import logits_of_last, positions_of
 from fusion_upcycle.live.routers import hearing_inputs
@@ -36,15 +37,23 @@ def calibration_windows(
 ) -> Sequences:
     """Windows of `WINDOW_TOKENS` tokens, evenly spaced over each model's texts.
 
+    A model reads them as `fusion_upcycle.texts.reading` says.
+
     Args:
         texts: model -> documents.
         merging: says which models need texts, and how many tokens.
         tokenizer_file: `tokenizer.json` of all models.
 
     Raises:
-        UpcyclingError: a model without texts or with too little, a name that is no model's, or no
-            tokenizer of these models.
+        UpcyclingError: models of images, a model without texts or with too little, a name that is
+            no model's, or no tokenizer of these models.
     """
+    if takes_images(merging.source_config):
+        raise UpcyclingError(
+            "router_init=prototype looks at texts, and "
+            f"{merging.source_config.model_type} models are given images. Choose "
+            "router_init=normal, and train on."
+        )
     for model in merging.experts:
         if model not in texts:
             raise UpcyclingError(
@@ -95,19 +104,20 @@ def router_moments(
             blocks = merging.architecture.ffn_layers(dense)
             ffns = {layer: merging.architecture.ffn_entry(blocks[layer]) for layer in layers}
             ids_WT = windows.ids[model]
-            with hearing_inputs(ffns, partial(_add, moments, index, ids_WT.numel())):
-                for batch in ids_WT.split(BATCH_WINDOWS):
+            for batch in ids_WT.split(BATCH_WINDOWS):
+                share = len(batch) / len(ids_WT)
+                with hearing_inputs(ffns, partial(_add, moments, index, share)):
                     # The output head is not looked at: one row of logits is the least it can make.
                     dense(**read(dense, batch), **logits_of_last(dense, 1))
-                    bar.update(len(batch))
+                bar.update(len(batch))
     return moments
 
 
 def _add(
-    moments: Mapping[int, Moments], model: int, tokens: int, layer: int, inputs_ND: Tensor
+    moments: Mapping[int, Moments], model: int, share: float, layer: int, inputs_ND: Tensor
 ) -> None:
-    """Count what a layer's FFN is given of one batch of a model's `tokens`."""
-    moments[layer].add(model, inputs_ND, len(inputs_ND) / tokens)
+    """Count what a layer's FFN is given of one batch, `share` of all that a model gives."""
+    moments[layer].add(model, inputs_ND, share)
 
 
 def route(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.experts import DuplicationPlan
@@ -93,7 +94,7 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
 
 def _kept_names(frame: Frame) -> list[str]:
     """Names, in the files, of the FFNs of all MoE layers; fused tensors where files have them."""
-    endings = set(frame.dense.ffn.values())
+    endings = {name.removesuffix(TURNED) for name in frame.dense.ffn.values()}
     if frame.dense.splits is not None:
         for fused, parts in frame.dense.splits(frame.source_config).items():
             if endings & (split := {part for part, _ in parts}):

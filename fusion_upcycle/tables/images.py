@@ -66,7 +66,8 @@ class Images:
     def labels(self) -> list[int]:
         """All labels; the images of a table are not read."""
         if getattr(self.table, "features", None) is not None:
-            return [int(label) for label in self.table[self.columns[1]]]
+            # As a slice: a column alone is read row by row.
+            return [int(label) for label in self.table[self.columns[1]][:]]
         return [self.item(index)[1] for index in range(len(self))]
 
 

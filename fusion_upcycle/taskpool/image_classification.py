@@ -5,15 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseTaskPool, auto_register_config
 from fusion_bench.taskpool.dummy import get_model_summary
-from fusion_bench.utils import instantiate
 from torch import Tensor
 
-from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.report import Measured
 from fusion_upcycle.tables.images import class_order, image_mode
 from fusion_upcycle.taskpool.image_scores import METRICS, score_images
-from fusion_upcycle.taskpool.images import check_loader, load_images
+from fusion_upcycle.taskpool.images import check_loader, load_images, load_processor
 from fusion_upcycle.taskpool.pool import (
     check_options,
     in_record,
@@ -76,7 +74,7 @@ class ImageClassificationTaskPool(BaseTaskPool):
         to_device(self, model)
         tasks = {name: load_images(name, given) for name, given in self.test_datasets.items()}
         orders = {name: class_order(images, model.config) for name, images in tasks.items()}
-        processor = self._load_processor()
+        processor = load_processor(self, self._processor)
         weight = next(model.parameters())
         mode = image_mode(model.config)
 
@@ -107,19 +105,3 @@ class ImageClassificationTaskPool(BaseTaskPool):
         }
         leave_record(self, settings, self._evaluations)
         return report
-
-    def _load_processor(self) -> Any:
-        if isinstance(self._processor, str):
-            from transformers import AutoImageProcessor
-
-            return AutoImageProcessor.from_pretrained(self._processor)
-        if self._processor is not None:
-            is_config = isinstance(self._processor, Mapping)
-            return instantiate(self._processor) if is_config else self._processor
-        pool: Any = getattr(self._program, "modelpool", None)
-        if getattr(pool, "_processor", None) is None:
-            raise UpcyclingError(
-                "There is no image processor: set taskpool.processor (folder or Hub id), or run "
-                "with a model pool that has one (modelpool.processor)."
-            )
-        return pool.load_processor()

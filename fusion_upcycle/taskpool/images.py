@@ -3,10 +3,13 @@
 A task is given as `fusion_upcycle.tables.images` takes it; without a split, the test split.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from fusion_bench import BaseTaskPool
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
+from fusion_bench.utils import instantiate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,8 +20,11 @@ from fusion_upcycle.tables.images import Images, Known, prepared
 _LOADER_KEYS = ("batch_size", "num_workers", "pin_memory")
 
 
-def load_images(name: str, given: Any) -> Images:
+def load_images(name: str, given: Any, option: str = "test_datasets") -> Images:
     """The images of the task `name`, of whose classes FusionBench may know the names.
+
+    Args:
+        option: of the task pool, which names them.
 
     Raises:
         UpcyclingError: as `fusion_upcycle.tables.images.load_images`.
@@ -26,8 +32,45 @@ def load_images(name: str, given: Any) -> Images:
     known = None
     if name in CLIPTemplateFactory.get_available_datasets():
         known = Known(*CLIPTemplateFactory.get_classnames_and_templates(name))
-    where = f"taskpool.test_datasets.{name}"
+    where = f"taskpool.{option}.{name}"
     return tables.load_images(given, where, splits=["test"], known=known)
+
+
+@dataclass(frozen=True)
+class Unlabelled(Sequence[Any]):
+    """Images without their labels."""
+
+    images: Images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images.item(index)[0]
+
+
+def load_processor(pool: BaseTaskPool, given: Any) -> Any:
+    """The image processor that was named, else that of the program's model pool.
+
+    Args:
+        given: folder or Hub id, a config that makes one, one, or None.
+
+    Raises:
+        UpcyclingError: there is neither.
+    """
+    if isinstance(given, str):
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(given)
+    if given is not None:
+        return instantiate(given) if isinstance(given, Mapping) else given
+    models: Any = getattr(pool._program, "modelpool", None)
+    if getattr(models, "_processor", None) is None:
+        raise UpcyclingError(
+            "There is no image processor: set taskpool.processor (folder or Hub id), or run "
+            "with a model pool that has one (modelpool.processor)."
+        )
+    return models.load_processor()
 
 
 def batches(

@@ -8,6 +8,7 @@ from fusion_bench.taskpool.dummy import get_model_summary
 
 from fusion_upcycle.checks import require_whole
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import require_decoder_start
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.report import Measured
 from fusion_upcycle.tables.pairs import load_pairs
@@ -80,6 +81,7 @@ class Seq2SeqTaskPool(BaseTaskPool):
                 f"A {type(model).__name__} is no sequence-to-sequence model. Use "
                 "CausalLMPerplexityTaskPool or LMEvalTaskPool."
             )
+        require_decoder_start(model)
         tasks = {
             name: load_pairs(given, f"taskpool.tasks.{name}", splits=["test"])
             for name, given in self.tasks.items()

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.live.inputs import require_decoder_start
 from fusion_upcycle.texts.tokens import read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 #: Of a window for a masked LM, as BERT was trained.
 MASKED_SHARE = 0.15
@@ -37,13 +38,17 @@ def is_masked_lm(name: str) -> bool:
 
 
 def read(model: "PreTrainedModel", ids_BT: Tensor) -> dict[str, Tensor | bool]:
-    """Arguments of a forward pass over windows, with nothing masked."""
+    """Arguments of a forward pass over windows, with nothing masked.
+
+    Raises:
+        UpcyclingError: an encoder-decoder whose config names no start token.
+    """
     if not model.config.is_encoder_decoder:
         return {"input_ids": ids_BT, "use_cache": False}
     first, second = halves(ids_BT)
     return {
         "input_ids": first,
-        "decoder_input_ids": decoder_inputs(model.config, second),
+        "decoder_input_ids": decoder_inputs(model, second),
         "use_cache": False,
     }
 
@@ -54,11 +59,20 @@ def halves(ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     return ids_BT[:, :middle], ids_BT[:, middle:]
 
 
-def decoder_inputs(config: "PreTrainedConfig", targets_BT: Tensor) -> Tensor:
+def decoder_inputs(model: "PreTrainedModel", targets_BT: Tensor) -> Tensor:
     """What a decoder is given that is to predict these: its start token, and all but the last."""
-    start = config.decoder_start_token_id
-    start = (config.pad_token_id or 0) if start is None else start
-    return torch.cat([torch.full_like(targets_BT[:, :1], start), targets_BT[:, :-1]], 1)
+    start_B1 = torch.full_like(targets_BT[:, :1], start_of_decoder(model))
+    return torch.cat([start_B1, targets_BT[:, :-1]], 1)
+
+
+def start_of_decoder(model: "PreTrainedModel") -> int:
+    """The token id that a decoder begins with.
+
+    Raises:
+        UpcyclingError: the config names none.
+    """
+    require_decoder_start(model)
+    return int(model.config.decoder_start_token_id)
 
 
 def window_loss(

@@ -10,7 +10,7 @@ Shapes: L MoE layers, E experts.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -21,18 +21,18 @@ from torch.nn.functional import cross_entropy
 
 from fusion_upcycle.checkpoint.moments import Moments
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.routers import Routed, find_routers
+from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training.checkpoints import named_state, numbered_state
 from fusion_upcycle.training.fit import check_fit
 from fusion_upcycle.training.health import RoutingTotals
-from fusion_upcycle.training.losses import balance_loss, balanced_bias, z_loss
+from fusion_upcycle.training.losses import balanced_bias
 from fusion_upcycle.training.moments import place_moments
 from fusion_upcycle.training.objectives.base import Batch, Objective, split
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.parameters import freeze, group_of_parameters, optimizer_groups
 from fusion_upcycle.training.router_rate import RouterRate
-from fusion_upcycle.training.routing import by_stack
+from fusion_upcycle.training.routing import by_stack, routing_losses
 from fusion_upcycle.training.schedule import Factors
 
 if TYPE_CHECKING:
@@ -205,28 +205,13 @@ class PretrainingModule(L.LightningModule):
         if not self.routers:
             nothing = torch.zeros_like(answers)
             return torch.stack([answers, nothing, nothing, answers])
-        balance, z = self._routing_losses(routed, objective.kept(batch), counts_LE)
+        stacks = by_stack(self.routers, routed, objective.kept(batch))
+        balance, z = routing_losses(
+            self.routers, stacks, counts_LE, self.routing, self.trainer.strategy.reduce
+        )
         total = answers + self.options.balance_weight * factors.balance * balance
         total = total + self.options.z_weight * factors.z * z
         return torch.stack([answers, balance, z, total])
-
-    def _routing_losses(
-        self, routed: Routed, kept: Mapping[str, Tensor], counts_LE: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Balance loss, of the layers whose tokens choose, and z loss: means over layers."""
-        balances, zs = [], []
-        for stack in by_stack(self.routers, routed, kept):
-            places = list(stack.places)
-            probabilities_LNE = self.routers.probabilities(stack.logits_LNE)
-            with torch.no_grad():
-                counts_LE[places] += self.trainer.strategy.reduce(stack.counts_LE, reduce_op="sum")
-                self.routing.add(stack, probabilities_LNE)
-            zs.append((len(places), z_loss(stack.logits_LNE)))
-            if stack.left_out_L is None:
-                load_LE = counts_LE[places] / counts_LE[places].sum(1, keepdim=True)
-                balances.append((len(places), balance_loss(load_LE, probabilities_LNE.mean(1))))
-        z = _mean(zs)
-        return (_mean(balances) if balances else torch.zeros_like(z)), z
 
     def _named(self, losses: Tensor) -> dict[str, float]:
         names = (self.objective.loss, *_OTHER_LOSSES)
@@ -289,9 +274,3 @@ class PretrainingModule(L.LightningModule):
     def on_train_start(self) -> None:
         self.first_step = self.global_step
         self._last_log = (time.perf_counter(), self.global_step * self.options.per_step)
-
-
-def _mean(of_stacks: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """Mean over layers of what are means over the layers of a stack."""
-    layers = sum(number for number, _ in of_stacks)
-    return torch.stack([number / layers * mean for number, mean in of_stacks]).sum()

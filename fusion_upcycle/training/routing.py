@@ -4,13 +4,18 @@ Shapes: B rows, T tokens of a row, N tokens that are no padding, L routers of a 
 experts per token, C tokens per expert.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusion_upcycle.live.routers import Routed, Routers, expert_counts
+from fusion_upcycle.training.losses import balance_loss, z_loss
+
+if TYPE_CHECKING:
+    from fusion_upcycle.training.health import RoutingTotals
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,41 @@ def by_stack(
             rows = [c if kept_N is None else c[kept_N] for c in chosen]
             counts = [expert_counts(chosen_NK, routers.num_experts) for chosen_NK in rows]
             yield StackRouting(places, logits_LNE, torch.stack(counts), None)
+
+
+def routing_losses(
+    routers: Routers,
+    stacks: Iterable[StackRouting],
+    counts_LE: Tensor,
+    totals: "RoutingTotals",
+    reduce: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Balance loss, of the layers whose tokens choose, and z loss: means over layers.
+
+    Args:
+        counts_LE: choices of the step so far, of all layers and devices; these are added.
+        totals: are told of them, too.
+        reduce: over devices, as Lightning's strategies have it.
+    """
+    balances, zs = [], []
+    for stack in stacks:
+        places = list(stack.places)
+        probabilities_LNE = routers.probabilities(stack.logits_LNE)
+        with torch.no_grad():
+            counts_LE[places] += reduce(stack.counts_LE, reduce_op="sum")
+            totals.add(stack, probabilities_LNE)
+        zs.append((len(places), z_loss(stack.logits_LNE)))
+        if stack.left_out_L is None:
+            load_LE = counts_LE[places] / counts_LE[places].sum(1, keepdim=True)
+            balances.append((len(places), balance_loss(load_LE, probabilities_LNE.mean(1))))
+    z = _mean(zs)
+    return (_mean(balances) if balances else torch.zeros_like(z)), z
+
+
+def _mean(of_stacks: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Mean over layers of what are means over the layers of a stack."""
+    layers = sum(number for number, _ in of_stacks)
+    return torch.stack([number / layers * mean for number, mean in of_stacks]).sum()
 
 
 def takers(chosen_EC: Tensor, tokens: int) -> Tensor:

@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.training.checkpoints import (
-    AtomicCheckpointIO,
-    CheckpointEvery,
     checkpoints_in,
     last_checkpoint,
     load_checkpoint,
@@ -29,17 +25,18 @@ from fusion_upcycle.training.export import export
 from fusion_upcycle.training.figure import save_routing
 from fusion_upcycle.training.fit import Before, prepare
 from fusion_upcycle.training.health import RouterHealth
-from fusion_upcycle.training.logs import Progress, loggers, quiet_lightning
+from fusion_upcycle.training.logs import quiet_lightning
 from fusion_upcycle.training.module import IDENTITY, PretrainingModule
 from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.objectives import objective_for
-from fusion_upcycle.training.objectives.base import Objective, Source
+from fusion_upcycle.training.objectives.base import Source
 from fusion_upcycle.training.objectives.clip import ClipTexts
 from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
-from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
+from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.router_rate import RouterRate
+from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
 from fusion_upcycle.upcycling.run import recorded_options
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -151,12 +148,13 @@ def train(
     health, scores = RouterHealth(), Validation()
     churn = RouterChurn(objective.collate([order[0]]))
     with quiet_lightning(), Measured() as cost:
-        trainer = _trainer(options, places, [health, churn, scores], progress)
+        callbacks: list[Callback] = [health, churn, scores]
+        trainer = make_trainer(options, places.work, places.log, callbacks, progress)
         if trainer.is_global_zero:
             _announce(module.router_rate, progress)
             if not places.resume:
                 shutil.rmtree(checkpoints, ignore_errors=True)
-        loader = _loader(order, objective, options, trainer)
+        loader = make_loader(order, objective, options, trainer)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         with kept_pages() if on_cpu else nullcontext():
             trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
@@ -210,20 +208,6 @@ def _announce(rate: RouterRate | None, progress: bool) -> None:
         warnings.warn(rate.warning, stacklevel=3)
 
 
-def _loader(
-    order: ExampleOrder, objective: Objective, options: TrainingOptions, trainer: L.Trainer
-) -> StatelessLoader:
-    """This device's examples of each step that is left."""
-    sampler = StepSampler(
-        lambda: trainer.global_step,
-        options.steps,
-        options.batch_size,
-        trainer.global_rank,
-        trainer.world_size,
-    )
-    return StatelessLoader(order, batch_sampler=sampler, collate_fn=objective.collate)
-
-
 def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, float | int]:
     """What this process took, and how fast it was, validation included."""
     done = (options.steps - first_step) * options.per_step
@@ -254,36 +238,3 @@ def _identity(
         "data": {source.name: source.digest for source in sources},
         "optimizer_state": None if optimizer_state is None else str(optimizer_state),
     }
-
-
-def _trainer(
-    options: TrainingOptions, places: Places, callbacks: list[Callback], progress: bool
-) -> L.Trainer:
-    strategy: str | Strategy = options.strategy
-    world = options.devices * options.num_nodes
-    if strategy == "fsdp":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    return L.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        # Weights are cast by us, which leaves in float32 what transformers keeps there.
-        precision="bf16-mixed" if options.precision == "bf16-mixed" else "32-true",
-        max_steps=options.steps,
-        max_epochs=1,
-        logger=loggers(places.log),
-        callbacks=[
-            *callbacks,
-            CheckpointEvery(places.work / "checkpoints", options.checkpoint_every),
-            *([Progress()] if progress else []),
-        ],
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        enable_checkpointing=True,
-        use_distributed_sampler=False,
-        default_root_dir=places.work,
-    )

@@ -14,7 +14,15 @@ import torch
 from fusion_upcycle.architectures.layout import empty_model, tied_names
 from fusion_upcycle.checkpoint.moments import KINDS, Moments
 from fusion_upcycle.checkpoint.tensors import StateDictSource
-from fusion_upcycle.conversion.rules import Carried, Joined, Repeated, RouterRows, Rule, Zeros
+from fusion_upcycle.conversion.rules import (
+    Carried,
+    HashTable,
+    Joined,
+    Repeated,
+    RouterRows,
+    Rule,
+    Zeros,
+)
 from fusion_upcycle.upcycling.options import make_options
 from fusion_upcycle.upcycling.plan import plan_upcycling
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -39,7 +47,7 @@ def carried_moments(saved: Moments, config: Any, upcycling: Mapping[str, Any]) -
         source = StateDictSource(absent | moments)
         plan = _unscaled(plan_upcycling(source, config, options))
         for name, rule in plan.rules.items():
-            if isinstance(rule, RouterRows | Zeros):
+            if isinstance(rule, HashTable | RouterRows | Zeros):
                 continue
             if not shapes:
                 made = empty_model(plan.config).state_dict()

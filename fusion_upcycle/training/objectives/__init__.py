@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.objectives.base import Objective
+from fusion_upcycle.training.objectives.causal_lm import CausalLM
 from fusion_upcycle.training.objectives.clip import Clip, ClipTexts
 from fusion_upcycle.training.objectives.images import ImageClassification
+from fusion_upcycle.training.objectives.masked_lm import MaskedLM
 from fusion_upcycle.training.objectives.seq2seq import Seq2Seq
-from fusion_upcycle.training.objectives.texts import CausalLM, MaskedLM
 from fusion_upcycle.training.options import OBJECTIVES, TrainingOptions
 
 if TYPE_CHECKING:

@@ -174,6 +174,16 @@ class Objective(ABC):
         return {**accuracy, **loss, f"{self.target}s": counted}
 
 
+def is_one_of(model: "PreTrainedModel", mapping: str) -> bool:
+    """Whether transformers has the model's class, or that which ours is made of, in a mapping."""
+    from transformers.models.auto import modeling_auto
+
+    names: set[str] = set()
+    for found in getattr(modeling_auto, mapping).values():
+        names.update([found] if isinstance(found, str) else found)
+    return not names.isdisjoint(kind.__name__ for kind in type(model).__mro__)
+
+
 def _named(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise UpcyclingError(f"{where}={data!r} must be a mapping, {{name: ...}}.")

@@ -22,8 +22,7 @@ from fusion_upcycle.tables.images import (
     load_images,
     prepared,
 )
-from fusion_upcycle.training.objectives.base import SPLITS, Batch, Objective
-from fusion_upcycle.training.objectives.texts import is_one_of
+from fusion_upcycle.training.objectives.base import SPLITS, Batch, Objective, is_one_of
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:

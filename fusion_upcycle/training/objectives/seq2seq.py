@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.inputs import num_embeddings
+from fusion_upcycle.live.inputs import num_embeddings, require_decoder_start
 from fusion_upcycle.tables.pairs import Pairs, load_pairs, target_ids
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.training.objectives.base import (
@@ -81,6 +81,7 @@ class Seq2Seq(Objective):
                 "The tokenizer has no padding token, which fills inputs up to the longest of a "
                 "batch: set tokenizer.pad_token."
             )
+        require_decoder_start(model)
         self._embeddings = num_embeddings(model)
 
     @classmethod

@@ -1,0 +1,66 @@
+"""Lightning's trainer and loader, as a run's options say."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+
+from fusion_upcycle.training.checkpoints import AtomicCheckpointIO, CheckpointEvery
+from fusion_upcycle.training.logs import Progress, loggers
+from fusion_upcycle.training.objectives.base import Objective
+from fusion_upcycle.training.options import TrainingOptions
+from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
+
+
+def make_loader(
+    order: ExampleOrder, objective: Objective, options: TrainingOptions, trainer: L.Trainer
+) -> StatelessLoader:
+    """This device's examples of each step that is left."""
+    sampler = StepSampler(
+        lambda: trainer.global_step,
+        options.steps,
+        options.batch_size,
+        trainer.global_rank,
+        trainer.world_size,
+    )
+    return StatelessLoader(order, batch_sampler=sampler, collate_fn=objective.collate)
+
+
+def make_trainer(
+    options: TrainingOptions, work: Path, log: Path, callbacks: list[Callback], progress: bool
+) -> L.Trainer:
+    """Lightning's, with our checkpoints and logs.
+
+    Args:
+        work: folder of checkpoints.
+        log: folder of logs.
+    """
+    strategy: str | Strategy = options.strategy
+    world = options.devices * options.num_nodes
+    if strategy == "fsdp":
+        strategy = ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        # Weights are cast by us, which leaves in float32 what transformers keeps there.
+        precision="bf16-mixed" if options.precision == "bf16-mixed" else "32-true",
+        max_steps=options.steps,
+        max_epochs=1,
+        logger=loggers(log),
+        callbacks=[
+            *callbacks,
+            CheckpointEvery(work / "checkpoints", options.checkpoint_every),
+            *([Progress()] if progress else []),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+        default_root_dir=work,
+    )
