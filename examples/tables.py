@@ -31,6 +31,7 @@ ROOT = EXAMPLES.parent
 RESULTS = EXAMPLES / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged")
+EXPERIMENTS = ("three_domains", "vision_three_tasks")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
@@ -92,6 +93,7 @@ def train() -> str:
 
 
 def experiment(name: str) -> str:
+    """The scores of an experiment's runs, as its report has them."""
     folder = RESULTS / name
     results = read_results([folder])
     tasks = find_tasks([result for result in results if result.error is None])
@@ -126,7 +128,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": partial(overview, "results"),
     "families": partial(overview, "families"),
     "demo": demo,
-    **{name: partial(experiment, name) for name in ("three_domains",)},
+    **{name: partial(experiment, name) for name in EXPERIMENTS},
+    "step 0": partial(of_record, "studies/step0.py", RESULTS / "step0"),
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),

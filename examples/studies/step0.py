@@ -4,7 +4,7 @@ Question: by number of experts E, capacity factor C and whether weights are norm
           of the tokens does no expert take, and what does that change?
 Command:  python examples/studies/step0.py --record examples/results/step0    (1 minute)
           python examples/studies/step0.py --table examples/results/step0
-Expected: from C = 4 on nearly every token is taken; C = E is exact; see docs/vision.md.
+Expected: from C = 4 on nearly every token is taken; C = E is exact; see docs/upcycling.md.
 
 Plain copies in the last half of the layers, router logits of std 1, one draw; 2,000 test images in
 batches of 64, among whose tokens the experts choose.

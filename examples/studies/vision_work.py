@@ -43,36 +43,41 @@ def train_run(run: Run, output: Path, temporary: Path) -> dict[str, Any]:
         model = load_by_config(folder)
     parameters, per_image = facts_of(model)
     unit = facts_of(dense)[1] * RECIPE["examples"]
-    steps = max(1, round(run.share * unit / per_image / BATCH_SIZE))
+    steps = round(run.share * unit / per_image / BATCH_SIZE)
     sets = {name: fashion.in_memory(images, split) for name, split in SCORED.items()}
     before = scores(model, pixels, {"test": sets["test"][:FEW]})["test"]
-    trained = fit(
-        model,
-        pixels,
-        fashion.in_memory(images, "train"),
-        temporary,
-        examples=steps * BATCH_SIZE,
-        batch_size=BATCH_SIZE,
-        seed=run.seed,
-        **SCHEDULE | dict(run.options),
-    )
-    record, logged = trained.record, read_metrics(temporary / "log")[-1]
+    trained = {"cost": {"cpu_seconds": 0.0}}  # of the base, as it is
+    if steps:
+        trained = train(run, model, images, temporary, steps * BATCH_SIZE)
     return {
         "base": run.base or run.start,
         "parameters": parameters,
         "flops_per_image": per_image,
         "flops": TRAINING_PASSES * per_image * steps * BATCH_SIZE,
         "before": before,
-        "scores": scores(trained.model, pixels, sets),
+        "scores": scores(model, pixels, sets),
         "images": steps * BATCH_SIZE,
+    } | trained
+
+
+def train(run: Run, model: Any, images: Path, temporary: Path, examples: int) -> dict[str, Any]:
+    """Train the model in place: how, and what it took."""
+    record = fit(
+        model,
+        pixels,
+        fashion.in_memory(images, "train"),
+        temporary,
+        examples=examples,
+        batch_size=BATCH_SIZE,
+        seed=run.seed,
+        **SCHEDULE | dict(run.options),
+    ).record
+    logged = read_metrics(temporary / "log")[-1]  # of the whole training: its only entry
+    kept = ("/left_out", "/load_cv")
+    return {
         "router_learning_rate": record["router_learning_rate"],
         "router_warning": record["router_warning"],
-        # Of the whole training, as there is one entry in its log.
-        "routing": {
-            name: value
-            for name, value in logged.items()
-            if name.endswith(("/left_out", "/load_cv"))
-        },
+        "routing": {name: value for name, value in logged.items() if name.endswith(kept)},
         "cost": record["cost"],
     }
 
