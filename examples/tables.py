@@ -30,7 +30,7 @@ EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 RESULTS = EXAMPLES / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged")
+STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged", "vision")
 EXPERIMENTS = ("three_domains", "vision_three_tasks", "t5_three_tasks")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
 
@@ -139,6 +139,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     **{f"study {name}": partial(study, name) for name in STUDIES},
     "study budget, costs": partial(study, "budget", "costs"),
+    "study vision, differences": partial(study, "vision", "differences"),
+    "study vision, costs": partial(study, "vision", "costs"),
     "study growing, narrow": partial(study, "growing", "narrow"),
     "importance": partial(of_record, "importance.py", RESULTS / "importance"),
     "router": partial(growing, "router"),

@@ -13,7 +13,7 @@ import pytest
 from fusion_upcycle.report.tables import read_run_record
 
 STUDIES = Path(__file__).resolve().parents[1] / "examples" / "studies"
-NAMES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged")
+NAMES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged", "vision")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def lab() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("lab")
-        for name in ("lab", "work", "figures", *NAMES):
+        for name in ("lab", "work", "figures", "fashion", *NAMES):
             sys.modules.pop(name, None)
 
 

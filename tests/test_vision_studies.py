@@ -24,6 +24,7 @@ from fusion_upcycle.benchmark.application import config_tree
 from fusion_upcycle.benchmark.experiment import read_experiment, trial_count
 from fusion_upcycle.benchmark.preparation import prepare
 from fusion_upcycle.live.loading import load_by_config
+from fusion_upcycle.report.tables import read_run_record
 from fusion_upcycle.tables.images import load_images
 
 STUDIES = Path(__file__).resolve().parents[1] / "examples" / "studies"
@@ -150,6 +151,30 @@ def test_tasks_have_images_of_their_own_and_a_model(scripts: SimpleNamespace, ho
     base = load_by_config(home / "base")
     assert tuned.config.id2label == base.config.id2label
     assert not (tuned.classifier.weight == base.classifier.weight).all()
+
+
+def recorded() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_run_record(STUDIES / "results" / "vision")["vision"]["runs"]
+    return rows
+
+
+def test_both_arms_take_the_rate_that_was_the_best_of_equally_many_trials(
+    scripts: SimpleNamespace,
+) -> None:
+    for kind, arm in zip(("dense", "moe"), scripts.vision.ARMS, strict=False):
+        tried = {
+            row["options"]["learning_rate"]: row["scores"]["validation"]["loss_nats_per_image"]
+            for row in scripts.lab.select(recorded(), arm=arm, share=0.2, seed=1)
+        }
+        assert len(tried) == 4
+        assert min(tried, key=lambda rate: tried[rate]) == scripts.vision.RATES[kind]
+
+
+def test_budgets_are_equal_in_flops(scripts: SimpleNamespace) -> None:
+    of_dense = {r["share"]: r["flops"] for r in recorded() if r["arm"] == "dense"}
+    for row in recorded():
+        if row["share"]:
+            assert row["flops"] == pytest.approx(of_dense[row["share"]], rel=0.002), row["arm"]
 
 
 def shipped() -> dict[str, Any]:
