@@ -31,7 +31,7 @@ ROOT = EXAMPLES.parent
 RESULTS = EXAMPLES / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged", "vision")
-EXPERIMENTS = ("three_domains", "vision_three_tasks")
+EXPERIMENTS = ("three_domains", "vision_three_tasks", "t5_three_tasks")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
 
 

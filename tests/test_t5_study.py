@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_upcycle import upcycle
 from fusion_upcycle.benchmark.application import config_tree
-from fusion_upcycle.benchmark.experiment import read_experiment
+from fusion_upcycle.benchmark.experiment import read_experiment, trial_count
 from fusion_upcycle.benchmark.preparation import prepare
 from fusion_upcycle.live.loading import load_by_config
 
@@ -101,10 +101,13 @@ def test_the_experiment_is_planned_without_the_data(
     assert Path(models["vowels"]) == tasks.HOME / "models" / "vowels"
     for folder in models.values():
         Path(folder).mkdir(parents=True)  # there, and not looked into
+    experiment = read_experiment(content)
+    assert {trial_count(method) for method in experiment.methods.values()} == {0, 12}
+    for method in content["methods"].values():  # one trial of each is planned: it takes 0.1 s
+        method["trials"] = {name: values[:1] for name, values in method.get("trials", {}).items()}
     plan = prepare(read_experiment(content), tmp_path / "out")
     found = {planned.run.row: requests for planned, requests in plan}
     assert len(found) == 4 + len(content["methods"])
-    assert len(found["Task Arithmetic"]) == len(found["DARE Task Arithmetic"]) == 12
     assert found["Upcycled, hash, top-1, step 0"][0].facts["group"] == "Model Mixing"
 
 
