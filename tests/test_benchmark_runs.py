@@ -79,9 +79,12 @@ def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def sections(output: Path) -> dict[str, dict[str, Any]]:
+    """The section `benchmark` of each run that has ended: it is the last to be written."""
+    records = {path: json.loads(path.read_text()) for path in output.rglob("run_record.json")}
     return {
-        str(path.parent.relative_to(output)): json.loads(path.read_text())["benchmark"]
-        for path in output.rglob("run_record.json")
+        str(path.parent.relative_to(output)): record["benchmark"]
+        for path, record in records.items()
+        if "benchmark" in record
     }
 
 
