@@ -67,8 +67,12 @@ _BOUNDS = {
 }
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of `source`, downloading a Hub id's safetensors if need be.
+
+    Args:
+        source: folder or Hub id.
+        revision: of a Hub id; None is its main one.
 
     Raises:
         UpcyclingError: neither a folder nor a Hub id that can be reached.
@@ -87,7 +91,14 @@ def locate(source: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(source),
-                allow_patterns=["config.json", "*.safetensors", "*.index.json", *COMPANIONS],
+                revision=revision,
+                allow_patterns=[
+                    "config.json",
+                    "adapter_config.json",
+                    "*.safetensors",
+                    "*.index.json",
+                    *COMPANIONS,
+                ],
                 # Some repositories hold the same weights a second time, in their maker's layout.
                 ignore_patterns=["consolidated*", "*.bin.index.json", "*/*.safetensors"],
             )
