@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusion_upcycle.checkpoint.adapter_config import locate_model
+from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.conversion.run import prove_folder
 from fusion_upcycle.errors import UpcyclingError, unknown

@@ -58,7 +58,9 @@ def test_held_out_text_is_not_trained_on(work: ModuleType, tmp_path: Path) -> No
         found = {
             split: {
                 json.loads(line)["text"]
-                for line in (tmp_path / "texts" / f"{domain}.{split}.jsonl").read_text().splitlines()
+                for line in (tmp_path / "texts" / f"{domain}.{split}.jsonl")
+                .read_text()
+                .splitlines()
             }
             for split in ("continued", "validation", "test")
         }

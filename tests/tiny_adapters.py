@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-import transformers
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

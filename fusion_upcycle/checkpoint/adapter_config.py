@@ -1,7 +1,5 @@
 """What the `adapter_config.json` of a PEFT folder says, and whether LoRA is all that it says."""
 
-import json
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,24 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE, parse_json
-from fusion_upcycle.checkpoint.source import locate
-from fusion_upcycle.checks import is_number
+from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
+from fusion_upcycle.checkpoint.reader import parse_json
 from fusion_upcycle.errors import UpcyclingError
 
-log = logging.getLogger(__name__)
-
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 
 #: Fields that are read here, or say how the adapter was trained, not what it is.
-_KNOWN = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config "
-    "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
-    "layers_to_transform loftq_config lora_alpha lora_bias lora_dropout megatron_core "
-    "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision "
-    "runtime_config target_modules task_type use_dora use_rslora velora_config".split()
+_KNOWN = re.compile(
+    "alpha_pattern|auto_mapping|base_model_name_or_path|bias|ensure_weight_tying|eva_config"
+    "|exclude_modules|fan_in_fan_out|inference_mode|init_lora_weights|layers_pattern"
+    "|layers_to_transform|loftq_config|lora_alpha|lora_bias|lora_dropout|megatron_core"
+    "|modules_to_save|peft_type|peft_version|qalora_group_size|r|rank_pattern|revision"
+    "|runtime_config|target_modules|task_type|use_dora|use_rslora|velora_config"
 )
 #: Ways to begin that leave the base's weights alone; others train on what is left of them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -43,19 +37,6 @@ _WITHOUT_WEIGHTS = (
     "XLORA",
 )
 _MOST_RANK = 2**16
-
-
-@dataclass(frozen=True)
-class Located:
-    """Where a model is on this machine.
-
-    Attributes:
-        folder: with its config, tokenizer and weights.
-        adapter: folder of the LoRA adapter on top of them, if there is one.
-    """
-
-    folder: Path
-    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -98,58 +79,6 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.said.get("use_rslora") else rank)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no model of its own."""
-    alone = not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
-    return (folder / CONFIG_FILE).is_file() and alone
-
-
-def locate_model(source: str | Path, base: str | Path | None = None) -> Located:
-    """The local folders of a model, which may be an adapter; Hub ids are fetched.
-
-    Args:
-        source: folder or Hub id.
-        base: what an adapter is put on; None takes what its file names. Without effect for others.
-
-    Raises:
-        UpcyclingError: no such folder, an adapter of a kind that cannot be taken, or no base.
-    """
-    folder = locate(source)
-    if not is_adapter(folder):
-        return Located(folder)
-    config = read_adapter_config(folder, base)
-    named = base if base is not None else config.base
-    if named is None:
-        raise UpcyclingError(
-            f"{folder / CONFIG_FILE} does not name the model that the adapter was trained on "
-            "(base_model_name_or_path). Give it: base=FOLDER, on the command line --base FOLDER."
-        )
-    if base is not None and config.base and Path(config.base).name != Path(base).name:
-        log.warning(
-            "The adapter %s says that it was trained on %s; it is put on %s, as asked.",
-            source,
-            config.base,
-            base,
-        )
-    try:
-        at = locate(named, revision=config.revision if str(named) == config.base else None)
-    except UpcyclingError as error:
-        if base is not None:
-            raise
-        raise UpcyclingError(
-            f"The adapter {source} names its base model {named}, which is not to be had: {error} "
-            "Say where it is: base=FOLDER, on the command line --base FOLDER."
-        ) from error
-    if is_adapter(at):
-        raise UpcyclingError(
-            f"{at}, the base of the adapter {source}, is an adapter itself. Merge it first: "
-            f"{merge_command(_read(at).get('base_model_name_or_path') or 'BASE', at)}."
-        )
-    if base is None:
-        log.info("The adapter %s is put on %s, which it names.", source, named)
-    return Located(at, folder)
-
-
 def read_adapter_config(folder: Path, base: str | Path | None = None) -> AdapterConfig:
     """Check what an adapter is; nothing but plain LoRA, DoRA and whole tensors can be taken.
 
@@ -163,7 +92,7 @@ def read_adapter_config(folder: Path, base: str | Path | None = None) -> Adapter
     named = said.get("base_model_name_or_path")
     if named is not None and not (isinstance(named, str) and "\0" not in named):
         raise UpcyclingError(f"{path}: base_model_name_or_path={named!r} is no name of a model.")
-    remedy = f"Merge it with PEFT: {merge_command(base or named or 'BASE', folder)}."
+    remedy = f"Merge it with PEFT: {merge_command(folder, base)}."
     kind = said.get("peft_type")
     if kind in _WITHOUT_WEIGHTS:
         raise UpcyclingError(
@@ -174,7 +103,7 @@ def read_adapter_config(folder: Path, base: str | Path | None = None) -> Adapter
         raise UpcyclingError(f"{path}: peft_type={str(kind)[:40]!r} is not LORA. {remedy}")
     _check_files(folder, remedy)
     for name, value in said.items():
-        if name not in _KNOWN and value not in (None, False, "", [], {}):
+        if not _KNOWN.fullmatch(name) and value not in (None, False, "", [], {}):
             raise UpcyclingError(
                 f"{path}: {name}={str(value)[:60]} changes what the adapter does in a way that is "
                 f"not known here. {remedy}"
@@ -200,29 +129,6 @@ def read_adapter_config(folder: Path, base: str | Path | None = None) -> Adapter
         layers=[layers] if isinstance(layers, int) else layers or None,
         said={"r": 8, "lora_alpha": 8} | said,
     )
-
-
-def merge_command(base: str | Path, adapter: str | Path, *, kind: str | None = None) -> str:
-    """A line to paste that merges an adapter with PEFT, and what to do with the result.
-
-    Args:
-        kind: the base's class; None asks its config.json.
-    """
-    merged = f"{str(adapter).rstrip('/')}-merged"
-    return (
-        f'python -c "from transformers import {kind or _class_of(base)} as M; '
-        f"from peft import PeftModel as P; P.from_pretrained(M.from_pretrained('{base}', "
-        f"dtype='auto'), '{adapter}').merge_and_unload().save_pretrained('{merged}')\" and take "
-        f"{merged} in its place, with the tokenizer files of {base}"
-    )
-
-
-def _class_of(base: str | Path) -> str:
-    try:
-        (name,) = json.loads((Path(base) / "config.json").read_bytes())["architectures"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "AutoModelForCausalLM"
-    return name if re.fullmatch(r"\w+", str(name)) else "AutoModelForCausalLM"
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -275,7 +181,7 @@ def _check_numbers(path: Path, said: Mapping[str, Any]) -> None:
         if type(value) is not int or not 1 <= value <= _MOST_RANK:
             raise UpcyclingError(f"{path}: {name}={str(value)[:60]} is not the rank of an adapter.")
     for name, value in alphas.items():
-        if not is_number(value):
+        if type(value) not in (int, float) or not math.isfinite(value):
             raise UpcyclingError(f"{path}: {name}={str(value)[:60]} is not a number.")
     layers = said.get("layers_to_transform")
     if layers is not None and not all(

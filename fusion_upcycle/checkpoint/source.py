@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.minicpm import granite_fields
+from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
                 revision=revision,
                 allow_patterns=[
                     "config.json",
-                    "adapter_config.json",
+                    CONFIG_FILE,
                     "*.safetensors",
                     "*.index.json",
                     *COMPANIONS,
@@ -118,12 +119,12 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     """
     path = folder / "config.json"
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise UpcyclingError(
-            f"{folder} has no config.json."
-            + (" It is a PEFT adapter: merge it into its base model first." if adapter else "")
-            + " Give a Hugging Face model folder."
-        )
+        if (folder / CONFIG_FILE).is_file():
+            raise UpcyclingError(
+                f"{folder} is a PEFT adapter (no config.json), which upcycle, merge, inspect and "
+                f"verify take as it is. For others, merge it: {merge_command(folder)}."
+            )
+        raise UpcyclingError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     if (beside := folder / "adapter_config.json").is_file():
         raise UpcyclingError(
             f"{beside} is a PEFT adapter beside the model, which transformers would put on top of "

@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusion_upcycle.architectures.layout import class_name, model_class
-from fusion_upcycle.checkpoint.adapter_config import (
-    WEIGHTS_FILE,
-    Located,
-    locate_model,
-    read_adapter_config,
-)
+from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, read_adapter_config
+from fusion_upcycle.checkpoint.located import Located, locate_model
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate, read_config
 from fusion_upcycle.conversion.adapted import open_tensors, put_on
@@ -69,11 +65,6 @@ class Folders:
     def at(self, name: str) -> Located:
         """Where a source model is."""
         return Located(self.local[name], self.adapters.get(name))
-
-    def with_tokenizers(self) -> dict[str, Path]:
-        """Every folder that has, or should have, a tokenizer: an adapter's own where it has one."""
-        own = {f"{name} (its adapter)": folder for name, folder in self.adapters.items()}
-        return {**self.local, **{n: f for n, f in own.items() if (f / "tokenizer.json").is_file()}}
 
     @property
     def source(self) -> Path:

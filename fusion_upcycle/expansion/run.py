@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fusion_upcycle.architectures.moe_config import checked_config
-from fusion_upcycle.checkpoint.adapter_config import Located
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.conversion.output import Converted

@@ -4,7 +4,8 @@ import re
 from collections import Counter
 
 from fusion_upcycle.checkpoint.adapter import AdapterSource
-from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, Located, read_adapter_config
+from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, read_adapter_config
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.conversion.adapted import open_model
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.layout import class_name
-from fusion_upcycle.checkpoint.adapter_config import locate_model
+from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checkpoint.writer import plan_shards
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError

@@ -78,7 +78,7 @@ def merge_into_moe(
     merging = plan_merging(
         {name: DenseModel(*open_model(folders.at(name))) for name in folders.local}, chosen
     )
-    check_same_tokenizer(folders.with_tokenizers())
+    check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checkpoint.adapter_config import Located
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.live import live_config
