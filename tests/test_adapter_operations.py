@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from fusion_bench.modelpool import CausalLMPool
 from helpers import convert, grow, merge
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tiny import assert_same_bits, dense_folder, files_of, load, logits_of, tensors_of
-from tiny_adapters import edit_adapter, lora, merged
+from tiny_adapters import PREFIX, WEIGHTS, edit_adapter, lora, merged
 from torch import Tensor
 
 from fusion_upcycle import MoEMergingAlgorithm, SparseUpcyclingAlgorithm
@@ -77,7 +79,7 @@ def test_the_record_names_adapter_and_base_and_verify_proves_it_again(
 
 
 def test_a_base_for_what_is_no_adapter_is_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcyclingError, match="is no adapter.*Leave base out"):
+    with pytest.raises(UpcyclingError, match=r"is no adapter.*Leave base out"):
         convert(made / "base", tmp_path / "moe", base=made / "base")
 
 
@@ -110,7 +112,7 @@ def test_each_expert_alone_is_the_base_with_its_adapter(
     done = merge(given, tmp_path / "moe", shared=shared, verify="layers")
     experts = done.proof.details["experts"]
     assert experts.keys() == {"math", "code"}
-    assert all(found["max_abs"] <= 1e-12 * found["scale"] for found in experts.values())
+    assert all(found["max_abs"] <= 1e-6 * found["scale"] for found in experts.values())
     files, base = tensors_of(tmp_path / "moe"), tensors_of(made / "base")
     dense = {name: merged(made / "base", made / name).state_dict() for name in ("math", "code")}
     for index, name in enumerate(("math", "code")):
@@ -119,6 +121,10 @@ def test_each_expert_alone_is_the_base_with_its_adapter(
                 expected = dense[name][f"model.layers.{layer}.mlp.{part}.weight"]
                 # PEFT multiplies in the adapter's float32.
                 assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), (name, part)
+    pair = load_file(made / "math" / WEIGHTS)
+    a, b = (pair[f"{PREFIX}{UP.replace('weight', f'lora_{x}.weight')}"].double() for x in "AB")
+    expected = base[UP] + 8 / math.sqrt(4) * (b @ a)
+    assert torch.equal(expert(files, 1, 0)["up_proj"], expected)  # in float64, to the last bit
     for name in files:
         if "block_sparse_moe" not in name:
             states = [base] if shared == "base" else list(dense.values())
