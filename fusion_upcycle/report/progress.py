@@ -43,7 +43,7 @@ def without_load_report() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     try:
         with loading_bars(False):
             yield
