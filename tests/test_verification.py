@@ -421,25 +421,22 @@ def test_kl_and_agreement_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "streaming", "size", "resolved"),
+    ("mode", "streaming", "resolved"),
     [
-        ("auto", True, 2**20, "logits"),
-        ("auto", True, 2**40, "layers"),
-        ("auto", False, 2**40, "logits"),
-        ("layers", True, 1, "layers"),
-        ("none", True, 1, "none"),
+        ("auto", True, "layers"),
+        ("auto", False, "logits"),
+        ("logits", True, "logits"),
+        ("none", True, "none"),
     ],
 )
-def test_auto_loads_models_only_where_they_are_small_or_loaded(
-    mode: str, streaming: bool, size: int, resolved: str
-) -> None:
-    assert resolve_mode(mode, streaming=streaming, total_bytes=size) == resolved
+def test_auto_streams_but_for_models_in_memory(mode: str, streaming: bool, resolved: str) -> None:
+    assert resolve_mode(mode, streaming=streaming) == resolved
 
 
 @pytest.mark.parametrize("mode", ["", "all", True, False, None])
 def test_an_unknown_mode_is_refused(mode: Any) -> None:
     with pytest.raises(UpcyclingError, match="layers, logits, none"):
-        resolve_mode(mode, streaming=True, total_bytes=1)
+        resolve_mode(mode, streaming=True)
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:

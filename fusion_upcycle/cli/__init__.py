@@ -192,8 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         default="auto",
         metavar="HOW",
-        help="layers streams both models, logits loads them; auto is logits below 2 GiB, else "
-        "layers (default: auto)",
+        help="layers streams both models, logits loads them; auto is layers (default: auto)",
     )
     verify.add_argument("--quiet", action="store_true", help="no progress bars")
     verify.set_defaults(run=_verify)
