@@ -77,7 +77,7 @@ def add_making(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="HOW",
         help="the proof: layers streams both models, logits loads them as transformers does, none "
-        "leaves it out; auto is logits below 2 GiB, else layers (default: auto)",
+        "leaves it out; auto is layers (default: auto)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.add_argument(

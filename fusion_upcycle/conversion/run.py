@@ -5,16 +5,12 @@ to_folder(plan(...), folders)                                          # streams
 to_model(plan(...), model, verify="auto")                              # in memory
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fusion_upcycle.architectures.layout import class_name, model_class
 from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, read_adapter_config
 from fusion_upcycle.checkpoint.located import Located, locate_model
 from fusion_upcycle.checkpoint.reader import CheckpointReader
@@ -25,8 +21,8 @@ from fusion_upcycle.conversion.live import fill_live
 from fusion_upcycle.conversion.output import Converted, OutputOptions, write_output
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.live.tensors import LiveTensorsOnCPU
-from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.verification.function import Models, take_sample
+from fusion_upcycle.verification.loading import check_load_keys, load_model
 from fusion_upcycle.verification.names import check_written_config
 from fusion_upcycle.verification.proof import Proof, resolve_mode
 from fusion_upcycle.verification.tensors import check_tensors
@@ -114,7 +110,7 @@ def open_folders(
         UpcyclingError: a source that is not there, a damaged tokenizer file, an output that is
             there already or holds a source, options that are none.
     """
-    resolve_mode(verify, streaming=True, total_bytes=0)
+    resolve_mode(verify, streaming=True)
     writing = OutputOptions(overwrite, max_shard_size, progress)
     output = Path(output).expanduser().resolve()
     located = {
@@ -184,17 +180,21 @@ def _prover(
     conversion: Conversion, source: Located, mode: str, progress: bool
 ) -> Callable[[Path], Proof]:
     sample = take_sample(source.folder / "tokenizer.json", conversion.config)
-    mode = resolve_mode(mode, streaming=True, total_bytes=conversion.total_bytes)
+    mode = resolve_mode(mode, streaming=True)
     load = partial(load_model, dtype=conversion.dtype, progress=progress)
 
     def prove(result: Path) -> Proof:
+        written = _open_result(conversion, result)
+        if mode != "none":
+            check_load_keys(result)
         return conversion.prove(
-            _open_result(conversion, result),
+            written,
             mode=mode,
             sample=sample,
             models=Models(
+                # A source may be read in another family's words; a result says what it is.
                 lambda: _with_adapter(load(source.folder, conversion.source_config), source),
-                lambda: load(result, conversion.config, complete=True),
+                lambda: load(result, read_config(result)),
             ),
             progress=progress,
         )
@@ -224,7 +224,7 @@ def to_model(
         ProofError: the result is not what it claims to be.
     """
     sample = take_sample(tokenizer_file, conversion.config)
-    mode = resolve_mode(verify, streaming=False, total_bytes=conversion.total_bytes)
+    mode = resolve_mode(verify, streaming=False)
     made = fill_live(conversion, source)
     proof = conversion.prove(
         LiveTensorsOnCPU(made, conversion.architecture, conversion.specs),
@@ -256,6 +256,7 @@ def save_model(
     def prove_written(folder: Path) -> Proof:
         written = _open_result(conversion, folder)
         if proof.mode != "none":
+            check_load_keys(folder)
             check_tensors(conversion, written, progress=options.progress)
         return proof
 
@@ -269,34 +270,6 @@ def save_model(
         options=options,
         resumable=False,  # nothing tells one live model from another
     )
-
-
-def load_model(
-    folder: Path,
-    config: "PreTrainedConfig",
-    *,
-    dtype: torch.dtype,
-    progress: bool,
-    complete: bool = False,
-) -> "PreTrainedModel":
-    """Load a folder with transformers' own class for its config.
-
-    Raises:
-        ProofError: with `complete`, a tensor that transformers misses or does not expect.
-    """
-    with loading_bars(progress):
-        kind: Any = model_class(class_name(config))
-        model, info = kind.from_pretrained(
-            folder,
-            # A result must say itself what it is; a source may be read in another family's words.
-            config=read_config(folder) if complete else copy.deepcopy(config),
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if complete and info[problem]:
-            raise ProofError(f"transformers loads {folder} with {problem}: {info[problem]}")
-    return model
 
 
 def _with_adapter(model: "PreTrainedModel", source: Located) -> "PreTrainedModel":

@@ -76,7 +76,7 @@ def expand(
         new_moments: what new experts and router rows begin with there: `copy`, `reset` or `scale`
             (see `fusion_upcycle.expansion.moments`).
         verify: `layers` runs both models streaming, in float32; `logits` loads both models too;
-            `none` leaves the result unproven; `auto` is `logits` below 2 GiB, else `layers`.
+            `none` leaves the result unproven; `auto` is `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.

@@ -49,7 +49,7 @@ def merge_into_moe(
         calibration: for `router_init=prototype`: name of each model that gives experts -> its
             texts, as `fusion_upcycle.texts.documents` takes them.
         verify: `layers` streams; `logits` loads the result and takes the outputs from there;
-            `none` leaves it unproven; `auto` is `logits` below 2 GiB, else `layers`.
+            `none` leaves it unproven; `auto` is `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.

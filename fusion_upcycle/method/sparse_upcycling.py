@@ -67,7 +67,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             num_experts=num_experts, experts_per_token=experts_per_token, **given
         )
         self._check_target(self._options.target)
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:

@@ -45,7 +45,7 @@ def upcycle(
             `adapter_config.json` names.
         verify: `layers` compares each FFN with its MoE block and both models' outputs, streaming,
             in float32; `logits` loads both models; `none` leaves the result unproven; `auto` is
-            `logits` below 2 GiB, else `layers`.
+            `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
