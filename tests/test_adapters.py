@@ -21,6 +21,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -380,6 +382,13 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(
 
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, shared: Path) -> None:
     refused(adapter, "is an adapter itself. Merge it first", base=shared / "adapter")
+
+
+def test_an_adapter_of_an_moe_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=67, num_attention_heads=4, **sizes))
+    model.save_pretrained(tmp_path / "moe")
+    refused(lora(tmp_path / "moe", tmp_path / "adapter", "q_proj"), "'mixtral' model, which cannot")
 
 
 def test_values_beyond_the_bases_dtype_are_refused(tmp_path: Path) -> None:

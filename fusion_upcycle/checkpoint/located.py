@@ -87,7 +87,7 @@ def _compare_tokenizers(adapter: Path, base: Path) -> None:
     """
     own, others = _tokens(adapter), _tokens(base)
     if own and others:
-        for token in own.keys() & others.keys():
+        for token in sorted(own.keys() & others.keys()):
             if own[token] != others[token]:
                 raise UpcyclingError(
                     f"{adapter / 'tokenizer.json'} gives the token {token!r} the id {own[token]}, "

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.tensors import StateDictSource
-from fusion_upcycle.conversion.adapted import open_model
+from fusion_upcycle.conversion.adapted import adapted_tensors, open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
@@ -75,14 +76,17 @@ def merge_into_moe(
         max_shard_size=max_shard_size,
         progress=progress,
     )
-    merging = plan_merging(
-        {name: DenseModel(*open_model(folders.at(name))) for name in folders.local}, chosen
-    )
+    merging = plan_merging({name: _opened(folders.at(name)) for name in folders.local}, chosen)
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)
     return to_folder(merging, folders)
+
+
+def _opened(at: Located) -> DenseModel:
+    config, source = open_model(at)
+    return DenseModel(config, source, getattr(source, "trained", None))
 
 
 def plan_models(
@@ -103,7 +107,9 @@ def plan_models(
         UpcyclingError: models, texts or options that do not fit.
     """
     dense = {
-        name: DenseModel(live_config(model), StateDictSource(model.state_dict()))
+        name: DenseModel(
+            live_config(model), StateDictSource(model.state_dict()), adapted_tensors(model)
+        )
         for name, model in models.items()
     }
     return route(plan_merging(dense, options), texts, tokenizer_file)
