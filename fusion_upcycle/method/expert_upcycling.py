@@ -66,6 +66,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         UpcyclingError: an option that cannot be used; `run` raises it for the model.
     """
 
+    _takes_adapters = False
     # FusionBench's decorator makes an attribute of every argument.
     optimizer_state: str | None
     new_moments: str
