@@ -72,7 +72,7 @@ def plan_frame(
         try:
             architecture, source_config, resolved, config = _expressed(ours, source_config, options)
         except UpcyclingError as error:  # of no use to one who is sent here
-            raise (error if f"target={OWN}" in str(refused) else refused) from None
+            raise (error if setting("target", OWN) in str(refused) else refused) from None
         log.warning("target=auto is %s, our own class, as this does not fit: %s", OWN, refused)
     config.architectures = [architecture.target_class(source_config, config)]
     architecture = architecture.for_config(config)
