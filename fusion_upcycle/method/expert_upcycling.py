@@ -74,6 +74,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         "scores": "importance.scores",
         "metric": "importance.metric",
     }
+    _takes_adapters = False
     # FusionBench's decorator makes an attribute of every argument.
     optimizer_state: str | None
     new_moments: str
@@ -116,7 +117,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
                 f"Pass {setting('save_checkpoint', 'FOLDER')}, or "
                 f"{setting('optimizer_state', None)}."
             )
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
