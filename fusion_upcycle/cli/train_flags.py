@@ -2,13 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fusion_upcycle.cli.merge_flags import pairs
+from fusion_upcycle.cli.merge_flags import data_pairs
 from fusion_upcycle.cli.option_flags import Command, given_options
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DESCRIPTION = """\
 Train a model on, dense or Mixture-of-Experts, on what its class is made for: decoders on the next
@@ -104,10 +101,10 @@ def _train(parsed: argparse.Namespace) -> None:
         model,
         load_processor(parsed.processor or parsed.model, model),
         options,
-        data=_data(parsed, model),
+        data=_data(parsed),
         places=places,
         origin=Origin(parsed.model, upcycling_of(parsed.model)),
-        validation=_sources("--validation", parsed.validation, model) or None,
+        validation=data_pairs("--validation", parsed.validation) or None,
         optimizer_state=parsed.optimizer_state and Path(parsed.optimizer_state).expanduser(),
         clip=parsed.clip_model and ClipTexts(parsed.clip_model),
         progress=not parsed.quiet,
@@ -116,20 +113,12 @@ def _train(parsed: argparse.Namespace) -> None:
     print(f"Output: {output}")
 
 
-def _data(parsed: argparse.Namespace, model: "PreTrainedModel") -> dict[str, Any]:
+def _data(parsed: argparse.Namespace) -> dict[str, Any]:
     from fusion_upcycle.demo.texts import demo_documents
 
     if parsed.demo:
         return demo_documents("continued")
-    return _sources("--data", parsed.data, model)
-
-
-def _sources(flag: str, given: list[str], model: "PreTrainedModel") -> dict[str, Any]:
-    from fusion_upcycle.analysis.data import text_files
-
-    reads_text = model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
-    read = text_files if reads_text else str
-    return {name: read(path) for name, path in pairs(flag, given).items()}
+    return data_pairs("--data", parsed.data)
 
 
 def _say(record: dict[str, Any], unit: str) -> None:

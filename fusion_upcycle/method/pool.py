@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.files import by_name
 
 #: Keywords that FusionBench gives to every class of its configs.
 FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
@@ -98,15 +99,19 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
 def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
     """Texts by name, as `texts.documents` takes them; the shipped ones for `demo`.
 
+    A path alone goes by its own name.
+
     Raises:
         UpcyclingError: something else than a mapping or `demo`.
     """
     data = plain(data)
     if data == "demo":
         return demo_documents(split)
+    data = by_name(data)
     if data is not None and not isinstance(data, Mapping):
         raise UpcyclingError(
-            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the shipped text."
+            f"{where}={data!r} must be a mapping, {{name: file}}, a path, or demo for the shipped "
+            "text."
         )
     return None if data is None else dict(data)
 

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.files import by_name
 from fusion_upcycle.report import write_run_record
 
 if TYPE_CHECKING:
@@ -59,13 +60,16 @@ def named(given: Any, option: str, example: str) -> dict[str, Any]:
     """What an option of a task pool names: the tasks of its report.
 
     Args:
+        given: a mapping; a path alone goes by its own name.
         example: of what it must hold, for the error.
 
     Raises:
         UpcyclingError: nothing, or something with a name of the report.
     """
+    given = by_name(given)
     if not isinstance(given, Mapping) or not given:
-        raise UpcyclingError(f"taskpool.{option} is empty: name at least one {example}.")
+        said = "is empty" if not given else f"is {given!r}, which has no names"
+        raise UpcyclingError(f"taskpool.{option} {said}: name at least one {example}.")
     for name in _NOT_TASKS:
         if name in given:
             raise UpcyclingError(f"taskpool.{option}.{name} is a name of the report: rename it.")
