@@ -1,7 +1,12 @@
 """How users' mistakes are reported: what, where, what to do. Invariants of ours are `assert`."""
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from signal import Signals
 
 
 class UpcyclingError(ValueError):
@@ -14,6 +19,21 @@ class ProofError(UpcyclingError):
 
 class VersionError(UpcyclingError, ImportError):
     """A library that is installed in a version that does not work."""
+
+
+class Stopped(SystemExit):
+    """The end of the process that a signal asked for; the exit code is 128 and its number.
+
+    Attributes:
+        signal: that came.
+        said: where the work stands, in words, for standard error; empty says nothing.
+    """
+
+    def __init__(self, asked: "Signals", said: str):
+        super().__init__(128 + asked)
+        self.signal, self.said = asked, said
+        if said:
+            print(f"Stopped by {asked.name} {said}.", file=sys.stderr, flush=True)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:

@@ -63,8 +63,8 @@ def moments_reader(folder: Path) -> CheckpointReader:
     path = folder / MOMENTS_FILE
     if not path.is_file():
         raise UpcyclingError(
-            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
-            "continued_pretraining saved, or null."
+            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that was "
+            "trained with save_moments=true, or leave optimizer_state out."
         )
     reader = CheckpointReader(path.parent, file=path.name)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}

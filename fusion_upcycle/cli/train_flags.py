@@ -90,6 +90,7 @@ def _train(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.training.objectives.clip import ClipTexts
     from fusion_upcycle.training.options import make_training_options
     from fusion_upcycle.training.run import Origin, Places, train, upcycling_of
+    from fusion_upcycle.training.summary import in_one_line
 
     options = make_training_options(**given_options(parsed))
     output = Path(parsed.output).expanduser()
@@ -110,7 +111,7 @@ def _train(parsed: argparse.Namespace) -> None:
         progress=not parsed.quiet,
     )
     _say(trained.record, options.unit)
-    print(f"Output: {output}")
+    print(in_one_line(trained.record, output))
 
 
 def _data(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -122,14 +123,9 @@ def _data(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say(record: dict[str, Any], unit: str) -> None:
-    """Loss, held-out metrics and speed."""
-    final, cost = record["final"], record["cost"]
-    loss = next(name for name in final if "_nats_per_" in name)
-    print(f"{record['objective']}: {final[loss]:.4g} nats per {loss.rpartition('_')[2]} at the end")
+    """Held-out metrics and speed."""
     steps = list(record["validation"])
     for name, metrics in record["validation"][steps[-1]].items() if steps else ():
         shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         print(f"  {name}: {shown}")
-    print(
-        f"{record[f'{unit}_trained']:,} {unit}, {cost[f'{unit}_per_cpu_second']:.4g} per CPU second"
-    )
+    print(f"{record['cost'][f'{unit}_per_cpu_second']:.4g} {unit} per CPU second")

@@ -154,6 +154,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """Train a model and leave the run record."""
         from fusion_upcycle.training.objectives.clip import ClipTexts
         from fusion_upcycle.training.run import train
+        from fusion_upcycle.training.summary import in_one_line
 
         clip = None if self.clip_model is None else ClipTexts(self.clip_model, _known_classes)
         trained = train(
@@ -172,6 +173,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         if self._output is not None:
             record["output"] = str(self._output)
         self._leave(record)
+        rank_zero_only(log.info)(in_one_line(trained.record, self._output))
         return trained.model
 
     @rank_zero_only
