@@ -169,14 +169,14 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise UpcyclingError(
                 f"{path} is not a whole safetensors file: its header is cut off. Download it again."
             )
-        header = _parse_json(path, handle.read(length))
+        header = parse_json(path, handle.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise UpcyclingError(f"{path} is damaged (its metadata is no object). Download it again.")
     return header, 8 + length
 
 
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object from a file that may be damaged or hostile."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UpcyclingError(
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
         )
-    contents = _parse_json(index, index.read_bytes())
+    contents = parse_json(index, index.read_bytes())
     weight_map = contents.get("weight_map")
     # transformers itself cannot read an index without "metadata".
     if not isinstance(weight_map, dict) or "metadata" not in contents:

@@ -66,6 +66,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         UpcyclingError: an option that cannot be used; `run` raises it for the model.
     """
 
+    _takes_adapters = False
     # FusionBench's decorator makes an attribute of every argument.
     optimizer_state: str | None
     new_moments: str
@@ -107,7 +108,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
                 "optimizer_state is expanded into the folder of the result, and there is none. Set "
                 "method.save_checkpoint=FOLDER, or optimizer_state=null."
             )
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:

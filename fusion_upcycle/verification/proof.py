@@ -9,9 +9,6 @@ from fusion_upcycle.verification.function import TOLERANCE, Distance
 
 VerifyMode = Literal["auto", "layers", "logits", "none"]
 
-#: Below this size of the result, `auto` loads both models and compares their logits.
-LOGITS_BELOW_BYTES = 2 * 2**30
-
 
 @dataclass(frozen=True)
 class Findings:
@@ -79,8 +76,8 @@ def distance_in_words(found: Mapping[str, float]) -> Sequence[str]:
     return parts
 
 
-def resolve_mode(mode: str, *, streaming: bool, total_bytes: int) -> str:
-    """`auto` is `logits` for a model in memory or below 2 GiB, `layers` for a larger folder.
+def resolve_mode(mode: str, *, streaming: bool) -> str:
+    """`auto` is `layers` for a folder, and `logits` for models that are in memory anyway.
 
     Raises:
         UpcyclingError: a mode that is not known.
@@ -89,7 +86,7 @@ def resolve_mode(mode: str, *, streaming: bool, total_bytes: int) -> str:
         raise unknown("verify mode", str(mode), get_args(VerifyMode))
     if mode != "auto":
         return mode
-    return "layers" if streaming and total_bytes >= LOGITS_BELOW_BYTES else "logits"
+    return "layers" if streaming else "logits"
 
 
 def require_finite(judged: Distance) -> None:
