@@ -22,6 +22,7 @@ from fusion_upcycle.method.pool import (
     require_pretrained,
 )
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
+from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
@@ -113,6 +114,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin, upcycling_of
 
+        prepare(self._program)
         processor = self.load_processor(modelpool)
         if not isinstance(modelpool, BaseModelPool):
             return self.train(modelpool, processor, Origin(type(modelpool).__name__))
@@ -172,6 +174,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         record = {"algorithm": type(self).__name__} | trained.record
         if self._output is not None:
             record["output"] = str(self._output)
+            has_saved(self._program, self._output)
         self._leave(record)
         rank_zero_only(log.info)(in_one_line(trained.record, self._output))
         return trained.model
@@ -247,6 +250,8 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin
 
+        prepare(self._program)
+        self._second._program = self._program
         processor = self._second.load_processor(modelpool)
         moe = self._first.run(modelpool)
         assert moe is not None

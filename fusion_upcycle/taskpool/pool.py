@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.files import by_name
 from fusion_upcycle.report import write_run_record
+from fusion_upcycle.report.program import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +97,8 @@ def load_tokenizer(pool: BaseTaskPool, name: str | None) -> "PreTrainedTokenizer
 
 
 def to_device(pool: BaseTaskPool, model: "PreTrainedModel") -> None:
-    """To the program's device, where a merge left its result on the CPU."""
+    """To the program's device, where a merge left its result on the CPU; prepares the program."""
+    prepare(pool._program)
     if pool._program is not None and next(model.parameters()).device.type == "cpu":
         model.to(pool._program.fabric.device)
 
