@@ -31,6 +31,9 @@ FUNCTION_PRESERVING: set[Callable[..., Expert]] = set()
 #: Initialisers whose experts are cut from shuffled copies of the FFN.
 SHUFFLED_SHARDS: set[Callable[..., Expert]] = set()
 
+#: Initialiser -> how its options keep more of the function.
+GENTLER: dict[Callable[..., Expert], str] = {}
+
 Init = TypeVar("Init", bound=Callable[..., Expert])
 
 
@@ -46,6 +49,16 @@ def shuffling(init: Init) -> Init:
     return init
 
 
+def gentler(how: str) -> Callable[[Init], Init]:
+    """Decorator: says how the options of this initialiser keep more of the source's function."""
+
+    def add(init: Init) -> Init:
+        GENTLER[init] = how
+        return init
+
+    return add
+
+
 @EXPERT_INITS.add
 @function_preserving
 def copy(expert: Expert, generator: Generator) -> Expert:
@@ -54,6 +67,7 @@ def copy(expert: Expert, generator: Generator) -> Expert:
 
 
 @EXPERT_INITS.add
+@gentler("a smaller noise_std")
 def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> Expert:
     """`W + randn * noise_std * std(W)` for each matrix W: breaks the symmetry between copies.
 
@@ -77,6 +91,7 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
 
 
 @EXPERT_INITS.add
+@gentler("a smaller drop_ratio")
 def drop(
     expert: Expert, generator: Generator, *, drop_ratio: float = 0.5, paired: bool = True
 ) -> Expert:
@@ -138,6 +153,7 @@ def permute(expert: Expert, generator: Generator) -> Expert:
 
 
 @EXPERT_INITS.add
+@gentler("a larger kept_energy")
 def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Expert:
     """Turn the weak singular directions of each matrix, and keep the strong ones.
 
