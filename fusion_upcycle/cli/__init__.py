@@ -54,15 +54,17 @@ examples:
 """
 
 VERIFY = """\
-Prove a folder again, as when it was made: tensors bit by bit against the source, names and config
-against transformers, then the function on sample tokens. Exit status 1 if it does not hold.
+Prove a folder again, as when it was made: all files by their digests, tensors bit by bit against
+the source, names and config against transformers, then the function on sample tokens. Exit status 1
+if it does not hold.
 
-A merged folder is proven when it is made, and cannot be proven again.
+A merged folder is proven when it is made; later, --quick checks that it has not changed since.
 """
 
 VERIFY_EXAMPLES = """\
 examples:
   python -m fusion_upcycle verify ./llama-8x1b
+  python -m fusion_upcycle verify ./downloaded --quick
   python -m fusion_upcycle verify ./llama-8x1b --source /new/place/llama-1b --mode layers
 """
 
@@ -178,7 +180,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=VERIFY_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verify.add_argument("output", help="a folder made by upcycle or expand")
+    verify.add_argument("output", help="a folder of ours")
+    verify.add_argument(
+        "--quick",
+        action="store_true",
+        help="only look whether all files are as they were written: needs no source, and takes any "
+        "folder of ours, merged and trained ones too",
+    )
     verify.add_argument("--source", help="where the source is now (default: where it was)")
     verify.add_argument(
         "--mode",
@@ -237,6 +245,15 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _verify(parsed: argparse.Namespace) -> None:
-    from fusion_upcycle.verify import verify
+    from fusion_upcycle.verify import verify, verify_files
 
+    if parsed.quick:
+        count = verify_files(parsed.output, progress=not parsed.quiet)
+        if count == 0:
+            raise UpcyclingError(
+                f"{parsed.output} was made by an earlier version, which took no digests of its "
+                "files: verify it against its source, without --quick."
+            )
+        print(f"{count} files are as they were written (SHA-256).")
+        return
     print(verify(parsed.output, parsed.source, mode=parsed.mode, progress=not parsed.quiet))

@@ -8,6 +8,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from fusion_upcycle import models
+from fusion_upcycle.checkpoint.digests import seal
 from fusion_upcycle.checkpoint.moments import save_moments
 from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE, staging_folder
 from fusion_upcycle.report.card import card_text
@@ -46,10 +47,14 @@ def export(
         models.save(model, staging)
         processor.save_pretrained(staging)
         save_moments(moments, staging)
-        text = json.dumps(record, indent=2, default=str)
-        (staging / TRAINING_RECORD_FILE).write_text(text + "\n", encoding="utf-8")
         card = _model_card(output.name, objective, record)
         (staging / "README.md").write_text(card, encoding="utf-8")
+
+        def write_record(files: dict[str, str]) -> None:
+            text = json.dumps(record | {"files": files}, indent=2, default=str)
+            (staging / TRAINING_RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+
+        seal(staging, TRAINING_RECORD_FILE, write_record)
 
 
 def _model_card(name: str, objective: Objective, record: dict[str, Any]) -> str:
