@@ -199,7 +199,7 @@ def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
 
 def test_an_earlier_output_is_kept_unless_overwrite_is_given(tmp_path: Path) -> None:
     finish(tmp_path / "out", "first")
-    with pytest.raises(UpcyclingError, match="overwrite=true"):
+    with pytest.raises(UpcyclingError, match="overwrite=True"):
         finish(tmp_path / "out", "second")
     assert files_of(tmp_path) == {f"out/{RECORD_FILE}": b"first"}
 

@@ -10,7 +10,7 @@ from fusion_bench.modelpool import CausalLMPool
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.demo.texts import demo_documents
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 #: Keywords that FusionBench gives to every class of its configs.
 FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
@@ -56,8 +56,8 @@ def pooled_folder(
         if streaming and option not in _DTYPE_KEYS and value is not None:
             raise UpcyclingError(
                 f"modelpool option {option}={value!r} cannot be honoured when streaming to "
-                "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to convert "
-                "in memory."
+                "method.save_checkpoint. Remove it, or pass "
+                f"{setting('save_checkpoint', None)} to convert in memory."
             )
     dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
     return PooledFolder(source, None if dtype == "auto" else dtype)
@@ -85,7 +85,8 @@ def require_own_tokenizer(pool: BaseModelPool, sources: Collection[str]) -> None
         raise UpcyclingError(
             f"modelpool.tokenizer={tokenizer} is not the model's own ({', '.join(sources)}), whose "
             "files would be copied to method.save_checkpoint. Set modelpool.tokenizer to the "
-            "model's folder or null, or method.save_checkpoint=null to convert in memory."
+            f"model's folder or null, or pass {setting('save_checkpoint', None)} to convert in "
+            "memory."
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from fusion_upcycle.errors import ProofError, unknown
+from fusion_upcycle.errors import ProofError, setting, unknown
 from fusion_upcycle.verification.function import TOLERANCE, Distance
 
 VerifyMode = Literal["auto", "layers", "logits", "none"]
@@ -122,7 +122,8 @@ def require_finite(judged: Distance) -> None:
     if not judged.is_finite:
         raise ProofError(
             "The outputs of the result, or of its source, are not finite: a weight is, or became, "
-            "infinite or NaN. Choose another expert_init or dtype=float32, or look at the source."
+            f"infinite or NaN. Choose another {setting('expert_init')} or "
+            f"{setting('dtype', 'float32')}, or look at the source."
         )
 
 
@@ -138,5 +139,5 @@ def require_exact(judged: Distance, layers: Mapping[str, Any] | None) -> None:
         "The conversion claims to be exact and is not: NOT exact by "
         f"{judged.max_abs:.2g} of outputs up to {judged.scale:.3g} (tolerance {TOLERANCE:g} of "
         f"that; layers: {layers}). Nothing was left at the output. Please report this with the "
-        "source's config.json; verify=none writes the folder unproven."
+        f"source's config.json; {setting('verify', 'none')} writes the folder unproven."
     )
