@@ -32,7 +32,7 @@ FUNCTION_PRESERVING: set[Callable[..., Expert]] = set()
 SHUFFLED_SHARDS: set[Callable[..., Expert]] = set()
 
 #: Initialiser -> how its options keep more of the function.
-GENTLER: dict[Callable[..., Expert], str] = {}
+_GENTLER: dict[Callable[..., Expert], str] = {}
 
 Init = TypeVar("Init", bound=Callable[..., Expert])
 
@@ -53,10 +53,21 @@ def gentler(how: str) -> Callable[[Init], Init]:
     """Decorator: says how the options of this initialiser keep more of the source's function."""
 
     def add(init: Init) -> Init:
-        GENTLER[init] = how
+        _GENTLER[init] = how
         return init
 
     return add
+
+
+def gentler_choices(init: Callable[..., Expert]) -> tuple[str, ...]:
+    """What to choose in place of this initialiser to keep more of the function.
+
+    In words; options are written as `{option=value}`, see `errors.with_settings`.
+    """
+    if init in FUNCTION_PRESERVING:
+        return ()
+    how = (_GENTLER[init],) if init in _GENTLER else ()
+    return (*how, "{expert_init=copy}")
 
 
 @EXPERT_INITS.add
@@ -220,6 +231,7 @@ def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int
 
 
 @EXPERT_INITS.add
+@gentler("a smaller drop_ratio")
 @shuffling
 def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> Expert:
     """Qwen2's fine-grained experts (arXiv 2407.10671, section 2.2.2): half of each is drawn anew.

@@ -20,7 +20,7 @@ from fusion_upcycle.checks import (
     require_whole,
     told,
 )
-from fusion_upcycle.errors import UpcyclingError, setting, unknown
+from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.options import choice, config_group, make, registry
 
 if TYPE_CHECKING:
@@ -191,19 +191,15 @@ class UpcyclingOptions:
     @property
     def gentler(self) -> tuple[str, ...]:
         """What would keep more of the source's function, in words."""
-        from fusion_upcycle.expert_init import GENTLER
+        from fusion_upcycle.expert_init import gentler_choices
 
-        found = []
-        if not self.preserves_function:
-            how = GENTLER.get(bare_function(self.expert_init))  # type: ignore[arg-type]
-            found += [f"choose {how}"] if how else []
-            found.append(f"choose {setting('expert_init', 'copy')}")
+        found = [*gentler_choices(bare_function(self.expert_init))]  # type: ignore[arg-type]
         if not self.normalize_topk_prob:
-            found.append(f"choose {setting('normalize_topk_prob', True)}")
+            found.append("{normalize_topk_prob=true}")
         if self.routing == "expert_choice" and self.capacity_factor < self.num_experts:
-            found.append(f"choose a larger {setting('capacity_factor')}")
+            found.append("a larger capacity_factor")
         if self.experts_per_token % self.granularity:
-            found.append(f"choose {setting('experts_per_token', self.granularity)}")
+            found.append(f"{{experts_per_token={self.granularity}}}")
         return tuple(found)
 
     @property

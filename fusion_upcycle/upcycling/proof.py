@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.errors import ProofError
+from fusion_upcycle.errors import ProofError, without_braces
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.upcycling.taken import Taken, watch
 from fusion_upcycle.verification.function import (
@@ -117,7 +117,7 @@ def prove_upcycling(
         {
             "rounded": True if exact and rounded else None,
             "layers": layers,
-            "lost": lost,
+            "lost": None if lost is None else without_braces(lost),
             "own_dtype": None if own is None or own is judged else own.to_json(),
         },
     )

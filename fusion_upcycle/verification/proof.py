@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from fusion_upcycle.errors import ProofError, setting, unknown
+from fusion_upcycle.errors import ProofError, setting, unknown, with_settings
 from fusion_upcycle.verification.function import TOLERANCE, Distance
 
 VerifyMode = Literal["auto", "layers", "logits", "none"]
@@ -48,7 +48,8 @@ class Proof:
         function: distance of both models' outputs, computed in float32 (or float64).
         details: what the operation looks at beside that, by name.
         wall_seconds: of the proof.
-        words: all of it in a sentence.
+        words: all of it in a sentence, with options as `{option=value}`: `str` writes them as they
+            are given where the program runs.
     """
 
     mode: str
@@ -69,7 +70,7 @@ class Proof:
         return {name: value for name, value in plain.items() if value is not None}
 
     def __str__(self) -> str:
-        return self.words
+        return with_settings(self.words)
 
 
 def distance_in_words(found: Mapping[str, float]) -> Sequence[str]:
@@ -77,11 +78,14 @@ def distance_in_words(found: Mapping[str, float]) -> Sequence[str]:
     parts = [f"largest difference {found['max_abs']:.2g} of output up to {found['scale']:.3g}"]
     if "relative" in found:
         parts.append(f"relative {found['relative']:.2g}")
+    share = found.get("share_lost") or 0.0
     if "kl_nats" in found:
-        parts.append(f"KL {found['kl_nats']:.2g} nats")
+        kl = found["kl_nats"]
+        beside = f" (one answer to everything: {kl / share:.2g})" if share > 0.1 else ""
+        parts.append(f"KL {kl:.2g} nats{beside}")
         parts.append(f"arg-max agreement {found['argmax_agreement']:.1%}")
-    if found.get("share_lost") is not None and found["share_lost"] >= 0.001:
-        parts.append(f"{found['share_lost']:.1%} of what it says of the input lost")
+    elif share > 0.1:
+        parts.append(f"mean square {share:.0%} of the outputs' variance")
     return parts
 
 
@@ -108,9 +112,10 @@ def lost_in_words(remedies: Sequence[str]) -> str:
     """What to do with a result that has lost its source's function.
 
     Args:
-        remedies: options that would keep more of it.
+        remedies: options that would keep more of it; see `errors.with_settings`.
     """
-    return f"has lost the source's function: train it, or {' or '.join(remedies)}"
+    choose = f", or choose {' or '.join(remedies)}" if remedies else ""
+    return f"has lost the source's function: train it{choose}"
 
 
 def require_finite(judged: Distance) -> None:
