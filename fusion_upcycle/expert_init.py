@@ -258,7 +258,7 @@ def _directions(weight: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
         weight: the matrix that `exact` is of, as it was given.
     """
     contents = weight.contiguous().view(torch.uint8).numpy()
-    key = (blake2b(contents).digest(), weight.dtype, tuple(weight.shape))
+    key = (blake2b(contents.data).digest(), weight.dtype, tuple(weight.shape))
     if key not in _DIRECTIONS:
         if len(_DIRECTIONS) >= len(EXPERT_PARTS):
             del _DIRECTIONS[next(iter(_DIRECTIONS))]  # the oldest

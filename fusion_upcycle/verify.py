@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.checkpoint.digests import check_files
-from fusion_upcycle.checkpoint.source import locate
+from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checkpoint.staging import RECORDS, TRAINING_RECORD_FILE
 from fusion_upcycle.conversion.run import prove_folder
 from fusion_upcycle.errors import UpcyclingError, unknown
@@ -17,6 +17,7 @@ from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.upcycling import run as upcycling
+from fusion_upcycle.upcycling.run import check_base
 from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.proof import Proof
 
@@ -57,6 +58,7 @@ def verify(
     output: str | Path,
     source: str | Path | None = None,
     *,
+    base: str | Path | None = None,
     mode: str = "auto",
     progress: bool = True,
 ) -> Proof:
@@ -65,6 +67,7 @@ def verify(
     Args:
         output: folder made by `upcycle` or `expand`.
         source: where the source is now, if it has moved.
+        base: where the base model of an adapter is now, if it has moved.
         mode: `layers`, `logits` or `auto`.
         progress: show progress bars.
 
@@ -93,6 +96,8 @@ def verify(
         if not isinstance(name, str):
             raise TypeError(f"source {name!r}")
         operation = _OPERATIONS.get(method)
+        if base is None and "base" in record["source"]:
+            base = str(record["source"]["base"]["name"])
     if method == Merging.method:
         raise UpcyclingError(
             f"{output} is a merge of several models, which is proven when it is made, and only "
@@ -103,8 +108,9 @@ def verify(
     record["options"] = operation.recorded_options(options)  # refuses in its own words
     with _reading(path):
         plan = operation.replan(record)
-    folder = locate(source or name)
-    return prove_folder(plan(folder, output), folder, output, mode=mode, progress=progress)
+    at = locate_model(source or name, base)
+    check_base(at, base)
+    return prove_folder(plan(at, output), at, output, mode=mode, progress=progress)
 
 
 def _record(output: Path) -> tuple[Path, dict[str, Any]]:

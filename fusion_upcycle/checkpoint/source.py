@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.minicpm import granite_fields
+from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -67,8 +68,12 @@ _BOUNDS = {
 }
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of `source`, downloading a Hub id's safetensors if need be.
+
+    Args:
+        source: folder or Hub id.
+        revision: of a Hub id; None is its main one.
 
     Raises:
         UpcyclingError: neither a folder nor a Hub id that can be reached.
@@ -87,7 +92,14 @@ def locate(source: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(source),
-                allow_patterns=["config.json", "*.safetensors", "*.index.json", *COMPANIONS],
+                revision=revision,
+                allow_patterns=[
+                    "config.json",
+                    CONFIG_FILE,
+                    "*.safetensors",
+                    "*.index.json",
+                    *COMPANIONS,
+                ],
                 # Some repositories hold the same weights a second time, in their maker's layout.
                 ignore_patterns=["consolidated*", "*.bin.index.json", "*/*.safetensors"],
             )
@@ -107,12 +119,12 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     """
     path = folder / "config.json"
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise UpcyclingError(
-            f"{folder} has no config.json."
-            + (" It is a PEFT adapter: merge it into its base model first." if adapter else "")
-            + " Give a Hugging Face model folder."
-        )
+        if (folder / CONFIG_FILE).is_file():
+            raise UpcyclingError(
+                f"{folder} is a PEFT adapter (no config.json), which upcycle, merge, inspect and "
+                f"verify take as it is. For others, merge it: {merge_command(folder)}."
+            )
+        raise UpcyclingError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     if (beside := folder / "adapter_config.json").is_file():
         raise UpcyclingError(
             f"{beside} is a PEFT adapter beside the model, which transformers would put on top of "

@@ -8,7 +8,7 @@ from fusion_upcycle.cli.analysis_flags import add_analyze
 from fusion_upcycle.cli.benchmark_flags import add_benchmark, takes_overrides
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
-from fusion_upcycle.cli.option_flags import Command, add_making
+from fusion_upcycle.cli.option_flags import Command, add_base, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
 from fusion_upcycle.cli.spelling import flags_of
@@ -52,6 +52,7 @@ examples:
   python -m fusion_upcycle upcycle ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
   python -m fusion_upcycle upcycle ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle upcycle ./mistral-7b ./mixtral --recipe mixtral_8x7b
+  python -m fusion_upcycle upcycle ./lora-of-llama-1b ./llama-8x1b --base ./llama-1b
 """
 
 VERIFY = """\
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "source", nargs="?", help="local folder or Hugging Face Hub id (safetensors)"
     )
+    add_base(inspect)
     add_planning(inspect)
     inspect.add_argument(
         "--tokens",
@@ -166,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")
     upcycle.add_argument("output", help="folder to make; appears only when complete and proven")
+    add_base(upcycle)
     add_planning(upcycle)
     add_making(upcycle)
     upcycle.set_defaults(run=_upcycle)
@@ -190,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder of ours, merged and trained ones too",
     )
     verify.add_argument("--source", help="where the source is now (default: where it was)")
+    add_base(verify)
     verify.add_argument(
         "--mode",
         default="auto",
@@ -211,6 +215,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
     converted = upcycle(
         parsed.source,
         parsed.output,
+        base=parsed.base,
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
@@ -240,6 +245,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print_inspection(
         parsed.source,
         make_options(**planning_options(parsed)),
+        base=parsed.base,
         recipe=parsed.recipe,
         context_length=parsed.context_length,
         **given | {"tokens": given["tokens"] or given["budget_tokens"] or 100e9},
@@ -258,4 +264,12 @@ def _verify(parsed: argparse.Namespace) -> None:
             )
         print(f"{count} files are as they were written (SHA-256).")
         return
-    print(verify(parsed.output, parsed.source, mode=parsed.mode, progress=not parsed.quiet))
+    print(
+        verify(
+            parsed.output,
+            parsed.source,
+            base=parsed.base,
+            mode=parsed.mode,
+            progress=not parsed.quiet,
+        )
+    )

@@ -86,6 +86,16 @@ def add_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says what an adapter is put on."""
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="of a LoRA adapter: the model that it is put on (default: the one that its "
+        "adapter_config.json names)",
+    )
+
+
 def given_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """The options of a command's dataclass for which a flag was given."""
     given = vars(parsed)

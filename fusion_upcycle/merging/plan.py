@@ -4,7 +4,8 @@ Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several 
 everything after the plan is what sparse upcycling does.
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from fusion_upcycle.verification.names import differences, meaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
@@ -62,18 +65,25 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         _check_dtypes(models)
     first = next(iter(models.values()))
     frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
+    kept = _kept_names(frame)
+    adapters = {
+        name: trained
+        for name in experts
+        if (trained := getattr(models[name].source, "trained", None)) is not None
+    }
     models = {
         name: replace(model, source=frame.architecture.view(model.source, model.config))
         for name, model in models.items()
     }
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
-        kept=_kept_names(frame),
+        kept=kept,
         experts=experts,
         shared=[BASE] if options.shared == "base" else experts,
         dtypes={name: spec.dtype for name, spec in frame.layout.specs.items()},
         dtype=frame.dtype,
     )
+    _tell_adapters(adapters, kept, options)
     order = tuple(i for i in range(len(experts)) for _ in range(options.experts_per_model))
     plan = DuplicationPlan(dict.fromkeys(frame.resolved.moe_layers, order))
     return plan_tensors(
@@ -102,6 +112,29 @@ def _kept_names(frame: Frame) -> list[str]:
     prefix = frame.architecture.live_prefix
     layers = [prefix(frame.source_config, layer) for layer in frame.resolved.moe_layers]
     return [layer + ending for layer in layers for ending in endings]
+
+
+def _tell_adapters(
+    adapters: Mapping[str, Collection[str]], kept: Collection[str], options: MergingOptions
+) -> None:
+    """Say of which adapters something is not in the result."""
+    for name, trained in adapters.items():
+        inside = set(trained) & set(kept)
+        elsewhere = sorted({tensor.split(".")[-2] for tensor in set(trained) - inside})
+        if not inside:
+            log.warning(
+                "The adapter %s trains nothing in the FFNs of the MoE layers (only %s): its "
+                "experts are its base's own.",
+                name,
+                ", ".join(elsewhere) or "nothing",
+            )
+        if elsewhere and options.shared == "base":
+            log.warning(
+                "What the adapter %s trains outside of the FFNs (%s) is not in the result, as "
+                "shared=base; with shared=average, its share of the mean is.",
+                name,
+                ", ".join(elsewhere),
+            )
 
 
 def _check_alike(models: Mapping[str, DenseModel]) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
@@ -42,8 +41,10 @@ def merge_into_moe(
     arXiv 2403.07816), or the base model's.
 
     Args:
-        models: name -> local folder or Hugging Face Hub id (safetensors). The name `_pretrained_`
-            is that of the base model, which gives experts only if `base_expert`.
+        models: name -> local folder or Hugging Face Hub id (safetensors), of a model or a LoRA
+            adapter (PEFT). The name `_pretrained_` is that of the base model, which gives experts
+            only if `base_expert`, and which adapters are put on; without it, each is put on the
+            one that its `adapter_config.json` names.
         output: folder to make. It appears only when complete and proven.
         calibration: for `router_init=prototype`: name of each model that gives experts -> its
             texts, as `fusion_upcycle.texts.documents` takes them.
@@ -68,17 +69,14 @@ def merge_into_moe(
         models,
         output,
         main=BASE if BASE in models else None,
+        bases=dict.fromkeys(models.keys() - {BASE}, models[BASE]) if BASE in models else {},
         verify=verify,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
     )
     merging = plan_merging(
-        {
-            name: DenseModel(read_config(f), CheckpointReader(f))
-            for name, f in folders.local.items()
-        },
-        chosen,
+        {name: DenseModel(*open_model(folders.at(name))) for name in folders.local}, chosen
     )
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)

@@ -74,6 +74,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         "scores": "importance.scores",
         "metric": "importance.metric",
     }
+    _takes_adapters = False
     # FusionBench's decorator makes an attribute of every argument.
     optimizer_state: str | None
     new_moments: str

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
+from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
@@ -84,9 +85,18 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
 
+    def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
+        base = folders.get(BASE)
+        return {} if base is None else dict.fromkeys(folders.keys() - {BASE}, base.source)
+
     def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
-        local = {name: Path(folder.source).expanduser() for name, folder in folders.items()}
-        check_same_tokenizer({name: path for name, path in local.items() if path.is_dir()})
+        bases = self._bases(folders)
+        local = {
+            name: locate_model(path, bases.get(name)).folder
+            for name, folder in folders.items()
+            if (path := Path(folder.source).expanduser()).is_dir()
+        }
+        check_same_tokenizer(local)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
         expert_models(folders, self._options)
