@@ -82,9 +82,22 @@ def setting(name: str, value: Any = ...) -> str:
     return _SPELLING.get()(name, value)
 
 
+_SETTINGS = re.compile(r"\{(\w+)=(\w+)\}")
+
+
 def with_settings(text: str) -> str:
-    """A constant text with each `{option=value}` in it written as `setting` does."""
-    return re.sub(r"\{(\w+)=(\w+)\}", lambda found: setting(found[1], found[2]), text)
+    """A text with each `{option=value}` in it written as `setting` does."""
+
+    def spelled_here(found: re.Match[str]) -> str:
+        value = found[2]
+        return setting(found[1], json.loads(value) if value in ("true", "false") else value)
+
+    return re.sub(_SETTINGS, spelled_here, text)
+
+
+def without_braces(text: str) -> str:
+    """Such a text for files, which say the same wherever they were made: `option=value`."""
+    return re.sub(_SETTINGS, r"\1=\2", text)
 
 
 def spelled_in_python() -> bool:
