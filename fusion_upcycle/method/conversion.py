@@ -16,7 +16,7 @@ from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checks import AUTO, require_flag
 from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
@@ -27,6 +27,8 @@ from fusion_upcycle.method.pool import (
     require_pretrained,
     tokenizer_file,
 )
+from fusion_upcycle.method.spelling import spelled_by_maker
+from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import write_run_record
 
 if TYPE_CHECKING:
@@ -63,8 +65,8 @@ class ConversionAlgorithm(BaseAlgorithm):
         require_flag("overwrite", overwrite)
         if not self.return_model and self.save_checkpoint is None:
             raise UpcyclingError(
-                "return_model=false without save_checkpoint would throw the result away. Set "
-                "method.save_checkpoint=FOLDER."
+                "return_model=false without save_checkpoint would throw the result away. Pass "
+                f"{setting('save_checkpoint', 'FOLDER')}."
             )
         return OutputOptions(overwrite, max_shard_size)
 
@@ -84,6 +86,7 @@ class ConversionAlgorithm(BaseAlgorithm):
                 f"{self._elsewhere}"
             )
 
+    @spelled_by_maker
     def run(self, modelpool: Any) -> "PreTrainedModel | None":
         """Convert the models of a pool, or models in memory.
 
@@ -93,6 +96,7 @@ class ConversionAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: models that cannot be used; a result that cannot be proven.
         """
+        prepare(self._program)
         output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
         if output is not None:
             self._writing.check(output)
@@ -189,6 +193,7 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     def _report(self, converted: "Converted") -> None:
         log.info("Written to %s; %s", converted.output, converted.proof)
+        has_saved(self._program, converted.output)
         # What of the folder's record is of the run, and not of its files.
         folders_own = ("name", "shards", "versions", "copied_files", "proof_in_words")
         record = {k: v for k, v in converted.record.items() if k not in folders_own}

@@ -11,7 +11,7 @@ from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models
@@ -103,8 +103,8 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         dtypes = {str(folder.dtype): folder.dtype for folder in folders.values()}
         if len(dtypes) > 1 and self._options.dtype is None:
             raise UpcyclingError(
-                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). Set "
-                "method.dtype."
+                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). "
+                f"Choose one, as in {setting('dtype', 'bfloat16')}."
             )
         dtype = next(iter(dtypes.values()))
         return merge_into_moe(
@@ -123,9 +123,16 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             self._options,
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
         )
         first = next(iter(models.values()))
-        moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            merging,
+            first,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, merging, proof)
 
 

@@ -14,7 +14,8 @@ from fusion_upcycle.checkpoint.adapter_config import read_adapter_config
 from fusion_upcycle.checkpoint.located import is_adapter, locate_model
 from fusion_upcycle.conversion.adapted import open_model, put_on
 from fusion_upcycle.demo.texts import demo_documents
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.files import by_name
 from fusion_upcycle.live.loading import load_by_config
 
 #: Keywords that FusionBench gives to every class of its configs.
@@ -69,8 +70,8 @@ def pooled_folder(
         if streaming and option not in _DTYPE_KEYS and value is not None:
             raise UpcyclingError(
                 f"modelpool option {option}={value!r} cannot be honoured when streaming to "
-                "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to convert "
-                "in memory."
+                "method.save_checkpoint. Remove it, or pass "
+                f"{setting('save_checkpoint', None)} to convert in memory."
             )
     dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
     return PooledFolder(source, None if dtype == "auto" else dtype, kwargs)
@@ -141,7 +142,8 @@ def require_own_tokenizer(pool: BaseModelPool, sources: Collection[str]) -> None
         raise UpcyclingError(
             f"modelpool.tokenizer={tokenizer} is not the model's own ({', '.join(sources)}), whose "
             "files would be copied to method.save_checkpoint. Set modelpool.tokenizer to the "
-            "model's folder or null, or method.save_checkpoint=null to convert in memory."
+            f"model's folder or null, or pass {setting('save_checkpoint', None)} to convert in "
+            "memory."
         )
 
 
@@ -154,15 +156,19 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
 def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
     """Texts by name, as `texts.documents` takes them; the shipped ones for `demo`.
 
+    A path alone goes by its own name.
+
     Raises:
         UpcyclingError: something else than a mapping or `demo`.
     """
     data = plain(data)
     if data == "demo":
         return demo_documents(split)
+    data = by_name(data)
     if data is not None and not isinstance(data, Mapping):
         raise UpcyclingError(
-            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the shipped text."
+            f"{where}={data!r} must be a mapping, {{name: file}}, a path, or demo for the shipped "
+            "text."
         )
     return None if data is None else dict(data)
 

@@ -73,9 +73,9 @@ def upcycle(
     return to_folder(plan_folder(folders.at(SOURCE), chosen), folders)
 
 
-def plan_folder(source: Located, options: UpcyclingOptions) -> Upcycling:
-    """Plan the conversion of a local folder, reading its headers and config only."""
-    config, tensors = open_model(source)
+def plan_folder(source: Located | Path, options: UpcyclingOptions) -> Upcycling:
+    """Plan the conversion of a local model, reading its headers and config only."""
+    config, tensors = open_model(Located(source) if isinstance(source, Path) else source)
     return plan_upcycling(tensors, config, options)
 
 
