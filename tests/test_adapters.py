@@ -257,7 +257,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "a module that the base has not": (
         lambda t: t.update({A.replace("1.mlp", "7.mlp"): t[A], B.replace("1.mlp", "7.mlp"): t[B]}),
-        r"layers\.7\.mlp\.up_proj, which the base does not have.*base=FOLDER",
+        r"layers\.7\.mlp\.up_proj, which the base does not have.*base=\"FOLDER\"",
     ),
     "another width": (lambda t: t.update({A: torch.ones(4, 48)}), r"calls for \[4, 32\].*another"),
     "another rank": (
@@ -320,9 +320,15 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no regular expression": ({"alpha_pattern": {"(": 2}}, "no regular expression"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules=.*names of modules"),
     "layers of text": ({"layers_to_transform": "1"}, "layers_to_transform=1 must be whole"),
-    "no base": ({"base_model_name_or_path": None}, "does not name the model.*--base FOLDER"),
+    "no base": (
+        {"base_model_name_or_path": None},
+        "does not name the model.*: base=",
+    ),
     "a base of numbers": ({"base_model_name_or_path": 7}, "base_model_name_or_path=7"),
-    "a base that is gone": ({"base_model_name_or_path": "./gone"}, "not to be had.*--base FOLDER"),
+    "a base that is gone": (
+        {"base_model_name_or_path": "./gone"},
+        "not to be had.*: base=",
+    ),
 }
 
 

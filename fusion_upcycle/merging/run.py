@@ -1,7 +1,8 @@
 """MoE merging from folders to a folder and from models to a model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from fusion_upcycle.conversion.adapted import adapted_tensors, open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting, spelled_except
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
 _TOKENIZER_FIELDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
 
 
+@contextmanager
+def base_among_models() -> Iterator[None]:
+    """Within the block, errors say how the base is given to a merge: as one of its models."""
+    places = {
+        "base=": f'"{BASE}": "FOLDER" among the models',
+        "method.base=": f"modelpool.models.{BASE}=FOLDER",
+    }
+    here = setting("base", "FOLDER")  # as it is on the command line, and where it was said before
+    with spelled_except(base=next((places[p] for p in places if here.startswith(p)), here)):
+        yield
+
+
+@base_among_models()
 def merge_into_moe(
     models: Mapping[str, str | Path],
     output: str | Path,
