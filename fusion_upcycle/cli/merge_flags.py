@@ -35,8 +35,17 @@ def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
     )
     merge.add_argument("output", help="folder to make; appears only when complete and proven")
     pair = partial(merge.add_argument, action="append", default=[])
-    pair("--model", metavar="NAME=PATH", help="folder or Hub id (safetensors); once for each model")
-    merge.add_argument("--base", metavar="PATH", help="the model that they were trained from")
+    pair(
+        "--model",
+        metavar="NAME=PATH",
+        help="folder or Hub id of a model or LoRA adapter; once for each",
+    )
+    merge.add_argument(
+        "--base",
+        metavar="PATH",
+        help="the model that they were trained from, which adapters are put on (default: each on "
+        "the one that it names)",
+    )
     pair(
         "--calibration",
         metavar="NAME=PATH",

@@ -9,6 +9,7 @@ from fusion_bench.mixins import auto_register_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder
@@ -66,6 +67,8 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         self._options = make_options(
             num_experts=num_experts, experts_per_token=experts_per_token, **given
         )
+        if not isinstance(base, str | None):
+            raise UpcyclingError(f"base={base!r} must be a folder or Hub id.")
         self._check_target(self._options.target)
         resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
