@@ -2,11 +2,15 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from signal import Signals
 
 
 class UpcyclingError(ValueError):
@@ -19,6 +23,21 @@ class ProofError(UpcyclingError):
 
 class VersionError(UpcyclingError, ImportError):
     """A library that is installed in a version that does not work."""
+
+
+class Stopped(SystemExit):
+    """The end of the process that a signal asked for; the exit code is 128 and its number.
+
+    Attributes:
+        signal: that came.
+        said: where the work stands, in words, for standard error; empty says nothing.
+    """
+
+    def __init__(self, asked: "Signals", said: str):
+        super().__init__(128 + asked)
+        self.signal, self.said = asked, said
+        if said:
+            print(f"Stopped by {asked.name} {said}.", file=sys.stderr, flush=True)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:
@@ -63,9 +82,22 @@ def setting(name: str, value: Any = ...) -> str:
     return _SPELLING.get()(name, value)
 
 
+_SETTINGS = re.compile(r"\{(\w+)=(\w+)\}")
+
+
 def with_settings(text: str) -> str:
-    """A constant text with each `{option=value}` in it written as `setting` does."""
-    return re.sub(r"\{(\w+)=(\w+)\}", lambda found: setting(found[1], found[2]), text)
+    """A text with each `{option=value}` in it written as `setting` does."""
+
+    def spelled_here(found: re.Match[str]) -> str:
+        value = found[2]
+        return setting(found[1], json.loads(value) if value in ("true", "false") else value)
+
+    return re.sub(_SETTINGS, spelled_here, text)
+
+
+def without_braces(text: str) -> str:
+    """Such a text for files, which say the same wherever they were made: `option=value`."""
+    return re.sub(_SETTINGS, r"\1=\2", text)
 
 
 def spelled_in_python() -> bool:

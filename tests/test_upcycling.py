@@ -562,7 +562,7 @@ def test_a_missing_config_is_refused(source: Path) -> None:
 
 def test_an_adapter_is_refused_with_the_remedy(source: Path) -> None:
     (source / "config.json").rename(source / "adapter_config.json")
-    refused(source, "PEFT adapter: merge it")
+    refused(source, "is a PEFT adapter")
 
 
 def test_an_unknown_field_is_accepted_when_declared_without_effect(

@@ -504,6 +504,20 @@ def test_a_source_that_changed_after_the_kill_is_converted_anew(
     assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "fresh"))
 
 
+def test_a_source_replaced_after_the_kill_is_noticed_at_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dense_folder(tmp_path / "dense")
+    before = (source / "model.safetensors").stat()
+    kill(source, tmp_path / "out", monkeypatch)
+    dense_folder(source, seed=1)
+    os.utime(source / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (source / "model.safetensors").stat().st_size == before.st_size
+    upcycle(source, tmp_path / "out", **UNPROVEN)
+    upcycle(source, tmp_path / "fresh", **UNPROVEN)
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "fresh"))
+
+
 def test_a_live_model_does_not_use_the_shards_of_another_live_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

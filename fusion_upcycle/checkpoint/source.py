@@ -84,7 +84,9 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     if path.exists():
         raise UpcyclingError(f"{source} is a file. Give the folder that holds config.json.")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-        raise UpcyclingError(f"{source} does not exist, and is not a Hugging Face Hub id either.")
+        raise UpcyclingError(
+            f"{path.absolute()} does not exist, and {source} is not a Hugging Face Hub id either."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -106,7 +108,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UpcyclingError(
-            f"{source} is not a folder here, and the Hugging Face Hub did not give it: {error}"
+            f"{source} is not a folder here ({path.absolute()}), and the Hugging Face Hub did not "
+            f"give it: {error}"
         ) from error
 
 

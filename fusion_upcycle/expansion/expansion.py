@@ -221,6 +221,8 @@ class Expansion(Conversion):
                 "Growing with top-k fixed does not keep the function: the model differs from its "
                 f"source before training, by the distance above ({proof.get('reason')})."
             )
+        if "lost" in proof:
+            caveat = f"**As it is, the model {proof['lost']}.**"
         return CardWords(
             f"""A sparse Mixture-of-Experts model grown from `{source}` \
 with fusion_upcycle {version}:

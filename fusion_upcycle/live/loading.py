@@ -170,7 +170,9 @@ def _source(folder: str | Path) -> str:
     if path.is_dir():
         return str(path)
     if path.exists() or not _HUB_ID.fullmatch(str(folder)):
-        raise UpcyclingError(f"{folder} is not a folder. Give the one that holds config.json.")
+        raise UpcyclingError(
+            f"{path.absolute()} is not a folder. Give the one that holds config.json."
+        )
     return str(folder)
 
 

@@ -91,6 +91,7 @@ def plan_models(
     *,
     texts: Mapping[str, Sequence[str]],
     tokenizer_file: Path | None = None,
+    progress: bool = False,
 ) -> Merging:
     """Plan the merge of live models, for `fusion_upcycle.conversion.run.to_model`.
 
@@ -98,6 +99,7 @@ def plan_models(
         models: name -> model.
         texts: for `router_init=prototype`, model -> documents.
         tokenizer_file: `tokenizer.json` for these.
+        progress: show a bar while the models run on their texts.
 
     Raises:
         UpcyclingError: models, texts or options that do not fit.
@@ -106,7 +108,7 @@ def plan_models(
         name: DenseModel(live_config(model), StateDictSource(model.state_dict()))
         for name, model in models.items()
     }
-    return route(plan_merging(dense, options), texts, tokenizer_file)
+    return route(plan_merging(dense, options), texts, tokenizer_file, progress=progress)
 
 
 def check_same_tokenizer(folders: Mapping[str, Path]) -> None:

@@ -123,9 +123,16 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             self._options,
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
         )
         first = next(iter(models.values()))
-        moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            merging,
+            first,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, merging, proof)
 
 

@@ -88,7 +88,13 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
     ) -> InMemory:
         (dense,) = models.values()
         upcycling = plan_model(dense, self._options)
-        moe, proof = to_model(upcycling, dense, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            upcycling,
+            dense,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, upcycling, proof)
 
 
