@@ -31,6 +31,9 @@ FUNCTION_PRESERVING: set[Callable[..., Expert]] = set()
 #: Initialisers whose experts are cut from shuffled copies of the FFN.
 SHUFFLED_SHARDS: set[Callable[..., Expert]] = set()
 
+#: Initialiser -> how its options keep more of the function.
+_GENTLER: dict[Callable[..., Expert], str] = {}
+
 Init = TypeVar("Init", bound=Callable[..., Expert])
 
 
@@ -46,6 +49,27 @@ def shuffling(init: Init) -> Init:
     return init
 
 
+def gentler(how: str) -> Callable[[Init], Init]:
+    """Decorator: says how the options of this initialiser keep more of the source's function."""
+
+    def add(init: Init) -> Init:
+        _GENTLER[init] = how
+        return init
+
+    return add
+
+
+def gentler_choices(init: Callable[..., Expert]) -> tuple[str, ...]:
+    """What to choose in place of this initialiser to keep more of the function.
+
+    In words; options are written as `{option=value}`, see `errors.with_settings`.
+    """
+    if init in FUNCTION_PRESERVING:
+        return ()
+    how = (_GENTLER[init],) if init in _GENTLER else ()
+    return (*how, "{expert_init=copy}")
+
+
 @EXPERT_INITS.add
 @function_preserving
 def copy(expert: Expert, generator: Generator) -> Expert:
@@ -54,6 +78,7 @@ def copy(expert: Expert, generator: Generator) -> Expert:
 
 
 @EXPERT_INITS.add
+@gentler("a smaller noise_std")
 def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> Expert:
     """`W + randn * noise_std * std(W)` for each matrix W: breaks the symmetry between copies.
 
@@ -77,6 +102,7 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
 
 
 @EXPERT_INITS.add
+@gentler("a smaller drop_ratio")
 def drop(
     expert: Expert, generator: Generator, *, drop_ratio: float = 0.5, paired: bool = True
 ) -> Expert:
@@ -138,6 +164,7 @@ def permute(expert: Expert, generator: Generator) -> Expert:
 
 
 @EXPERT_INITS.add
+@gentler("a larger kept_energy")
 def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Expert:
     """Turn the weak singular directions of each matrix, and keep the strong ones.
 
@@ -204,6 +231,7 @@ def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int
 
 
 @EXPERT_INITS.add
+@gentler("a smaller drop_ratio")
 @shuffling
 def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> Expert:
     """Qwen2's fine-grained experts (arXiv 2407.10671, section 2.2.2): half of each is drawn anew.

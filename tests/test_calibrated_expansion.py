@@ -301,12 +301,12 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_split_of_a_plan_of_unequal_copies_names_the_remedy(
     source: Path, data: dict[str, Any]
 ) -> None:
-    match = r"layer 0 has \[2, 2, 1, 1\] places.*Choose router_extension=fit"
+    match = r"layer 0 has \[2, 2, 1, 1\] places.*Choose router_extension=.fit"
     refuses(source, match, num_experts=6, router_extension="split", **data)
     scored = {"selection": "greedy", "router_extension": "split", **data}
     refuses(source, "selection=greedy gives some more", num_experts=8, **scored)
     copies = {"selection": "random", "max_copies": 3, "router_extension": "split", **data}
-    refuses(source, r"layer 0 has \[.*Choose router_extension=fit", num_experts=8, **copies)
+    refuses(source, r"layer 0 has \[.*Choose router_extension=.fit", num_experts=8, **copies)
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -314,7 +314,7 @@ def test_split_of_plain_sigmoid_scores_names_the_remedy(
     data: dict[str, Any], tmp_path: Path
 ) -> None:
     source = byte_moe(tmp_path / "moe", "glm4_moe", norm_topk_prob=False)
-    match = r"sigmoid scores that are not divided.*Choose router_extension=fit"
+    match = r"sigmoid scores that are not divided.*Choose router_extension=.fit"
     refuses(source, match, router_extension="split", **data)
     scores = {"selection": "greedy", "max_copies": 2, "router_extension": "split"}
     refuses(source, match, **scores, **data)
@@ -374,7 +374,7 @@ def short(folder: Path) -> dict[str, str]:
 def test_what_stands_in_the_way_is_said_before_experts_are_scored(
     source: Path, data: dict[str, Any]
 ) -> None:
-    refuses(source, "Set max_copies to 4", num_experts=13, selection="greedy", **data)
+    refuses(source, "Pass max_copies=4", num_experts=13, selection="greedy", **data)
     refuses(source, "is less than the 4", num_experts=3, selection="greedy", **data)
 
 

@@ -483,7 +483,7 @@ def test_images_are_given_in_the_precision_of_the_model(family: str, tmp_path: P
     ("family", "options", "words"),
     [
         ("bert", {"objective": "causal_lm"}, "not for a BertForMaskedLM.*by masked_lm"),
-        ("gpt_neox", {"objective": "clip"}, "not for a GPTNeoX.*objective=auto"),
+        ("gpt_neox", {"objective": "clip"}, "not for a GPTNeoX.*objective=.auto"),
         ("vit", {"tokens": 99_999, "examples": None}, "image_classification is in examples"),
         ("bert", {"examples": 99, "tokens": None}, "masked_lm is in tokens"),
         ("t5", {"attention": "document"}, "attention=document is for causal_lm"),

@@ -277,7 +277,7 @@ def test_an_export_that_fails_leaves_no_folder_and_is_repeated(
     run(moe_model(), tmp_path, 6, output=tmp_path / "out")
     assert (tmp_path / "out" / "training.json").is_file()
     monkeypatch.undo()
-    with pytest.raises(UpcyclingError, match="overwrite=true"):
+    with pytest.raises(UpcyclingError, match="overwrite=True"):
         run(moe_model(), tmp_path, 6, output=tmp_path / "out")
     run(moe_model(), tmp_path, 5, output=tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 5

@@ -1,6 +1,8 @@
-"""Tiny LoRA adapters made on the spot: by PEFT itself, with random values in B."""
+"""Tiny LoRA adapters, made on the spot by PEFT itself, with every trained value random."""
 
 import json
+import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
 
 
 def live_base(base: Path) -> PreTrainedModel:
@@ -28,20 +31,23 @@ def lora(
     folder: Path,
     *targets: str,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    config: Any = None,
     **options: Any,
 ) -> Path:
-    """An adapter of `base` that PEFT makes and saves, every tensor of it random."""
+    """An adapter of `base`, saved by PEFT; of LoRA unless another config is given."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = LoraConfig(target_modules=list(targets) or ["up_proj"], **{"r": 4} | options)
-        model = get_peft_model(live_base(base), config)
+        wanted = {"r": 4, "target_modules": list(targets) or ["up_proj"]} | options
+        model = get_peft_model(live_base(base), config or LoraConfig(**wanted))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.data += (0.3 * noise).to(parameter.dtype)
-        model.to(dtype).save_pretrained(folder, save_embedding_layers=False)
+        if dtype is not None:
+            model.to(dtype)
+        model.save_pretrained(folder)
     return folder
 
 
@@ -59,6 +65,15 @@ def edit_adapter(
     if edit is not None:
         tensors = load_file(folder / WEIGHTS)
         edit(tensors)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
+        save_file({n: t.clone().contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def paste(error: object) -> None:
+    """Run the line of Python that an error says to paste."""
+    (code,) = re.findall(r'python -c "(.*?)"(?: |$)', str(error))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, {})
+    logging.getLogger("transformers").setLevel(logging.WARNING)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fusion_upcycle.checkpoint.durable import exchange, make_folder, sync, sync_tree
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 #: The file by which a folder is known to be an output of ours; holds the plan and the proof.
 RECORD_FILE = "upcycling.json"
@@ -106,7 +106,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             "it yourself."
         )
     if not overwrite:
-        raise UpcyclingError(f"{output} exists. Pass overwrite=true to replace it.")
+        raise UpcyclingError(f"{output} exists. Pass {setting('overwrite', True)} to replace it.")
 
 
 def _is_ours(folder: Path) -> bool:

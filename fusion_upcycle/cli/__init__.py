@@ -11,8 +11,9 @@ from fusion_upcycle.cli.merge_flags import add_merge
 from fusion_upcycle.cli.option_flags import Command, add_base, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
+from fusion_upcycle.cli.spelling import flags_of
 from fusion_upcycle.cli.train_flags import add_train
-from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.errors import ProofError, UpcyclingError, spelled
 from fusion_upcycle.inspection.numbers import read_count
 
 DESCRIPTION = """\
@@ -97,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = takes_overrides(given) or _parser().parse_args(given)
     try:
-        parsed.run(parsed)
+        with spelled(flags_of(getattr(parsed, "command", None))):
+            parsed.run(parsed)
     except ProofError as error:
         sys.exit(_failed(error, 1))
     except UpcyclingError as error:

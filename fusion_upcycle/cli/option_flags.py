@@ -159,5 +159,5 @@ _PARSERS = {
     "router_init": _initialiser,
     "router_extension": _initialiser,
     "moe_layers": _layers,
-    "ignore_config_fields": lambda text: text.split(","),
+    "ignore_config_fields": lambda text: text.strip("[]").replace(" ", "").split(","),
 }

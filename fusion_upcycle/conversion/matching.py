@@ -186,7 +186,7 @@ class Matching:
             raise UpcyclingError(
                 f"{self.path} changes {first} and {twin} each for itself, or one alone, and they "
                 f"are one tensor in the base ({self.at.folder}: tie_word_embeddings). Untie them: "
-                f"{self._untie(twin)} and put the adapter on {self.at.folder}-untied."
+                f"{self._untie(twin)} then put the adapter on {self.at.folder}-untied."
             )
         if twin not in self.base.specs:
             pairs.pop(twin, None)
@@ -262,7 +262,7 @@ class Matching:
             f"m = M.from_pretrained('{self.at.folder}', dtype='auto'); m.{module}.weight = "
             f"torch.nn.Parameter(m.{module}.weight.detach().clone()); "
             "m.config.tie_word_embeddings = False; "
-            f"m.save_pretrained('{self.at.folder}-untied')\", take the tokenizer files over,"
+            f"m.save_pretrained('{self.at.folder}-untied')\" and take the tokenizer files over,"
         )
 
 

@@ -15,6 +15,7 @@ from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shar
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.errors import without_braces
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.verification.proof import Proof
@@ -104,7 +105,7 @@ def write_output(
             record["copied_files"] = companions(staging)
         with Measured() as proving:
             proof = prove(staging)
-        record |= {"proof": proof.to_json(), "proof_in_words": str(proof)}
+        record |= {"proof": proof.to_json(), "proof_in_words": without_braces(proof.words)}
         (staging / "README.md").write_text(model_card(conversion, record), encoding="utf-8")
 
         def write_record(files: dict[str, str]) -> None:

@@ -306,5 +306,7 @@ def _identity(given: str | Path, at: Located, base: str | Path | None) -> dict[s
         "from_hub": not Path(given).expanduser().exists(),
         "files": {file.name: file.stat().st_size for file in reader.files},
         "modified": max(file.stat().st_mtime_ns for file in reader.files),
+        # Set by the system itself: a file replaced by one of the same size and time shows here.
+        "changed": max(file.stat().st_ctime_ns for file in reader.files),
         **below,
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.checks import dtype_name
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.experts import DuplicationPlan
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions
@@ -43,7 +43,7 @@ def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
     if len(experts) < 2:
         raise UpcyclingError(
             f"Merging needs two or more models that give experts, and there are {experts}. Give "
-            f"more, or set base_expert=true to take {BASE} as one."
+            f"more, or pass {setting('base_expert', True)} to take {BASE} as one."
         )
     return experts
 
@@ -167,5 +167,5 @@ def _check_dtypes(models: Mapping[str, DenseModel]) -> None:
         raise UpcyclingError(
             "The models have different dtypes ("
             + "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in dtypes.items())
-            + "). Choose that of the result with dtype=."
+            + f"). Choose that of the result, as in {setting('dtype', 'bfloat16')}."
         )

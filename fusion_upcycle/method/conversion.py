@@ -16,7 +16,7 @@ from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checks import AUTO, require_flag
 from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
@@ -27,6 +27,7 @@ from fusion_upcycle.method.pool import (
     require_pretrained,
     tokenizer_file,
 )
+from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import write_run_record
 
@@ -64,8 +65,8 @@ class ConversionAlgorithm(BaseAlgorithm):
         require_flag("overwrite", overwrite)
         if not self.return_model and self.save_checkpoint is None:
             raise UpcyclingError(
-                "return_model=false without save_checkpoint would throw the result away. Set "
-                "method.save_checkpoint=FOLDER."
+                "return_model=false without save_checkpoint would throw the result away. Pass "
+                f"{setting('save_checkpoint', 'FOLDER')}."
             )
         return OutputOptions(overwrite, max_shard_size)
 
@@ -85,6 +86,7 @@ class ConversionAlgorithm(BaseAlgorithm):
                 f"{self._elsewhere}"
             )
 
+    @spelled_by_maker
     def run(self, modelpool: Any) -> "PreTrainedModel | None":
         """Convert the models of a pool, or models in memory.
 

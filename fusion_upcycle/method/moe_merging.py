@@ -11,7 +11,7 @@ from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models
@@ -103,8 +103,8 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         dtypes = {str(folder.dtype): folder.dtype for folder in folders.values()}
         if len(dtypes) > 1 and self._options.dtype is None:
             raise UpcyclingError(
-                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). Set "
-                "method.dtype."
+                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). "
+                f"Choose one, as in {setting('dtype', 'bfloat16')}."
             )
         dtype = next(iter(dtypes.values()))
         return merge_into_moe(

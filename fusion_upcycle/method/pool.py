@@ -14,7 +14,7 @@ from fusion_upcycle.checkpoint.adapter_config import read_adapter_config
 from fusion_upcycle.checkpoint.located import is_adapter, locate_model
 from fusion_upcycle.conversion.adapted import open_model, put_on
 from fusion_upcycle.demo.texts import demo_documents
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.files import by_name
 from fusion_upcycle.live.loading import load_by_config
 
@@ -70,8 +70,8 @@ def pooled_folder(
         if streaming and option not in _DTYPE_KEYS and value is not None:
             raise UpcyclingError(
                 f"modelpool option {option}={value!r} cannot be honoured when streaming to "
-                "method.save_checkpoint. Remove it, or set method.save_checkpoint=null to convert "
-                "in memory."
+                "method.save_checkpoint. Remove it, or pass "
+                f"{setting('save_checkpoint', None)} to convert in memory."
             )
     dtype = next((kwargs[key] for key in _DTYPE_KEYS if kwargs.get(key)), None)
     return PooledFolder(source, None if dtype == "auto" else dtype, kwargs)
@@ -142,7 +142,8 @@ def require_own_tokenizer(pool: BaseModelPool, sources: Collection[str]) -> None
         raise UpcyclingError(
             f"modelpool.tokenizer={tokenizer} is not the model's own ({', '.join(sources)}), whose "
             "files would be copied to method.save_checkpoint. Set modelpool.tokenizer to the "
-            "model's folder or null, or method.save_checkpoint=null to convert in memory."
+            f"model's folder or null, or pass {setting('save_checkpoint', None)} to convert in "
+            "memory."
         )
 
 

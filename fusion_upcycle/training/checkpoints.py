@@ -13,7 +13,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from fusion_upcycle.checkpoint.durable import sync
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.training.stopping import Stopping
 
 #: Raised when another version of ours could not go on with what is in one.
@@ -115,8 +115,8 @@ def last_checkpoint(folder: Path, identity: dict[str, Any], key: str) -> Path | 
     if differences := list(_differences("", saved, identity)):
         raise UpcyclingError(
             f"{found[-1]} is of a run with other settings: {'; '.join(differences)}. Set them back "
-            "to go on with it, or set resume=false to start over (it will be replaced), or choose "
-            "another work_folder."
+            f"to go on with it, or pass {setting('resume', False)} to start over (it will be "
+            f"replaced), or choose another {setting('work_folder')}."
         )
     return found[-1]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fusion_upcycle.checks import AUTO, require_flag, require_list, require_number, require_whole
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.options import choice, make
 from fusion_upcycle.training.schedule import SCHEDULES, Schedule
 
@@ -195,8 +195,7 @@ class TrainingOptions:
             windows = f" windows of context_length={self.context_length}" if of_tokens else ""
             raise UpcyclingError(
                 f"{self.unit}={self.budget} is less than one step of batch_size={self.batch_size}"
-                f"{windows}: give at least "
-                f"{self.per_step}, or a smaller step."
+                f"{windows}: give {setting(self.unit, self.per_step)} or more, or a smaller step."
             )
         world = self.devices * self.num_nodes
         share = self.batch_size // world
@@ -224,8 +223,8 @@ class TrainingOptions:
         if self.bias_update_after and not self.bias_update_rate:
             raise UpcyclingError(
                 f"bias_update_after={self.bias_update_after} holds still what "
-                "bias_update_rate=0 never moves. Set bias_update_rate (0.001), or leave "
-                "bias_update_after at 0."
+                "bias_update_rate=0 never moves. Pass "
+                f"{setting('bias_update_rate', 0.001)}, or {setting('bias_update_after', 0)}."
             )
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise UpcyclingError(f"betas={self.betas!r} must be two numbers, as in [0.9, 0.95].")

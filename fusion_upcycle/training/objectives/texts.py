@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.training.data import PackedText
 from fusion_upcycle.training.options import TrainingOptions
 
@@ -91,5 +91,6 @@ def check_length(options: TrainingOptions, limit: int | None) -> None:
     if limit is not None and options.context_length > limit:
         raise UpcyclingError(
             f"context_length={options.context_length} is longer than the model's {limit} positions "
-            f"(max_position_embeddings): use at most {limit}."
+            f"(max_position_embeddings): use at most "
+            f"{setting('context_length', limit)}."
         )
