@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(
     for row in (row for rows in logs for row in rows):
         del row["tokens_per_second"]
     assert logs[0] == logs[1]  # loads of steps before the signal too
+
+
+def test_a_run_that_was_to_start_over_says_how_to_go_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with signalled(monkeypatch, 0, signal.SIGTERM).context(), pytest.raises(Stopped):
+        run(dense_model(vocab_size=257), tmp_path, 3, resume=False)
+    assert "; the same command, without resume=False goes on from" in capsys.readouterr().err
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,10 +277,8 @@ def test_a_tokenizer_without_an_end_names_the_token_that_works(
     command = ["train", str(source), "out", "--data", "a=a.txt", "--tokens", "64", *flags]
     with pytest.raises(SystemExit):
         main([*command, "--quiet"])
-    (remedy,) = re.findall(
-        r"as in (?:--separator[ =]|separator=)(\S+?)\.$", capsys.readouterr().err, re.M
-    )
-    main([*command, "--quiet", "--separator", remedy])
+    (remedy,) = re.findall(r"as in (--separator .+)\.$", capsys.readouterr().err, re.M)
+    main([*command, "--quiet", *shlex.split(remedy)])
     assert (tmp_path / "out" / "config.json").is_file()
 
 
