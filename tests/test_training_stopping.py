@@ -18,6 +18,7 @@ from test_training_run import losses
 from tiny import assert_same_bits, dense_model, load
 from tiny_training import TOKENIZER, moe_model, run
 
+from fusion_upcycle.benchmark import perform
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.cli import main
 from fusion_upcycle.errors import Stopped, UpcyclingError
@@ -208,6 +209,19 @@ def test_fusion_bench_ends_without_a_trace(
         cli_run(tmp_path / "run", *overrides)
     assert ended.value.code == 143
     assert not caplog.records
+
+
+def test_a_run_of_a_benchmark_that_was_stopped_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped(signal.SIGTERM, "")
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("runpy.run_module", stopped)
+    with pytest.raises(Stopped):
+        perform._fusion_bench([])
 
 
 # --- the clock ------------------------------------------------------------------------------------
