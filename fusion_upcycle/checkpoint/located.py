@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fusion_upcycle.checkpoint.adapter_config import read_adapter_config
 from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
-from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE, parse_json
+from fusion_upcycle.checkpoint.reader import parse_json
 from fusion_upcycle.checkpoint.source import locate
+from fusion_upcycle.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from fusion_upcycle.errors import UpcyclingError, setting
 
 log = logging.getLogger(__name__)

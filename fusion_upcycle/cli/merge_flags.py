@@ -69,10 +69,11 @@ def _merge(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
         **given_options(parsed),
     )
-    print(f"{made.proof}\nOutput: {made.output}")
+    print(made.proof, *made.notes, f"Output: {made.output}", sep="\n")
 
 
 def pairs(flag: str, texts: list[str]) -> dict[str, str]:

@@ -51,6 +51,7 @@ class Merging(Upcycling):
         experts: names of the models that give experts, in the order of the experts.
     """
 
+    relation = "merge"
     method = "MoE merging"
 
     asked: MergingOptions

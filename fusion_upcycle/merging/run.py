@@ -48,6 +48,7 @@ def merge_into_moe(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> Converted:
     """Merge dense models of one shape into a Mixture-of-Experts folder.
@@ -68,6 +69,8 @@ def merge_into_moe(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
         options: fields of `MergingOptions`: shared, base_expert, experts_per_model,
             experts_per_token, router_init, dtype, seed, ...
 
@@ -89,6 +92,7 @@ def merge_into_moe(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
     merging = plan_merging({name: _opened(folders.at(name)) for name in folders.local}, chosen)
     check_same_tokenizer(folders.local)

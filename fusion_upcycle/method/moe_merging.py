@@ -48,6 +48,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
         options: those of `fusion_upcycle.merging.options.MergingOptions`; the base model is
             `_pretrained_`. Initialisers may also be config nodes with `_target_`, and `dtype` is
             that of the pool before it is the models'.
@@ -71,6 +72,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **options: Any,
     ):
         keys, given = sort_arguments(self, options)
@@ -83,7 +85,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
         resolve_mode(verify, streaming=False)
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
     @spelled_by_maker
     def run(self, modelpool: Any) -> "PreTrainedModel | None":

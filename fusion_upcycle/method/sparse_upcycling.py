@@ -35,6 +35,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
         options: those of `fusion_upcycle.UpcyclingOptions`; initialisers may also be config nodes
             with `_target_`, and `dtype` is that of the pool before it is the source's.
 
@@ -60,6 +61,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **options: Any,
     ):
         keys, given = sort_arguments(self, options)
@@ -71,7 +73,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(f"base={base!r} must be a folder or Hub id.")
         self._check_target(self._options.target)
         resolve_mode(verify, streaming=False)
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
     def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
         return {} if self.base is None else dict.fromkeys(folders, self.base)

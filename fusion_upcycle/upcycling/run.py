@@ -29,6 +29,7 @@ def upcycle(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> Converted:
     """Turn a dense checkpoint folder into a Mixture-of-Experts folder.
@@ -49,6 +50,8 @@ def upcycle(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
         options: fields of `UpcyclingOptions`: num_experts, experts_per_token, expert_init,
             router_init, dtype, seed, ignore_config_fields.
 
@@ -68,6 +71,7 @@ def upcycle(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
     check_base(folders.at(SOURCE), base)
     return to_folder(plan_folder(folders.at(SOURCE), chosen), folders)
