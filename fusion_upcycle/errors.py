@@ -2,11 +2,15 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from signal import Signals
 
 
 class UpcyclingError(ValueError):
@@ -19,6 +23,21 @@ class ProofError(UpcyclingError):
 
 class VersionError(UpcyclingError, ImportError):
     """A library that is installed in a version that does not work."""
+
+
+class Stopped(SystemExit):
+    """The end of the process that a signal asked for; the exit code is 128 and its number.
+
+    Attributes:
+        signal: that came.
+        said: where the work stands, in words, for standard error; empty says nothing.
+    """
+
+    def __init__(self, asked: "Signals", said: str):
+        super().__init__(128 + asked)
+        self.signal, self.said = asked, said
+        if said:
+            print(f"Stopped by {asked.name} {said}.", file=sys.stderr, flush=True)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:
@@ -94,6 +113,14 @@ def spelled(how: Callable[[str, Any], str]) -> Iterator[None]:
         yield
     finally:
         _SPELLING.reset(token)
+
+
+@contextmanager
+def spelled_except(**texts: str) -> Iterator[None]:
+    """Have `setting` write some options, whatever their value, by these texts."""
+    others = _SPELLING.get()
+    with spelled(lambda name, value: texts.get(name) or others(name, value)):
+        yield
 
 
 #: Libraries that fail, or are wrong in silence, in other versions; pyproject.toml says why.

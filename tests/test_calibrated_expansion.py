@@ -374,7 +374,7 @@ def short(folder: Path) -> dict[str, str]:
 def test_what_stands_in_the_way_is_said_before_experts_are_scored(
     source: Path, data: dict[str, Any]
 ) -> None:
-    refuses(source, "Set max_copies to 4", num_experts=13, selection="greedy", **data)
+    refuses(source, "Pass max_copies=4", num_experts=13, selection="greedy", **data)
     refuses(source, "is less than the 4", num_experts=3, selection="greedy", **data)
 
 

@@ -50,7 +50,7 @@ def test_noise_is_relative_to_the_spread_of_the_router() -> None:
 
 @pytest.mark.parametrize("extension", [noise, bias])
 def test_no_noise_is_another_extension(extension: object) -> None:
-    with pytest.raises(UpcyclingError, match="router_extension=copy"):
+    with pytest.raises(UpcyclingError, match=r"router_extension=.copy"):
         extension(weight(), PLAN, generator(), noise_std=0)  # type: ignore[operator]
 
 

@@ -63,8 +63,9 @@ def moments_reader(folder: Path) -> CheckpointReader:
     path = folder / MOMENTS_FILE
     if not path.is_file():
         raise UpcyclingError(
-            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
-            f"continued_pretraining saved, or pass {setting('optimizer_state', None)}."
+            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that was "
+            f"trained with {setting('save_moments', True)}, or pass "
+            f"{setting('optimizer_state', None)}."
         )
     reader = CheckpointReader(path.parent, file=path.name)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}

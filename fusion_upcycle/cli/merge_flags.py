@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from typing import Any
 
 from fusion_upcycle.cli.option_flags import Command, add_making, given_options
 from fusion_upcycle.errors import UpcyclingError
@@ -34,12 +35,22 @@ def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
     )
     merge.add_argument("output", help="folder to make; appears only when complete and proven")
     pair = partial(merge.add_argument, action="append", default=[])
-    pair("--model", metavar="NAME=PATH", help="folder or Hub id (safetensors); once for each model")
-    merge.add_argument("--base", metavar="PATH", help="the model that they were trained from")
+    pair(
+        "--model",
+        metavar="NAME=PATH",
+        help="folder or Hub id of a model or LoRA adapter; once for each",
+    )
+    merge.add_argument(
+        "--base",
+        metavar="PATH",
+        help="the model that they were trained from, which adapters are put on (default: each on "
+        "the one that it names)",
+    )
     pair(
         "--calibration",
         metavar="NAME=PATH",
-        help="a model's own text for --router-init prototype: .txt, .jsonl or .parquet",
+        help="a model's own text for --router-init prototype: a .txt, .jsonl or .parquet file, or "
+        "a folder of such files",
     )
     merge.add_options("fusion_upcycle.merging.options:MergingOptions")
     add_making(merge)
@@ -54,7 +65,7 @@ def _merge(parsed: argparse.Namespace) -> None:
     made = merge_into_moe(
         base | pairs("--model", parsed.model),
         parsed.output,
-        calibration=pairs("--calibration", parsed.calibration),
+        calibration=data_pairs("--calibration", parsed.calibration),
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
@@ -78,3 +89,14 @@ def pairs(flag: str, texts: list[str]) -> dict[str, str]:
             raise UpcyclingError(f"{flag} {text!r} is not NAME=PATH with a name of its own.")
         found[name] = path
     return found
+
+
+def data_pairs(flag: str, texts: list[str]) -> dict[str, Any]:
+    """As `pairs`, of data: a path, or `{path: ..., column: ...}` and the like.
+
+    Raises:
+        UpcyclingError: as `pairs`; braces that hold no `key: value, ...`.
+    """
+    from fusion_upcycle.files import specification
+
+    return {name: specification(text) for name, text in pairs(flag, texts).items()}

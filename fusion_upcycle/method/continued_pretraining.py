@@ -24,6 +24,7 @@ from fusion_upcycle.method.pool import (
 )
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.method.spelling import overrides_at, spelled_by_maker
+from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
@@ -116,6 +117,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin, upcycling_of
 
+        prepare(self._program)
         processor = self.load_processor(modelpool)
         if not isinstance(modelpool, BaseModelPool):
             return self.train(modelpool, processor, Origin(type(modelpool).__name__))
@@ -157,6 +159,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """Train a model and leave the run record."""
         from fusion_upcycle.training.objectives.clip import ClipTexts
         from fusion_upcycle.training.run import train
+        from fusion_upcycle.training.summary import in_one_line
 
         clip = None if self.clip_model is None else ClipTexts(self.clip_model, _known_classes)
         trained = train(
@@ -174,7 +177,9 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         record = {"algorithm": type(self).__name__} | trained.record
         if self._output is not None:
             record["output"] = str(self._output)
+            has_saved(self._program, self._output)
         self._leave(record)
+        rank_zero_only(log.info)(in_one_line(trained.record, self._output))
         return trained.model
 
     @rank_zero_only
@@ -252,6 +257,8 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin
 
+        prepare(self._program)
+        self._second._program = self._program
         processor = self._second.load_processor(modelpool)
         with spelled(overrides_at("method.upcycling")):
             moe = self._first.run(modelpool)

@@ -29,6 +29,7 @@ from fusion_upcycle.method.pool import (
     tokenizer_file,
 )
 from fusion_upcycle.method.spelling import spelled_by_maker
+from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import write_run_record
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class ConversionAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: models that cannot be used; a result that cannot be proven.
         """
+        prepare(self._program)
         output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
         if output is not None:
             self._writing.check(output)
@@ -202,6 +204,7 @@ class ConversionAlgorithm(BaseAlgorithm):
         log.info("Written to %s; %s", converted.output, converted.proof)
         for note in converted.notes:
             log.info(note)
+        has_saved(self._program, converted.output)
         # What of the folder's record is of the run, and not of its files.
         folders_own = ("name", "shards", "versions", "copied_files", "proof_in_words")
         record = {k: v for k, v in converted.record.items() if k not in folders_own}

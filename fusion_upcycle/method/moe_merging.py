@@ -15,10 +15,16 @@ from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models
-from fusion_upcycle.merging.run import check_same_tokenizer, merge_into_moe, plan_models
+from fusion_upcycle.merging.run import (
+    base_among_models,
+    check_same_tokenizer,
+    merge_into_moe,
+    plan_models,
+)
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder, made_whole, plain
+from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification.proof import resolve_mode
 
@@ -81,6 +87,12 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
+    @spelled_by_maker
+    def run(self, modelpool: Any) -> "PreTrainedModel | None":
+        """Merge the models of a pool, or models in memory: as `ConversionAlgorithm.run`."""
+        with base_among_models():
+            return super().run(modelpool)
+
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
         return {name: made_whole(each) for name, each in dict(model).items()}
 
@@ -125,9 +137,16 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             self._options,
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
         )
         first = next(iter(models.values()))
-        moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            merging,
+            first,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, merging, proof)
 
 

@@ -16,6 +16,7 @@ from fusion_upcycle.checkpoint.located import is_adapter, locate_model
 from fusion_upcycle.conversion.adapted import open_model, put_on
 from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.files import by_name
 from fusion_upcycle.live.loading import load_by_config
 
 #: Keywords that FusionBench gives to every class of its configs.
@@ -187,15 +188,19 @@ def tokenizer_file(pool: BaseModelPool) -> Path | None:
 def named_texts(data: Any, split: str, where: str) -> dict[str, Any] | None:
     """Texts by name, as `texts.documents` takes them; the shipped ones for `demo`.
 
+    A path alone goes by its own name.
+
     Raises:
         UpcyclingError: something else than a mapping or `demo`.
     """
     data = plain(data)
     if data == "demo":
         return demo_documents(split)
+    data = by_name(data)
     if data is not None and not isinstance(data, Mapping):
         raise UpcyclingError(
-            f"{where}={data!r} must be a mapping, {{name: file}}, or demo for the shipped text."
+            f"{where}={data!r} must be a mapping, {{name: file}}, a path, or demo for the shipped "
+            "text."
         )
     return None if data is None else dict(data)
 

@@ -9,6 +9,7 @@ from fusion_bench.mixins import auto_register_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder
@@ -68,6 +69,8 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         self._options = make_options(
             num_experts=num_experts, experts_per_token=experts_per_token, **given
         )
+        if not isinstance(base, str | None):
+            raise UpcyclingError(f"base={base!r} must be a folder or Hub id.")
         self._check_target(self._options.target)
         resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
@@ -90,7 +93,13 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
     ) -> InMemory:
         (dense,) = models.values()
         upcycling = plan_model(dense, self._options)
-        moe, proof = to_model(upcycling, dense, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            upcycling,
+            dense,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, upcycling, proof)
 
 

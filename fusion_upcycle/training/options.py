@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "strategy",
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "save_moments",
     "validate_every",
 )
 
@@ -55,6 +57,8 @@ class TrainingOptions:
         attention: what a token sees: `causal`, the window up to it; `document`, its own document
             only, with positions that start again at each separator. Other objectives than
             `causal_lm` take the model's own.
+        separator: text of the token that begins each document, for texts; by default the
+            tokenizer's own that ends a sequence (`masked_lm`: that separates two).
         mixture: source of data -> weight, its share of the examples to 1/1000; by default every
             example of all sources is taken once before any comes again.
         seed: of the order of examples, of masks, and of dropout where the model has it.
@@ -100,6 +104,10 @@ class TrainingOptions:
             counts.
         checkpoint_every: steps between checkpoints, of which the last two are kept; 0 leaves it at
             the end.
+        checkpoint_minutes: minutes after which one is saved in between; 0 does not look at the
+            time. What it takes to write one (weights and moments in float32) is lost each time.
+        save_moments: whether the result's folder has AdamW's moments too (`optimizer_state`), 8
+            bytes for each trained parameter.
         validate_every: steps between validations; 0 leaves it at the end.
 
     Raises:
@@ -114,6 +122,7 @@ class TrainingOptions:
     batch_size: int = 8
     micro_batch_size: int | None = None
     attention: str = choice("causal", ATTENTIONS)
+    separator: str | None = None
     mixture: Mapping[str, float] | None = None
     seed: int = 0
     schedule: str = choice("three_phase", SCHEDULES)
@@ -140,6 +149,8 @@ class TrainingOptions:
     strategy: str = choice("auto", STRATEGIES)
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 30.0
+    save_moments: bool = False
     validate_every: int = 0
 
     def __post_init__(self) -> None:
@@ -150,7 +161,7 @@ class TrainingOptions:
                 require_whole(name, getattr(self, name), at_least=1)
         for name in ("seed", "log_every", "checkpoint_every", "validate_every"):
             require_whole(name, getattr(self, name), at_least=0)
-        for name in ("activation_checkpointing", "compile"):
+        for name in ("activation_checkpointing", "compile", "save_moments"):
             require_flag(name, getattr(self, name))
         for name, choices in (
             ("objective", OBJECTIVES),
@@ -168,6 +179,12 @@ class TrainingOptions:
                 raise unknown("group in freeze:", str(group), GROUPS)
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "betas", tuple(self.betas))
+        require_number("checkpoint_minutes", self.checkpoint_minutes)
+        if self.separator is not None and (not isinstance(self.separator, str) or self.examples):
+            raise UpcyclingError(
+                f"separator={self.separator!r} is the text of a token that begins a text, whose "
+                "budget is tokens. Leave it out for examples."
+            )
         if (self.tokens is None) == (self.examples is None):
             raise UpcyclingError(
                 f"tokens={self.tokens} and examples={self.examples}: one of the two must be given, "

@@ -11,7 +11,7 @@ from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.recorded import without_gone
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 from fusion_upcycle.upcycling.plan import plan_upcycling
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -91,8 +91,8 @@ def check_base(at: Located, base: str | Path | None) -> None:
     """
     if base is not None and at.adapter is None:
         raise UpcyclingError(
-            f"base={base} is given, and {at.folder} is no adapter (it has weights of its own). "
-            "Leave base out."
+            f"{setting('base', str(base))} is given, and {at.folder} is no adapter (it has weights "
+            f"of its own). Leave out {setting('base')}."
         )
 
 
