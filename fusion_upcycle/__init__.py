@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusion_upcycle.addition.run import add_expert
     from fusion_upcycle.expansion.live import expand_model
     from fusion_upcycle.expansion.options import ExpansionOptions
     from fusion_upcycle.expansion.run import expand
@@ -44,6 +45,7 @@ _HOME = {
     "SparseUpcyclingAlgorithm": "fusion_upcycle.method",
     "UpcycleAndTrainAlgorithm": "fusion_upcycle.method",
     "UpcyclingOptions": "fusion_upcycle.upcycling.options",
+    "add_expert": "fusion_upcycle.addition.run",
     "expand": "fusion_upcycle.expansion.run",
     "expand_model": "fusion_upcycle.expansion.live",
     "folder_importance": "fusion_upcycle.importance.run",
@@ -65,6 +67,7 @@ __all__ = [
     "SparseUpcyclingAlgorithm",
     "UpcycleAndTrainAlgorithm",
     "UpcyclingOptions",
+    "add_expert",
     "expand",
     "expand_model",
     "folder_importance",

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fusion_upcycle.addition import run as addition
+from fusion_upcycle.addition.addition import Addition
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.conversion.run import prove_folder
@@ -17,7 +19,11 @@ from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.proof import Proof
 
 #: The method of a record -> the module that plans its conversion again.
-_OPERATIONS = {Upcycling.method: upcycling, Expansion.method: expansion}
+_OPERATIONS = {
+    Upcycling.method: upcycling,
+    Expansion.method: expansion,
+    Addition.method: addition,
+}
 
 
 def verify(
@@ -30,7 +36,7 @@ def verify(
     """Prove an output folder again, against the source that its record names.
 
     Args:
-        output: folder made by `upcycle` or `expand`.
+        output: folder made by `upcycle`, `expand` or `add_expert`.
         source: where the source is now, if it has moved.
         mode: `layers`, `logits` or `auto`.
         progress: show progress bars.

@@ -4,10 +4,10 @@ Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several 
 everything after the plan is what sparse upcycling does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.checks import dtype_name
@@ -22,6 +22,9 @@ from fusion_upcycle.verification.names import differences, meaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+Made = TypeVar("Made", bound=Merging)
 
 
 def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
@@ -66,11 +69,31 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         name: replace(model, source=frame.architecture.view(model.source, model.config))
         for name, model in models.items()
     }
+    shared = [BASE] if options.shared == "base" else experts
+    return merged_tensors(frame, models, experts, shared, options, partial(Merging, models=models))
+
+
+def merged_tensors(
+    frame: Frame,
+    models: Mapping[str, DenseModel],
+    experts: Sequence[str],
+    shared: Sequence[str],
+    options: MergingOptions,
+    make: Callable[..., Made],
+) -> Made:
+    """Decide every tensor of a merge, of models that are known to fit together.
+
+    Args:
+        models: with their tensors under the names that the family goes by.
+        experts: those that give experts, in their order.
+        shared: those whose mean all else is.
+        make: of the fields of a `Merging` but its models.
+    """
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
         kept=_kept_names(frame),
         experts=experts,
-        shared=[BASE] if options.shared == "base" else experts,
+        shared=shared,
         dtypes={name: spec.dtype for name, spec in frame.layout.specs.items()},
         dtype=frame.dtype,
     )
@@ -82,10 +105,9 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         plan,
         lambda name: [own_name(model, name) for model in experts],
         partial(
-            Merging,
+            make,
             averaged=merged.averaged,
             merged=merged,
-            models=models,
             experts=experts,
             asked=options,
         ),

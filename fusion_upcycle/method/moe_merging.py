@@ -75,6 +75,11 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
+        if self._options.statistics and save_checkpoint is None:
+            raise UpcyclingError(
+                "statistics=true keeps them beside the model, and the result stays in memory. Set "
+                "method.save_checkpoint=FOLDER."
+            )
         resolve_mode(verify, streaming=False, total_bytes=0)
         self._writing = self._output_options(overwrite, max_shard_size)
 
@@ -116,7 +121,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         )
         first = next(iter(models.values()))
         moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
-        return InMemory(moe, merging, proof)
+        return InMemory(moe, merging, proof, put=merging.put_beside)
 
 
 class MixtralForCausalLMMergingAlgorithm(MoEMergingAlgorithm):
