@@ -88,4 +88,6 @@ class Addition(Merging):
     def _prove_function(
         self, result: TensorSource, *, mode: str, sample: Sample, models: Models, progress: bool
     ) -> Findings:
-        return prove_addition(self, result, sample=sample, progress=progress)
+        return prove_addition(
+            self, result, mode=mode, sample=sample, models=models, progress=progress
+        )

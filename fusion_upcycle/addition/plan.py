@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.addition.addition import Addition
 from fusion_upcycle.addition.within import DenseWithin, WithFFNs
+from fusion_upcycle.architectures.layout import file_layout
 from fusion_upcycle.architectures.weightless import WeightlessSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
@@ -44,9 +45,10 @@ def plan_addition(
         UpcyclingError: a merged model that is not what its record says, or a new one that a merge
             would refuse.
     """
-    before = _as_merged(dense_config, experts, options)
+    like = DenseModel(dense_config, _without_data(dense_config, moe))
+    before = _as_merged(like, experts, options)
     _check_model(moe, moe_config, before)
-    checked = _checked(dense_config, added, new, options)
+    checked = _checked(like, added, new, options)
     within = {name: DenseWithin(moe, before, name) for name in experts}
     rest = within[experts[0]]
     kept = [name for name in rest.specs if before.merged.keeps(name)]
@@ -69,14 +71,20 @@ def plan_addition(
     )
 
 
-def _as_merged(
-    config: "PreTrainedConfig", experts: Sequence[str], options: MergingOptions
-) -> Merging:
-    """The merge that made the model, of models without data."""
+def _without_data(config: "PreTrainedConfig", moe: TensorSource) -> WeightlessSource:
+    """Tensors of a dense model within this one; a T5 may have a head of its own, tied or not."""
     source = WeightlessSource(config)
-    names = [BASE, *(name for name in experts if name != BASE)]
+    for name, twin in file_layout(config).tied.items():
+        source.specs.pop(name, None)
+        if name in moe.specs:
+            source.specs[name] = source.specs[twin]
+    return source
+
+
+def _as_merged(like: DenseModel, experts: Sequence[str], options: MergingOptions) -> Merging:
+    """The merge that made the model, of models without data."""
     return plan_merging(
-        {name: DenseModel(config, source) for name in names},
+        dict.fromkeys(experts if BASE in experts else [BASE, *experts], like),
         replace(options, shared="base", base_expert=BASE in experts),
     )
 
@@ -100,11 +108,6 @@ def _check_model(moe: TensorSource, config: "PreTrainedConfig", merging: Merging
         )
 
 
-def _checked(
-    config: "PreTrainedConfig", added: str, new: DenseModel, options: MergingOptions
-) -> Merging:
+def _checked(like: DenseModel, added: str, new: DenseModel, options: MergingOptions) -> Merging:
     """The merge of the new model alone with its like: what stands in its way is said as there."""
-    like = DenseModel(config, WeightlessSource(config))
-    return plan_merging(
-        {BASE: like, added: new}, replace(options, shared="base", base_expert=True)
-    )
+    return plan_merging({BASE: like, added: new}, replace(options, shared="base", base_expert=True))

@@ -14,9 +14,10 @@ import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
+from fusion_upcycle.merging.proof import outputs_of
 from fusion_upcycle.report.progress import progress_bar
-from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
-from fusion_upcycle.verification.function import Sample, distance, output_of
+from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense
+from fusion_upcycle.verification.function import Models, Sample, distance, output_of
 from fusion_upcycle.verification.proof import Findings, require_exact
 from fusion_upcycle.verification.streamed_model import streamed_model
 from fusion_upcycle.verification.tensors import same_bits
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
 
 def prove_addition(
-    addition: "Addition", result: TensorSource, *, sample: Sample, progress: bool = False
+    addition: "Addition",
+    result: TensorSource,
+    *,
+    mode: str,
+    sample: Sample,
+    models: Models,
+    progress: bool = False,
 ) -> Findings:
     """Find the model within the result, and prove the new expert.
 
@@ -45,7 +52,7 @@ def prove_addition(
         progress=progress,
     )
     require_exact(found, layers)
-    sources = _distances(addition, result, sample)
+    sources = _distances(addition, result, sample, models if mode == "logits" else None)
     far = [f"{name} {_in_words(away)}" for name, away in sources.items()]
     return Findings(
         f"the {kept} tensors of the model but its routers are the result's, bit for bit, and the "
@@ -92,18 +99,20 @@ def check_kept(addition: "Addition", result: TensorSource, *, progress: bool = F
 
 @torch.inference_mode()
 def _distances(
-    addition: "Addition", result: TensorSource, sample: Sample
+    addition: "Addition", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the result's outputs are from those of the model, and of the new model itself."""
     compute = torch.promote_types(addition.dtype, torch.float32)
-    outputs, is_logits = output_of(streamed_moe(addition, result), sample.inputs)
+    outputs, is_logits = outputs_of(addition, result, sample, models)
     family = addition.architecture.for_config(addition.moe_config)
     before = {
         "model": streamed_model(addition.moe_config, addition.moe, family, None, compute),
         addition.added: streamed_dense(addition, addition.models[addition.added].source),
     }
     return {
-        name: distance(output_of(model, sample.inputs)[0], outputs, logits=is_logits).to_json()
+        name: distance(
+            output_of(model, sample.inputs)[0], outputs.cpu(), logits=is_logits
+        ).to_json()
         for name, model in before.items()
     }
 

@@ -57,7 +57,7 @@ def add_expert(
         output: folder to make. It appears only when complete and proven.
         data: texts of the new model, as `fusion_upcycle.texts.documents` takes them.
         name: of the new model; by default that of its folder.
-        verify: `layers` or `none`; all others are `layers` here: neither model is loaded.
+        verify: as `merge_into_moe` takes it.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
@@ -251,7 +251,8 @@ def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Addition]:
         for layer, seen in known.items():
             if not torch.equal(held[layer].means_ND[:-1], seen.means_ND):
                 raise ProofError(
-                    f"The statistics of {output} do not begin with those of {source}, layer {layer}."
+                    f"The statistics of {output} do not begin with those of {source} (layer "
+                    f"{layer})."
                 )
         if not follows(addition, reader, held):
             raise ProofError(f"The router of {output} is not what its statistics give.")

@@ -107,7 +107,7 @@ def router_moments(
         known: what it sees of the models that are not run again, with room for those that are.
     """
     layers, size = merging.resolved.moe_layers, merging.resolved.hidden_size
-    moments = dict(known or {l: Moments.empty(len(merging.experts), size) for l in layers})
+    moments = dict(known or {x: Moments.empty(len(merging.experts), size) for x in layers})
     total = sum(len(ids_WT) for ids_WT in windows.ids.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
         for model in merging.calibrated:
