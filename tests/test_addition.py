@@ -190,12 +190,28 @@ def test_each_text_goes_to_its_own_expert(made: dict[str, Path], tmp_path: Path)
         assert seen.pop().eq(expert).float().mean() > 0.9, name
 
 
-def test_the_base_may_be_an_expert(tmp_path: Path) -> None:
+def test_a_file_may_hold_what_it_does_not_need(tmp_path: Path) -> None:
+    models = speakers(tmp_path, tie_word_embeddings=True)
+    merged(models, tmp_path / "moe", "one", "two")
+    merged(models, tmp_path / "all", "one", "two", "three")
+
+    def hold_twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    edit_tensors(models["three"], hold_twice)
+    add(tmp_path / "moe", models["three"], tmp_path / "out", data=text_of(models, "three"))
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "all"))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_base_may_be_an_expert(last: bool, tmp_path: Path) -> None:
     models = speakers(tmp_path)
     (models[BASE] / "text.txt").write_text("---- ++++ " * 300)
     for folder, names in (("moe", ["one"]), ("all", ["one", "three"])):
+        order = ["one", BASE, *names[1:]] if last else [BASE, *names]
         merge(
-            {BASE: models[BASE]} | {name: models[name] for name in names},
+            {name: models[name] for name in order},
             tmp_path / folder,
             shared="base",
             base_expert=True,
