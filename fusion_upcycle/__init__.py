@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fusion_upcycle.merging.run import merge_into_moe
     from fusion_upcycle.method import (
         ContinuedPretrainingAlgorithm,
+        ExpertAdditionAlgorithm,
         ExpertUpcyclingAlgorithm,
         MixtralForCausalLMMergingAlgorithm,
         MixtralForCausalLMUpscalingAlgorithm,
@@ -36,6 +37,7 @@ _HOME = {
     "DuplicationPlan": "fusion_upcycle.experts",
     "ExpansionOptions": "fusion_upcycle.expansion.options",
     "Expert": "fusion_upcycle.experts",
+    "ExpertAdditionAlgorithm": "fusion_upcycle.method",
     "ExpertUpcyclingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMMergingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMUpscalingAlgorithm": "fusion_upcycle.method",
@@ -58,6 +60,7 @@ __all__ = [
     "DuplicationPlan",
     "ExpansionOptions",
     "Expert",
+    "ExpertAdditionAlgorithm",
     "ExpertUpcyclingAlgorithm",
     "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",

@@ -60,7 +60,9 @@ def prototype(
     """Router rows [N, D] by contrast: a model's mean router input minus the mean over all models.
 
     Whitened, this is the ridge regression from router inputs to "these are texts of model n", the
-    linear discriminant; plain means let a few directions with large variance decide.
+    linear discriminant; plain means let a few directions with large variance decide. DUME
+    (arXiv 2603.29765) found the same router independently. Its bias and rows of unit length made
+    no difference here (examples/prototypes.py), and routers of these families have no bias.
 
     Args:
         moments: of the layer.
