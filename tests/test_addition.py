@@ -10,6 +10,7 @@ import torch
 from helpers import merge
 from test_families import MATRIX
 from test_method import run
+from test_plugin import compose
 from tiny import assert_same_bits, edit_tensors, load, logits_of, tensors_of
 from tiny_merges import STATISTICS, TEXTS, add, merged, speakers, statistics_of, text_of, with_merge
 
@@ -187,13 +188,16 @@ def test_a_run_of_fusion_bench_adds_an_expert(
         "method=expert_addition",
         f"method.data={text_of(made, 'three')}",
         f"method.save_checkpoint={tmp_path / 'out'}",
-        "modelpool=CausalLMPool/folders",
+        f"modelpool.models._pretrained_={made['moe']}",
+        f"+modelpool.models.three={made['three']}",
         f"modelpool.tokenizer={made['moe']}",
-        f"++modelpool.models={{_pretrained_: {made['moe']}, three: {made['three']}}}",
     )
     add(made["moe"], made["three"], tmp_path / "same", data=text_of(made, "three"))
     assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "same"))
     assert found["merged_model"].config.num_local_experts == 3
+    config = ExpertAdditionAlgorithm("x.txt", "out").config
+    shown = compose("method=expert_addition", "method.data=x.txt", "method.save_checkpoint=out")
+    assert {**config} == {**shown.method}
     with pytest.raises(UpcyclingError, match="names the folders of both models"):
         models = {BASE: load(made["moe"]), "three": load(made["three"])}
         ExpertAdditionAlgorithm("x.txt", str(tmp_path / "live")).run(models)

@@ -41,8 +41,8 @@ class MergingOptions:
         router_init: initialiser of the router's rows. `prototype` looks at each model's own texts,
             and works at once; the others are there to be trained.
         calibration_tokens: of each model's own texts that `prototype` looks at, 256 or more.
-        statistics: keep what the prototype router was made of beside the model, one D x D matrix
-            per MoE layer, so that `add-expert` needs the new model's texts only.
+        statistics: keep what the prototype router was made of, a D x D matrix per MoE layer, beside
+            the model, for `add-expert`.
         experts_per_token, target, moe_layers, normalize_topk_prob, expert_init, dtype, seed,
         ignore_config_fields: as in `UpcyclingOptions`.
 
