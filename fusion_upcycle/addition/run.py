@@ -10,12 +10,14 @@ import torch
 
 from fusion_upcycle.addition.addition import MODEL, Addition
 from fusion_upcycle.addition.plan import plan_addition
+from fusion_upcycle.checkpoint.located import Located, locate_model
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
+from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
-from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.errors import ProofError, UpcyclingError, setting
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.merging import DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
@@ -23,6 +25,7 @@ from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.merging.run import check_same_tokenizer
 from fusion_upcycle.merging.statistics import STATISTICS_FOLDER, read_statistics
 from fusion_upcycle.texts.documents import load_documents
+from fusion_upcycle.upcycling.run import check_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +42,7 @@ def add_expert(
     *,
     data: Any,
     name: str | None = None,
+    base: str | Path | None = None,
     verify: str = "auto",
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
@@ -53,10 +57,12 @@ def add_expert(
 
     Args:
         model: folder of the merged model.
-        fine_tune: local folder or Hugging Face Hub id of the new model (safetensors).
+        fine_tune: local folder or Hugging Face Hub id of the new model (safetensors), or of a LoRA
+            adapter.
         output: folder to make. It appears only when complete and proven.
         data: texts of the new model, as `fusion_upcycle.texts.documents` takes them.
         name: of the new model; by default that of its folder.
+        base: of an adapter, the model that it is put on; by default the one that its file names.
         verify: as `merge_into_moe` takes it.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
@@ -76,12 +82,14 @@ def add_expert(
         {MODEL: model, added: fine_tune},
         output,
         main=MODEL,
+        bases={} if base is None else {added: base},
         verify=verify,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
     )
-    addition = merged.plan(added, folders.local[added])
+    check_base(folders.at(added), base)
+    addition = merged.plan(added, folders.at(added))
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(addition.config)
     known = merged.statistics(addition)
@@ -119,12 +127,12 @@ class Merged:
         if not added or added in (*self.experts, MODEL):
             raise UpcyclingError(
                 f"name={added!r} is not a name of its own: {self.folder} has experts of "
-                f"{', '.join(self.experts)}, and {MODEL!r} is this model itself. Give the new one "
-                "another name."
+                f"{', '.join(self.experts)}, and {MODEL!r} is this model itself. Give the new "
+                f"another one, as in {setting('name', f'{added or MODEL}_2')}."
             )
         return added
 
-    def plan(self, added: str, fine_tune: Path) -> Addition:
+    def plan(self, added: str, fine_tune: Located) -> Addition:
         """Plan one more expert, reading headers and configs only."""
         return plan_addition(
             CheckpointReader(self.folder),
@@ -132,7 +140,7 @@ class Merged:
             self._dense_config(),
             self.experts,
             added,
-            DenseModel(read_config(fine_tune), CheckpointReader(fine_tune)),
+            DenseModel(*open_model(fine_tune)),
             self.options,
         )
 
@@ -161,6 +169,9 @@ class Merged:
         return read_config(self.folder / STATISTICS_FOLDER)
 
 
+_WHAT = "An expert is added to the folder of a merge that keeps router statistics, see docs/merging.md."
+
+
 def read_merged(folder: Path) -> Merged:
     """A merged model, by its record.
 
@@ -170,8 +181,7 @@ def read_merged(folder: Path) -> Merged:
     path = folder / RECORD_FILE
     if not path.is_file():
         raise UpcyclingError(
-            f"{folder} has no {RECORD_FILE}: it is not the folder of a merged model. An expert is "
-            "added to what `merge` made with statistics=true."
+            f"{folder} has no {RECORD_FILE}: it is not the folder of a merged model. {_WHAT}"
         )
     try:
         record = json.loads(path.read_bytes())
@@ -182,12 +192,12 @@ def read_merged(folder: Path) -> Merged:
         raise UpcyclingError(f"{path} cannot be used: {error!r}. Copy the folder again.") from error
     if method != Merging.method:
         raise UpcyclingError(
-            f"{folder} was made by {method}, and an expert is added to what `merge` made with "
-            "statistics=true."
+            f"{folder} was made by {method}, not merged. {_WHAT}"
         )
     raise UpcyclingError(
         f"{folder} was merged without router statistics, so that nothing is known of what its "
-        "routers saw. Merge again with router_init=prototype, calibration and statistics=true."
+        f"routers saw. Merge again, with {setting('router_init', 'prototype')}, "
+        f"{setting('calibration')} and {setting('statistics', True)}."
     )
 
 
@@ -218,8 +228,8 @@ def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Addition]:
-    """From a record, a function (folder of the model, output folder) that plans it again.
+def replan(record: Mapping[str, Any]) -> Callable[[Located, Path], Addition]:
+    """From a record, a function (merged model, output folder) that plans it again.
 
     The router's rows are taken as they stand in the output, and must be what its statistics give,
     which in turn must begin with those of the model.
@@ -229,16 +239,18 @@ def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Addition]:
         ProofError: the function, for an output whose router or statistics are not its own.
     """
     added, experts = record["added"], list(record["experts"])
-    fine_tune = record["sources"][added]["name"]
+    new = record["sources"][added]
+    fine_tune, base = new["name"], new["base"]["name"] if "base" in new else None
 
-    def planned(source: Path, output: Path) -> Addition:
+    def planned(at: Located, output: Path) -> Addition:
+        source = at.adapter or at.folder  # an adapter has no record of ours, and is refused
         merged = read_merged(source)
         if [*merged.experts, added] != experts:
             raise UpcyclingError(
                 f"{source} has experts of {', '.join(merged.experts)}: {output} was made of "
                 "another model. Name that one."
             )
-        addition = merged.plan(added, locate(fine_tune))
+        addition = merged.plan(added, locate_model(fine_tune, base))
         known = merged.statistics(addition)
         held = read_statistics(
             output,

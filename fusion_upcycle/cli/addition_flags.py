@@ -2,7 +2,7 @@
 
 import argparse
 
-from fusion_upcycle.cli.option_flags import Command, add_making
+from fusion_upcycle.cli.option_flags import Command, add_base, add_making
 
 DESCRIPTION = """\
 Add one expert to a model that `merge` made with --statistics: the FFNs of another fine-tune of the
@@ -41,24 +41,28 @@ def add_add_expert(commands: "argparse._SubParsersAction[Command]") -> None:
         required=True,
         nargs="+",
         metavar="PATH",
-        help="the new model's own text: .txt, .jsonl or .parquet",
+        help="the new model's own text: .txt, .jsonl or .parquet, or a folder of these",
     )
     command.add_argument(
         "--name", help="of the new model among the experts (default: that of its folder)"
     )
+    add_base(command)
     add_making(command)
     command.set_defaults(run=_add_expert)
 
 
 def _add_expert(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.addition.run import add_expert
+    from fusion_upcycle.files import specification
 
+    data = [specification(text) for text in parsed.data]
     made = add_expert(
         parsed.model,
         parsed.fine_tune,
         parsed.output,
-        data=parsed.data,
+        data=data[0] if len(data) == 1 else data,
         name=parsed.name,
+        base=parsed.base,
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,

@@ -100,16 +100,17 @@ class MergingOptions:
         """An expert can be added where the model's experts are its source models' FFNs."""
         from fusion_upcycle.expert_init import copy
 
-        needed = {
-            "router_init=prototype": self.prototype_router,
-            "experts_per_model=1": self.experts_per_model == 1,
-            "expert_init=copy": self.for_models(max(2, self.experts_per_token)).expert_init is copy,
-            "normalize_topk_prob=true": self.normalize_topk_prob,
-        }
-        if lacking := [option for option, there in needed.items() if not there]:
+        conversion = self.for_models(max(2, self.experts_per_token))
+        needed = [
+            ("router_init", "prototype", self.prototype_router),
+            ("experts_per_model", 1, self.experts_per_model == 1),
+            ("expert_init", "copy", conversion.expert_init is copy),
+            ("normalize_topk_prob", True, self.normalize_topk_prob),
+        ]
+        if lacking := [setting(name, value) for name, value, there in needed if not there]:
             raise UpcyclingError(
-                "statistics=true keeps what an expert can be added with later, which takes "
-                f"{', '.join(lacking)}. Set that, or leave statistics out."
+                f"{setting('statistics', True)} keeps what an expert can be added with later, "
+                f"which takes {' '.join(lacking)}. Give that, or leave statistics out."
             )
 
     def for_models(self, count: int) -> UpcyclingOptions:

@@ -4,14 +4,15 @@ Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several 
 everything after the plan is what sparse upcycling does.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.checks import dtype_name
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.experts import DuplicationPlan
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions
@@ -22,6 +23,8 @@ from fusion_upcycle.verification.names import differences, meaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 Made = TypeVar("Made", bound=Merging)
@@ -43,7 +46,7 @@ def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
     if len(experts) < 2:
         raise UpcyclingError(
             f"Merging needs two or more models that give experts, and there are {experts}. Give "
-            f"more, or set base_expert=true to take {BASE} as one."
+            f"more, or pass {setting('base_expert', True)} to take {BASE} as one."
         )
     return experts
 
@@ -65,12 +68,21 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         _check_dtypes(models)
     first = next(iter(models.values()))
     frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
+    kept = _kept_names(frame)
+    adapters = {
+        name: trained
+        for name in experts
+        if (trained := getattr(models[name].source, "trained", None)) is not None
+    }
     models = {
         name: replace(model, source=frame.architecture.view(model.source, model.config))
         for name, model in models.items()
     }
     shared = [BASE] if options.shared == "base" else experts
-    return merged_tensors(frame, models, experts, shared, options, partial(Merging, models=models))
+    make = partial(Merging, models=models)
+    merging = merged_tensors(frame, models, experts, shared, options, make)
+    _tell_adapters(adapters, kept, options)
+    return merging
 
 
 def merged_tensors(
@@ -126,6 +138,29 @@ def _kept_names(frame: Frame) -> list[str]:
     return [layer + ending for layer in layers for ending in endings]
 
 
+def _tell_adapters(
+    adapters: Mapping[str, Collection[str]], kept: Collection[str], options: MergingOptions
+) -> None:
+    """Say of which adapters something is not in the result."""
+    for name, trained in adapters.items():
+        inside = set(trained) & set(kept)
+        elsewhere = sorted({tensor.split(".")[-2] for tensor in set(trained) - inside})
+        if not inside:
+            log.warning(
+                "The adapter %s trains nothing in the FFNs of the MoE layers (only %s): its "
+                "experts are its base's own.",
+                name,
+                ", ".join(elsewhere) or "nothing",
+            )
+        if elsewhere and options.shared == "base":
+            log.warning(
+                "What the adapter %s trains outside of the FFNs (%s) is not in the result, as "
+                "shared=base; with shared=average, its share of the mean is.",
+                name,
+                ", ".join(elsewhere),
+            )
+
+
 def _check_alike(models: Mapping[str, DenseModel]) -> None:
     """All models must be the same but for their weights, so far as config.json says."""
     (first, reference), *others = models.items()
@@ -156,5 +191,5 @@ def _check_dtypes(models: Mapping[str, DenseModel]) -> None:
         raise UpcyclingError(
             "The models have different dtypes ("
             + "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in dtypes.items())
-            + "). Choose that of the result with dtype=."
+            + f"). Choose that of the result, as in {setting('dtype', 'bfloat16')}."
         )

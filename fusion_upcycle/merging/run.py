@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
@@ -42,13 +41,15 @@ def merge_into_moe(
     arXiv 2403.07816), or the base model's.
 
     Args:
-        models: name -> local folder or Hugging Face Hub id (safetensors). The name `_pretrained_`
-            is that of the base model, which gives experts only if `base_expert`.
+        models: name -> local folder or Hugging Face Hub id (safetensors), of a model or a LoRA
+            adapter (PEFT). The name `_pretrained_` is that of the base model, which gives experts
+            only if `base_expert`, and which adapters are put on; without it, each is put on the
+            one that its `adapter_config.json` names.
         output: folder to make. It appears only when complete and proven.
         calibration: for `router_init=prototype`: name of each model that gives experts -> its
             texts, as `fusion_upcycle.texts.documents` takes them.
         verify: `layers` streams; `logits` loads the result and takes the outputs from there;
-            `none` leaves it unproven; `auto` is `logits` below 2 GiB, else `layers`.
+            `none` leaves it unproven; `auto` is `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
@@ -68,17 +69,14 @@ def merge_into_moe(
         models,
         output,
         main=BASE if BASE in models else None,
+        bases=dict.fromkeys(models.keys() - {BASE}, models[BASE]) if BASE in models else {},
         verify=verify,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
     )
     merging = plan_merging(
-        {
-            name: DenseModel(read_config(f), CheckpointReader(f))
-            for name, f in folders.local.items()
-        },
-        chosen,
+        {name: DenseModel(*open_model(folders.at(name))) for name in folders.local}, chosen
     )
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)
@@ -93,6 +91,7 @@ def plan_models(
     *,
     texts: Mapping[str, Sequence[str]],
     tokenizer_file: Path | None = None,
+    progress: bool = False,
 ) -> Merging:
     """Plan the merge of live models, for `fusion_upcycle.conversion.run.to_model`.
 
@@ -100,6 +99,7 @@ def plan_models(
         models: name -> model.
         texts: for `router_init=prototype`, model -> documents.
         tokenizer_file: `tokenizer.json` for these.
+        progress: show a bar while the models run on their texts.
 
     Raises:
         UpcyclingError: models, texts or options that do not fit.
@@ -108,7 +108,7 @@ def plan_models(
         name: DenseModel(live_config(model), StateDictSource(model.state_dict()))
         for name, model in models.items()
     }
-    return route(plan_merging(dense, options), texts, tokenizer_file)
+    return route(plan_merging(dense, options), texts, tokenizer_file, progress=progress)
 
 
 def check_same_tokenizer(folders: Mapping[str, Path]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from fusion_upcycle.checks import dtype_name
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.prototypes import Moments
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def read_statistics(
     if not path.is_file():
         raise UpcyclingError(
             f"{path} is not there, though {folder} was made with router statistics. If the folder "
-            "is a copy, copy it whole; else merge again with statistics=true."
+            f"is a copy, copy it whole; else merge again, with {setting('statistics', True)}."
         )
     try:
         held = load_file(path)
@@ -90,6 +90,6 @@ def read_statistics(
     if shapes != {((models, hidden_size), (hidden_size, hidden_size))} or digest(moments) != sha256:
         raise UpcyclingError(
             f"{path} is damaged, or of another model: it is not what {folder} was made with. Copy "
-            "the folder again, or merge again with statistics=true."
+            f"the folder again, or merge again, with {setting('statistics', True)}."
         )
     return moments

@@ -9,7 +9,7 @@ from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.addition.run import add_expert
 from fusion_upcycle.conversion.output import Converted
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.method.arguments import sort_arguments
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
@@ -55,9 +55,10 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
         for name, value in (("data", data), ("save_checkpoint", save_checkpoint)):
             if value is None:
                 raise UpcyclingError(
-                    f"An expert is added with texts of its model, into a folder: set method.{name}."
+                    "An expert is added with texts of its model, into a folder: set "
+                    f"{setting(name, 'PATH')}."
                 )
-        resolve_mode(verify, streaming=True, total_bytes=0)
+        resolve_mode(verify, streaming=True)
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:

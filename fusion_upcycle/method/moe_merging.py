@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
+from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models
@@ -77,10 +78,10 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             )
         if self._options.statistics and save_checkpoint is None:
             raise UpcyclingError(
-                "statistics=true keeps them beside the model, and the result stays in memory. Set "
-                "method.save_checkpoint=FOLDER."
+                f"{setting('statistics', True)} keeps them beside the model, and the result stays "
+                f"in memory. Set {setting('save_checkpoint', 'FOLDER')}."
             )
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
@@ -89,17 +90,26 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
 
+    def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
+        base = folders.get(BASE)
+        return {} if base is None else dict.fromkeys(folders.keys() - {BASE}, base.source)
+
     def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
-        local = {name: Path(folder.source).expanduser() for name, folder in folders.items()}
-        check_same_tokenizer({name: path for name, path in local.items() if path.is_dir()})
+        bases = self._bases(folders)
+        local = {
+            name: locate_model(path, bases.get(name)).folder
+            for name, folder in folders.items()
+            if (path := Path(folder.source).expanduser()).is_dir()
+        }
+        check_same_tokenizer(local)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
         expert_models(folders, self._options)
         dtypes = {str(folder.dtype): folder.dtype for folder in folders.values()}
         if len(dtypes) > 1 and self._options.dtype is None:
             raise UpcyclingError(
-                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). Set "
-                "method.dtype."
+                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). "
+                f"Choose one, as in {setting('dtype', 'bfloat16')}."
             )
         dtype = next(iter(dtypes.values()))
         return merge_into_moe(
@@ -118,9 +128,16 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             self._options,
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
         )
         first = next(iter(models.values()))
-        moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            merging,
+            first,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, merging, proof, put=merging.put_beside)
 
 
