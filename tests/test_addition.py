@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_adapters
 import tiny_sparse
 import torch
 from helpers import merge
@@ -12,6 +13,7 @@ from test_families import MATRIX
 from test_method import run
 from test_plugin import compose
 from tiny import assert_same_bits, edit_tensors, load, logits_of, tensors_of
+from tiny_adapters import lora
 from tiny_merges import STATISTICS, TEXTS, add, merged, speakers, statistics_of, text_of, with_merge
 
 from fusion_upcycle import ExpertAdditionAlgorithm
@@ -132,6 +134,26 @@ def test_each_text_goes_to_its_own_expert(made: dict[str, Path], tmp_path: Path)
         assert seen.pop().eq(expert).float().mean() > 0.9, name
 
 
+def test_a_lora_adapter_may_be_added(
+    made: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora(made[BASE], tmp_path / "lora", "up_proj", "q_proj")
+    done = add(
+        made["moe"],
+        tmp_path / "lora",
+        tmp_path / "out",
+        data=text_of(made, "three"),
+        base=made[BASE],
+        verify="auto",
+    )
+    expected = tiny_adapters.merged(made[BASE], tmp_path / "lora").state_dict()
+    found = tensors_of(tmp_path / "out")["model.layers.0.block_sparse_moe.experts.2.w3.weight"]
+    assert torch.allclose(found, expected["model.layers.0.mlp.up_proj.weight"], atol=1e-6)
+    assert "trains outside of the FFNs (q_proj) is not in the result" in caplog.text
+    assert done.record["experts"]["lora"] == [2]
+    assert verify(tmp_path / "out", progress=False).details["kept"] == done.proof.details["kept"]
+
+
 def test_a_file_may_hold_what_it_does_not_need(tmp_path: Path) -> None:
     models = speakers(tmp_path, tie_word_embeddings=True)
     merged(models, tmp_path / "moe", "one", "two")
@@ -195,11 +217,13 @@ def test_a_run_of_fusion_bench_adds_an_expert(
     add(made["moe"], made["three"], tmp_path / "same", data=text_of(made, "three"))
     assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "same"))
     assert found["merged_model"].config.num_local_experts == 3
-    config = ExpertAdditionAlgorithm("x.txt", "out").config
     shown = compose("method=expert_addition", "method.data=x.txt", "method.save_checkpoint=out")
-    assert {**config} == {**shown.method}
+    config = dict(ExpertAdditionAlgorithm("x.txt", "out").config)
+    assert {name: config[name] for name in shown.method if name != "_target_"} == {
+        name: value for name, value in shown.method.items() if name != "_target_"
+    }
     with pytest.raises(UpcyclingError, match="names the folders of both models"):
         models = {BASE: load(made["moe"]), "three": load(made["three"])}
         ExpertAdditionAlgorithm("x.txt", str(tmp_path / "live")).run(models)
-    with pytest.raises(UpcyclingError, match=r"set method\.data"):
+    with pytest.raises(UpcyclingError, match=r"set data=\"PATH\""):
         ExpertAdditionAlgorithm(None, str(tmp_path / "live"))

@@ -169,7 +169,7 @@ class Merged:
         return read_config(self.folder / STATISTICS_FOLDER)
 
 
-_WHAT = "An expert is added to the folder of a merge that keeps router statistics, see docs/merging.md."
+_WHAT = "An expert is added to what a merge made that keeps router statistics (docs/merging.md)."
 
 
 def read_merged(folder: Path) -> Merged:
@@ -191,9 +191,7 @@ def read_merged(folder: Path) -> Merged:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcyclingError(f"{path} cannot be used: {error!r}. Copy the folder again.") from error
     if method != Merging.method:
-        raise UpcyclingError(
-            f"{folder} was made by {method}, not merged. {_WHAT}"
-        )
+        raise UpcyclingError(f"{folder} was made by {method}, not merged. {_WHAT}")
     raise UpcyclingError(
         f"{folder} was merged without router statistics, so that nothing is known of what its "
         f"routers saw. Merge again, with {setting('router_init', 'prototype')}, "

@@ -13,7 +13,7 @@ from fusion_upcycle.checks import (
     require_flag,
     require_whole,
 )
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.options import choice, config_group, make, same_as
 from fusion_upcycle.registry import Registry
 from fusion_upcycle.upcycling.options import PRESET_ROUTERS, UpcyclingOptions

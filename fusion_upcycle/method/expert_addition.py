@@ -14,6 +14,7 @@ from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.method.arguments import sort_arguments
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder, plain, require_pretrained
+from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.verification.proof import resolve_mode
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
         UpcyclingError: an option that cannot be used; `run` raises it for the models.
     """
 
+    @spelled_by_maker
     def __init__(
         self,
         data: Any,
