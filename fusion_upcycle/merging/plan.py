@@ -69,11 +69,7 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
     first = next(iter(models.values()))
     frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
     kept = _kept_names(frame)
-    adapters = {
-        name: trained
-        for name in experts
-        if (trained := getattr(models[name].source, "trained", None)) is not None
-    }
+    adapters = {name: trained for name in experts if (trained := models[name].trained) is not None}
     models = {
         name: replace(model, source=frame.architecture.view(model.source, model.config))
         for name, model in models.items()
