@@ -84,6 +84,11 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
+        if self._options.statistics and save_checkpoint is None:
+            raise UpcyclingError(
+                f"{setting('statistics', True)} keeps them beside the model, and the result stays "
+                f"in memory. Set {setting('save_checkpoint', 'FOLDER')}."
+            )
         resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
@@ -147,7 +152,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             tokenizer_file=tokenizer_file,
             progress=self._writing.progress,
         )
-        return InMemory(moe, merging, proof)
+        return InMemory(moe, merging, proof, put=merging.put_beside)
 
 
 class MixtralForCausalLMMergingAlgorithm(MoEMergingAlgorithm):
