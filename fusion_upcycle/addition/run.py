@@ -47,6 +47,7 @@ def add_expert(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
 ) -> Converted:
     """Add one expert to a model that was merged with `statistics=true`.
 
@@ -67,6 +68,8 @@ def add_expert(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
 
     Returns:
         What was made and proven.
@@ -87,6 +90,7 @@ def add_expert(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
     check_base(folders.at(added), base)
     addition = merged.plan(added, folders.at(added))

@@ -66,6 +66,7 @@ def _add_expert(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
     )
     print(f"{made.proof}\n{made.record['shared_weights']}\nOutput: {made.output}")
