@@ -67,7 +67,8 @@ def add_expert(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
-        push_to_hub: as `merge_into_moe` takes it.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
 
     Returns:
         What was made and proven.
