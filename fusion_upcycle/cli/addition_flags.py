@@ -69,4 +69,5 @@ def _add_expert(parsed: argparse.Namespace) -> None:
         push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
     )
-    print(f"{made.proof}\n{made.record['shared_weights']}\nOutput: {made.output}")
+    said = made.record["shared_weights"]
+    print(made.proof, said, *made.notes, f"Output: {made.output}", sep="\n")

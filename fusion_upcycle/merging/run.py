@@ -94,7 +94,7 @@ def merge_into_moe(
         progress=progress,
         push_to_hub=push_to_hub,
     )
-    merging = plan_merging({name: _opened(folders.at(name)) for name in folders.local}, chosen)
+    merging = plan_merging({name: opened(folders.at(name)) for name in folders.local}, chosen)
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
@@ -102,7 +102,8 @@ def merge_into_moe(
     return to_folder(merging, folders, put=merging.put_beside)
 
 
-def _opened(at: Located) -> DenseModel:
+def opened(at: Located) -> DenseModel:
+    """One of the models of a merge."""
     config, source = open_model(at)
     return DenseModel(config, source, getattr(source, "trained", None))
 
