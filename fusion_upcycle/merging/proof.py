@@ -13,6 +13,7 @@ import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.merging.agreement import vocabulary_of
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
 from fusion_upcycle.verification.function import Models, Sample, distance, output_of
 from fusion_upcycle.verification.proof import Findings, require_exact
@@ -73,16 +74,23 @@ def _distances(
     merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
+    # All models are given ids, and compared on outputs, that all of them have.
+    common = min(vocabulary_of(model.config) for model in merging.models.values())
+    inputs = {
+        name: ids if ids.is_floating_point() else ids.clamp(max=common - 1)
+        for name, ids in sample.inputs.items()
+    }
     if models is None:
-        outputs, is_logits = output_of(streamed_moe(merging, result), sample.inputs)
+        outputs, is_logits = output_of(streamed_moe(merging, result), inputs)
     else:
         with evaluating(moe := models.result(), experts="eager"):
-            outputs, is_logits = output_of(moe, sample.inputs)
-    return {
-        name: distance(
-            output_of(streamed_dense(merging, model.source), sample.inputs)[0],
-            outputs.cpu(),
-            logits=is_logits,
+            outputs, is_logits = output_of(moe, inputs)
+    rows = slice(common) if is_logits and common else slice(None)
+    found = {}
+    for name, model in merging.models.items():
+        dense = streamed_dense(merging, model.source, model.config)
+        reference = output_of(dense, inputs)[0]
+        found[name] = distance(
+            reference[..., rows], outputs[..., rows].cpu(), logits=is_logits
         ).to_json()
-        for name, model in merging.models.items()
-    }
+    return found

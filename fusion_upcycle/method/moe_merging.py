@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
+from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.merging.companions import Companions
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
-from fusion_upcycle.merging.plan import expert_models
-from fusion_upcycle.merging.run import check_same_tokenizer, merge_into_moe, plan_models
+from fusion_upcycle.merging.plan import expert_models, main_model
+from fusion_upcycle.merging.run import agree_on_files, merge_into_moe, plan_models
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder, plain
@@ -76,6 +78,8 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
         resolve_mode(verify, streaming=False, total_bytes=0)
+        #: What the models' folders have been found to differ in, where they are loaded of such.
+        self._files: Companions | None = None
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
@@ -85,8 +89,10 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
 
     def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
-        local = {name: Path(folder.source).expanduser() for name, folder in folders.items()}
-        check_same_tokenizer({name: path for name, path in local.items() if path.is_dir()})
+        local = {name: locate(folder.source) for name, folder in folders.items()}
+        configs = {name: read_config(folder) for name, folder in local.items()}
+        if local:
+            self._files = agree_on_files(local, configs, main_model(configs, self._options))
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
         expert_models(folders, self._options)
@@ -113,9 +119,12 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             self._options,
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
+            notes=None if self._files is None else self._files.notes,
         )
-        first = next(iter(models.values()))
-        moe, proof = to_model(merging, first, verify=self.verify, tokenizer_file=tokenizer_file)
+        main = models[merging.main]
+        moe, proof = to_model(merging, main, verify=self.verify, tokenizer_file=tokenizer_file)
+        if self._files is not None and self._files.generation is not None:
+            moe.generation_config.update(**self._files.generation)
         return InMemory(moe, merging, proof)
 
 
