@@ -188,7 +188,7 @@ def _of_generation() -> Collection[str]:
 def _reads_positions(config: "PreTrainedConfig") -> bool:
     """Whether the number of positions changes what the model computes at each of them."""
     rope = getattr(config, "rope_parameters", None)
-    if not rope:
+    if not rope or not _spoken_of("rope_parameters", config):
         return True  # learned positions, or tables by their number
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if kind]
     return not all(

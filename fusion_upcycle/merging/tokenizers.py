@@ -90,9 +90,10 @@ def compare_tokenizers(folders: Mapping[str, Path], main: str) -> Reads:
         return Reads({}, [])
     if lacking := [name for name, found in formats.items() if not found]:
         having = [name for name, found in formats.items() if found]
+        usual = next(iter(formats[having[0]]))
         raise UpcyclingError(
-            f"Models {lacking} have no tokenizer (none of {', '.join(_names())}), others have "
-            f"({', '.join(having)}). Put its files there if the tokenizer is the same: only such "
+            f"Models {lacking} have no {usual}, others have ({', '.join(having)}); nor is there a "
+            "tokenizer in another format. Put it there if the tokenizer is the same: only such "
             "models can be merged."
         )
     comparison = _Comparison(folders, main)
@@ -192,9 +193,9 @@ def _compare_ids(reference: Reading, found: Reading) -> list[str]:
         _Differs: an id of two tokens, a token of two ids, or more than added tokens.
     """
     ours, theirs = reference.all_ids, found.all_ids
-    for token, number in theirs.items():
-        if ours.get(token, number) != number:
-            raise _Differs(f"{token!r} has id {number}, not {ours[token]}")
+    for token, number in ours.items():
+        if theirs.get(token, number) != number:
+            raise _Differs(f"{token!r} has id {theirs[token]}, not {number}")
     names = {number: token for token, number in ours.items()}
     lacking = [token for token in theirs if token not in ours]
     for token in lacking:
