@@ -1,7 +1,16 @@
 """How users' mistakes are reported: what, where, what to do. Invariants of ours are `assert`."""
 
-from collections.abc import Iterable
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from signal import Signals
 
 
 class UpcyclingError(ValueError):
@@ -16,12 +25,94 @@ class VersionError(UpcyclingError, ImportError):
     """A library that is installed in a version that does not work."""
 
 
+class Stopped(SystemExit):
+    """The end of the process that a signal asked for; the exit code is 128 and its number.
+
+    Attributes:
+        signal: that came.
+        said: where the work stands, in words, for standard error; empty says nothing.
+    """
+
+    def __init__(self, asked: "Signals", said: str):
+        super().__init__(128 + asked)
+        self.signal, self.said = asked, said
+        if said:
+            print(f"Stopped by {asked.name} {said}.", file=sys.stderr, flush=True)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:
     """The error for an unknown name, with the nearest known one suggested."""
     known = sorted(known)
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return UpcyclingError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _in_python(name: str, value: Any) -> str:
+    return name if value is ... else f"{name}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(v)}' for key, v in value.items())}}}"
+    return repr(value)
+
+
+#: How an option is written where the program runs. The command line (`cli.spelling`) and
+#: FusionBench's classes (`method.spelling`) say so themselves; all else is Python.
+_SPELLING: ContextVar[Callable[[str, Any], str]] = ContextVar("spelling", default=_in_python)
+
+
+def setting(name: str, value: Any = ...) -> str:
+    """An option in the spelling of where the program runs, so that a remedy works when pasted.
+
+    Args:
+        name: of the option in Python.
+        value: None for leaving it out; without one, the option is only named.
+
+    Returns:
+        For `setting("ignore_config_fields", ["x"])`: `ignore_config_fields=["x"]` in Python,
+        `--ignore-config-fields x` on our command line, `'method.ignore_config_fields=[x]'` in
+        FusionBench, quoted for a shell.
+    """
+    return _SPELLING.get()(name, value)
+
+
+_SETTINGS = re.compile(r"\{(\w+)=(\w+)\}")
+
+
+def with_settings(text: str) -> str:
+    """A text with each `{option=value}` in it written as `setting` does."""
+
+    def spelled_here(found: re.Match[str]) -> str:
+        value = found[2]
+        return setting(found[1], json.loads(value) if value in ("true", "false") else value)
+
+    return re.sub(_SETTINGS, spelled_here, text)
+
+
+def without_braces(text: str) -> str:
+    """Such a text for files, which say the same wherever they were made: `option=value`."""
+    return re.sub(_SETTINGS, r"\1=\2", text)
+
+
+def spelled_in_python() -> bool:
+    """Whether nobody has said yet how options are written here."""
+    return _SPELLING.get() is _in_python
+
+
+@contextmanager
+def spelled(how: Callable[[str, Any], str]) -> Iterator[None]:
+    """Have `setting` write options by `how(name, value)`; a value of `...` is only to be named."""
+    token = _SPELLING.set(how)
+    try:
+        yield
+    finally:
+        _SPELLING.reset(token)
 
 
 #: Libraries that fail, or are wrong in silence, in other versions; pyproject.toml says why.

@@ -10,7 +10,8 @@ test; a package of its own adds one as an entry point (`fusion_upcycle.expert_in
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from hashlib import blake2b
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -30,6 +31,9 @@ FUNCTION_PRESERVING: set[Callable[..., Expert]] = set()
 #: Initialisers whose experts are cut from shuffled copies of the FFN.
 SHUFFLED_SHARDS: set[Callable[..., Expert]] = set()
 
+#: Initialiser -> how its options keep more of the function.
+_GENTLER: dict[Callable[..., Expert], str] = {}
+
 Init = TypeVar("Init", bound=Callable[..., Expert])
 
 
@@ -45,6 +49,27 @@ def shuffling(init: Init) -> Init:
     return init
 
 
+def gentler(how: str) -> Callable[[Init], Init]:
+    """Decorator: says how the options of this initialiser keep more of the source's function."""
+
+    def add(init: Init) -> Init:
+        _GENTLER[init] = how
+        return init
+
+    return add
+
+
+def gentler_choices(init: Callable[..., Expert]) -> tuple[str, ...]:
+    """What to choose in place of this initialiser to keep more of the function.
+
+    In words; options are written as `{option=value}`, see `errors.with_settings`.
+    """
+    if init in FUNCTION_PRESERVING:
+        return ()
+    how = (_GENTLER[init],) if init in _GENTLER else ()
+    return (*how, "{expert_init=copy}")
+
+
 @EXPERT_INITS.add
 @function_preserving
 def copy(expert: Expert, generator: Generator) -> Expert:
@@ -53,6 +78,7 @@ def copy(expert: Expert, generator: Generator) -> Expert:
 
 
 @EXPERT_INITS.add
+@gentler("a smaller noise_std")
 def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> Expert:
     """`W + randn * noise_std * std(W)` for each matrix W: breaks the symmetry between copies.
 
@@ -76,6 +102,7 @@ def noise(expert: Expert, generator: Generator, *, noise_std: float = 0.01) -> E
 
 
 @EXPERT_INITS.add
+@gentler("a smaller drop_ratio")
 def drop(
     expert: Expert, generator: Generator, *, drop_ratio: float = 0.5, paired: bool = True
 ) -> Expert:
@@ -137,6 +164,7 @@ def permute(expert: Expert, generator: Generator) -> Expert:
 
 
 @EXPERT_INITS.add
+@gentler("a larger kept_energy")
 def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Expert:
     """Turn the weak singular directions of each matrix, and keep the strong ones.
 
@@ -146,8 +174,9 @@ def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Ex
     large direction carries is drawn anew. Relative change of W: about sqrt(2 * (1 - kept_energy)).
     Biases stay as they are.
 
-    Costs an eigendecomposition of the smaller side of each matrix, in float64: minutes for an
-    expert with D = 4096 on two cores.
+    Costs an eigendecomposition of the smaller side of each matrix, in float64 (minutes for an
+    FFN with D = 4096 on two cores), once for all experts that are made of it, and a rotation for
+    each. What was found of an FFN is kept until the next one's: 24 D^2 bytes.
 
     Args:
         kept_energy: 0 <= share <= 1.
@@ -161,7 +190,7 @@ def svd(expert: Expert, generator: Generator, *, kept_energy: float = 0.9) -> Ex
     def turn(weight: Tensor) -> Tensor:
         tall = weight.shape[0] > weight.shape[1]
         exact = (weight.T if tall else weight).double()
-        energy, directions = torch.linalg.eigh(exact @ exact.T)  # the weakest first
+        energy, directions = _directions(weight, exact)
         share = energy.clamp(min=0).cumsum(0) / energy.clamp(min=0).sum().clamp(min=1e-300)
         weak = int((share <= 1 - kept_energy).sum())
         drawn = torch.randn(weak, weak, generator=generator, dtype=torch.float64)
@@ -202,6 +231,7 @@ def subset(expert: Expert, generator: Generator, *, index: int, num_experts: int
 
 
 @EXPERT_INITS.add
+@gentler("a smaller drop_ratio")
 @shuffling
 def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> Expert:
     """Qwen2's fine-grained experts (arXiv 2407.10671, section 2.2.2): half of each is drawn anew.
@@ -213,6 +243,27 @@ def qwen2(expert: Expert, generator: Generator, *, drop_ratio: float = 0.5) -> E
         drop_ratio: share of neurons that is re-initialised, as in `drop`.
     """
     return drop(expert, generator, drop_ratio=drop_ratio)
+
+
+#: Digest of a matrix -> energy and directions, of the last FFN: all experts of it share them.
+_DIRECTIONS: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _directions(weight: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of `exact @ exact.T`, the weakest first.
+
+    By content, not by place: what lies at an address now may be another model's matrix.
+
+    Args:
+        weight: the matrix that `exact` is of, as it was given.
+    """
+    contents = weight.contiguous().view(torch.uint8).numpy()
+    key = (blake2b(contents.data).digest(), weight.dtype, tuple(weight.shape))
+    if key not in _DIRECTIONS:
+        if len(_DIRECTIONS) >= len(EXPERT_PARTS):
+            del _DIRECTIONS[next(iter(_DIRECTIONS))]  # the oldest
+        _DIRECTIONS[key] = torch.linalg.eigh(exact @ exact.T)
+    return _DIRECTIONS[key]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from fusion_upcycle.checks import is_number
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.registry import Registry
 
 RouterExtension = Callable[[Tensor, Sequence[int], Generator], Tensor]
@@ -47,7 +47,7 @@ def noise(
     if not (is_number(noise_std) and noise_std > 0):
         raise UpcyclingError(
             f"router noise_std={noise_std!r} must be a number > 0 (default 0.01); for none choose "
-            "router_extension=copy."
+            f"{setting('router_extension', 'copy')}."
         )
     first = len(weight_ED)
     result = weight_ED[list(source_experts)]
@@ -77,6 +77,7 @@ def bias(
     if weight_E.numel() and weight_E.std(correction=0) == 0:
         raise UpcyclingError(
             "router_extension=bias draws noise relative to the spread of the selection bias, and "
-            "this bias is the same for all experts. Choose router_extension=noise."
+            "this bias is the same for all experts. Choose "
+            f"{setting('router_extension', 'noise')}."
         )
     return noise(weight_E, source_experts, generator, noise_std=noise_std)

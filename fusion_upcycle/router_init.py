@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from fusion_upcycle.checks import bare_function, is_number
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.registry import Registry
 
 RouterInit = Callable[[int, Generator], Tensor]
@@ -61,7 +61,7 @@ def normal(
         if size is not None and not (is_number(size) and size > 0):
             raise UpcyclingError(
                 f"router {name}={size!r} must be a number > 0; for an all-zero router choose "
-                "router_init=zeros."
+                f"{setting('router_init', 'zeros')}."
             )
     if std is None:
         assert logit_std is not None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.experts import DuplicationPlan, generator_for
 
 #: Scores [E] of a layer, number of copies, most copies of one expert, generator
@@ -52,14 +52,15 @@ def select(
         if num_experts < count:
             raise UpcyclingError(
                 f"num_experts={num_experts} is less than the {count} experts that layer {layer} "
-                f"has: expanding never removes one. Choose {count} or more."
+                f"has: expanding never removes one. Choose {setting('num_experts', count)} or more."
             )
         room = num_experts if selection == "uniform" else max_copies
         if count * room < num_experts:
             raise UpcyclingError(
                 f"num_experts={num_experts} needs more than {room} places for an expert: "
-                f"{count} experts x max_copies={room} = {count * room}. Set max_copies to "
-                f"{math.ceil(num_experts / count)} or more, or choose selection=uniform."
+                f"{count} experts x max_copies={room} = {count * room}. Pass "
+                f"{setting('max_copies', math.ceil(num_experts / count))} or more, or choose "
+                f"{setting('selection', 'uniform')}."
             )
         if selection in NEEDS_SCORES and not (values.isfinite().all() and (values >= 0).all()):
             raise UpcyclingError(

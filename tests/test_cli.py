@@ -198,7 +198,7 @@ def test_upcycle_overwrites_only_when_told(source: Path, tmp_path: Path) -> None
         (["--expert-init", "noise,noise_std=much"], "'noise_std=much' is not OPTION=VALUE"),
         (["--expert-init", 'noise,noise_std="1"'], "noise_std"),
         (["--expert-init", "drop,drop_ratio=7"], "drop_ratio=7"),
-        (["--router-init", "normal,std=0"], "router_init=zeros"),
+        (["--router-init", "normal,std=0"], "--router-init zeros"),
         (["--dtype", "bf16"], "Did you mean 'bfloat16'"),
         (["--verify", "logit"], "Did you mean 'logits'"),
         (["--max-shard-size", "big"], "max_shard_size='big'"),

@@ -130,7 +130,7 @@ def test_new_moments_of_copies(tmp_path: Path) -> None:
     ("options", "match"),
     [
         ({"new_moments": "half"}, "Unknown new_moments 'half'"),
-        ({"expert_init": "permute"}, "new_moments=reset"),
+        ({"expert_init": "permute"}, "new_moments=.reset"),
         ({"optimizer_state": "nowhere"}, "nowhere has no training/optimizer"),
     ],
     ids=str,

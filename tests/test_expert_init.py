@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusion_upcycle import expert_init
 from fusion_upcycle.checks import told
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expert_init import EXPERT_INITS, copy, drop, noise, permute, svd
@@ -241,6 +242,26 @@ def test_svd_that_keeps_everything_is_the_source() -> None:
     made = svd(make_expert(), generator(), kept_energy=1.0)
     for part, weight in make_expert().parts.items():
         torch.testing.assert_close(getattr(made, part), weight)
+
+
+def test_svd_decomposes_a_matrix_once_for_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the bits that it gives an expert alone, wherever the matrix lies."""
+    source = make_expert()
+    alone = []
+    for seed in range(4):
+        expert_init._DIRECTIONS.clear()
+        alone.append(svd(source, generator(seed)))
+    expert_init._DIRECTIONS.clear()
+    found, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: found.append(x.shape) or eigh(x))
+    for seed in range(4):
+        copied = source.map(Tensor.clone)
+        assert equal(svd(copied, generator(seed)), alone[seed])
+    assert len(found) == 3
+    other = source.map(lambda weight: weight + 1)
+    assert not equal(svd(other, generator()), alone[0])
+    assert len(found) == 6
+    assert len(expert_init._DIRECTIONS) == 3  # the memory of one FFN
 
 
 def test_svd_of_zeros_is_zero() -> None:

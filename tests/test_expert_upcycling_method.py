@@ -206,10 +206,10 @@ def test_the_demo_text_is_new_to_the_demo_models() -> None:
         ({"calibration": {"text": "demo"}}, r"option in method\.calibration: 'text'"),
         ({"calibration": {"data": "web.txt"}}, r"method\.calibration\.data='web\.txt' must be"),
         ({"router_extension": {"name": "split", "margin": 6}}, "Unknown option of router_ext"),
-        ({"optimizer_state": "x"}, r"Set method\.save_checkpoint=FOLDER, or optimizer_state=null"),
+        ({"optimizer_state": "x"}, 'Pass save_checkpoint="FOLDER", or optimizer_state=None'),
         ({"new_moments": "zero"}, "Unknown new_moments 'zero'"),
         ({"verify": "all"}, "Unknown verify mode"),
-        ({"return_model": False}, r"method\.save_checkpoint=FOLDER"),
+        ({"return_model": False}, 'save_checkpoint="FOLDER"'),
     ],
     ids=str,
 )

@@ -231,7 +231,7 @@ def test_both_spellings_of_the_number_of_experts_are_written(tmp_path: Path) -> 
             r"layer_types gives layers \[1\] a sliding window of 12",
         ),
         ("hunyuan_v1_dense", {"use_cla": True}, {}, "use_cla=True.*own class ignores it"),
-        ("hunyuan_v1_dense", {}, {"granularity": 2}, "as a routed one: 24, not 48.*=zero"),
+        ("hunyuan_v1_dense", {}, {"granularity": 2}, "as a routed one: 24, not 48.*zero"),
         ("lfm2", {"use_pos_enc": False}, {}, "use_pos_enc=False.*own class ignores it"),
         ("cohere", {"use_qk_norm": True}, {}, "use_qk_norm=True.*no norms on q and k"),
         ("cohere2", {"use_qk_norm": True}, {}, "use_qk_norm=True.*own class ignores it"),
@@ -317,7 +317,7 @@ def test_what_published_configs_carry_along_is_accepted(family: str, tmp_path: P
 def test_code_in_a_repository_is_accepted_only_where_transformers_has_it(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", "llama")
     edit_config(source, auto_map={"AutoModelForCausalLM": "modeling_x.XForCausalLM"})
-    with pytest.raises(UpcyclingError, match=r"auto_map.*ignore_config_fields=\[auto_map\]"):
+    with pytest.raises(UpcyclingError, match=r"auto_map.*ignore_config_fields=\[\"auto_map\"\]"):
         convert(source, tmp_path / "moe")
     options = {"ignore_config_fields": ["auto_map"], "verify": "auto"}
     assert convert(source, tmp_path / "moe", **options).proof.holds
@@ -348,7 +348,7 @@ def test_the_model_card_names_every_option_that_is_not_a_default(tmp_path: Path)
 def test_all_unknown_fields_are_named_at_once(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", "llama")
     edit_config(source, novel=1, use_mrope=True)
-    with pytest.raises(UpcyclingError, match=r"novel=1, use_mrope=True.*=\[novel,use_mrope\]"):
+    with pytest.raises(UpcyclingError, match=r'novel=1, use_mrope=True.*=\["novel", "use_mrope"\]'):
         convert(source, tmp_path / "moe")
 
 

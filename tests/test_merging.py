@@ -308,7 +308,7 @@ def test_a_model_that_differs_is_refused_by_name(what: str, tmp_path: Path) -> N
     ("names", "options", "match"),
     [
         (["one"], {}, r"two or more.*\['one'\]"),
-        ([BASE, "one"], {}, "base_expert=true"),
+        ([BASE, "one"], {}, "base_expert=True"),
         ([], {}, r"two or more models that give experts, and there are \[\]"),
         (["one", "two"], {"shared": "base"}, "shared=base.*need the base model"),
         (["one", "two"], {"base_expert": True}, "base_expert=true need the base model"),
@@ -500,7 +500,7 @@ def test_moments_do_not_depend_on_the_batches() -> None:
 @pytest.mark.parametrize(
     ("texts", "match"),
     [
-        ({"one": TEXTS["one"]}, r"none for two .*calibration\.two"),
+        ({"one": TEXTS["one"]}, r'none for two .*"two": "FILE"'),
         (TEXTS | {"three": ["x"]}, r"names \['three'\]"),
         (TEXTS | {"two": ["short"]}, "text two does not fill one sequence of 64 tokens"),
     ],

@@ -1,6 +1,7 @@
 """Objectives through FusionBench's program and through the command line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fusion_upcycle.method import ContinuedPretrainingAlgorithm
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
 
+NUMBER = r"\d+\.\d{4}"
 SMALL = {"batch_size": 4, "log_every": 1, "accelerator": "cpu", "learning_rate": 0.01}
 
 
@@ -157,14 +159,19 @@ def test_a_folder_is_upcycled_and_trained_on_from_the_command_line(
     held_out = ["--validation", f"held={source}", "--freeze", "norms", "--betas", "0.8,0.9"]
     main(["train", *trained, *held_out, *small, "--examples", "8", "--mixture", f"{name}=1"])
     said = capsys.readouterr().out
-    assert "seq2seq: " in said and "held: loss_nats_per_token" in said
-    assert "8 examples, " in said and "per CPU second" in said
+    assert "held: loss_nats_per_token" in said and "examples per CPU second" in said
+    closing = (
+        rf"^Trained on 8 examples in 2 steps: seq2seq loss {NUMBER} -> {NUMBER} nats per token; "
+    )
+    assert re.fullmatch(rf"{closing}saved to {tmp_path / 'out'}\.", said.splitlines()[-1])
+    assert not (tmp_path / "out" / "training").exists()
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["options"]["betas"] == [0.8, 0.9]
     assert record["options"]["freeze"] == ["norms"]
     assert record["options"]["mixture"] == {name: 1.0}
     assert record["source"]["upcycling"]["num_experts"] == 3
     assert (tmp_path / "out.training" / "logs" / "csv").is_dir()
+    main(["train", *trained, *small, "--examples", "8", "--save-moments", "--overwrite"])
     again = [str(tmp_path / "out"), str(tmp_path / "on"), "--data", f"{name}={source}"]
     main(["train", *again, *small, "--examples", "4", "--optimizer-state", str(tmp_path / "out")])
     assert type(load_by_config(tmp_path / "on")).__name__ == "SparseT5ForConditionalGeneration"

@@ -48,7 +48,7 @@ assert torch.allclose(router.norm(dim=1), torch.tensor(1.5))
 made = upcycle(source, folder / "flipped", expert_init={"name": "flip", "share": 0.5},
                progress=False)
 assert made.record["options"]["expert_init"] == {"name": "flip", "share": 0.5}
-assert not made.proof.holds and verify(folder / "flipped", progress=False).mode == "logits"
+assert not made.proof.holds and verify(folder / "flipped", progress=False).mode == "layers"
 assert UpcyclingOptions(expert_init="flip").to_json()["expert_init"]["share"] == 0.1
 expand(folder / "copy", folder / "grown", expert_init="flip", progress=False)  # MoEs grow too
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.reader import CheckpointReader
+from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS
 from fusion_upcycle.errors import UpcyclingError
 
 TENSORS = {
@@ -329,3 +332,27 @@ def test_specs_are_known_without_reading_data(tmp_path: Path) -> None:
         tensor = TENSORS[name]
         assert (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape))
         assert (spec.numel, spec.nbytes) == (math.prod(tensor.shape), tensor.nbytes)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: os.truncate(path, 100),
+    "written over": lambda path: path.write_bytes(path.read_bytes()),
+    "replaced": lambda path: Path(shutil.copy(path, path.with_suffix(".new"))).rename(path),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """A mapped file that was cut off would end the process with SIGBUS."""
+    save_file({"x": torch.zeros(CHUNK_ELEMENTS + 1, dtype=torch.float16)}, tmp_path / WEIGHTS)
+    reader = CheckpointReader(tmp_path)
+    pieces = reader.chunks("x")
+    next(pieces)
+    change(tmp_path / WEIGHTS)
+    with pytest.raises(UpcyclingError, match=r"model\.safetensors changed while it was read"):
+        next(pieces)
+    with pytest.raises(UpcyclingError, match="changed while it was read"):
+        reader.tensor("x")

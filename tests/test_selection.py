@@ -113,8 +113,8 @@ def test_scores_may_be_tensors() -> None:
     ("total", "options", "match"),
     [
         (2, {}, "num_experts=2 is less than the 3 experts that layer 5 has"),
-        (10, {"selection": "greedy"}, r"max_copies=3 = 9. Set max_copies to 4 or more"),
-        (10, {"selection": "random"}, "or choose selection=uniform"),
+        (10, {"selection": "greedy"}, r"max_copies=3 = 9. Pass max_copies=4 or more"),
+        (10, {"selection": "random"}, 'or choose selection="uniform"'),
         (4, {"selection": "gready"}, "Did you mean 'greedy'"),
         (4, {"selection": "greedy", "max_copies": 0}, "max_copies=0"),
         (4, {"selection": "greedy", "max_copies": "3"}, "max_copies='3'"),

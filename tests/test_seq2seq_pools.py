@@ -291,7 +291,7 @@ def test_examples_that_cannot_be_used_are_refused(
 
 def test_lines_that_are_no_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{no\n")
-    with pytest.raises(UpcyclingError, match=r"tasks\.x: .*cannot be read"):
+    with pytest.raises(UpcyclingError, match=r"tasks\.x: .*x\.jsonl', line 1: no JSON"):
         load_pairs("x", str(tmp_path / "x.jsonl"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dense_folder, edit_config, files_of
+from tiny import as_older, dense_folder, edit_config, files_of
 
 from fusion_upcycle import upcycle
 from fusion_upcycle.checkpoint.source import copy_companions, locate
@@ -119,7 +119,7 @@ def test_a_config_decides_neither_which_code_runs_nor_how_long_a_list_is(
     source = dense_folder(tmp_path / "dense")
     edit_config(source, **fields)
     assert upcycle(source, tmp_path / "moe", verify="logits", progress=False).proof.holds
-    edit_config(tmp_path / "moe", **fields)  # a stranger's output is read as carefully
+    edit_config(as_older(tmp_path / "moe"), **fields)  # a stranger's output is read as carefully
     assert verify(tmp_path / "moe", source, mode="logits", progress=False).holds
 
 

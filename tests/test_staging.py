@@ -96,7 +96,7 @@ def test_a_kill_before_any_step_loses_nothing_and_the_next_run_ends_it(
 def test_an_old_output_that_is_back_is_not_overwritten_unasked(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     (tmp_path / "out").rename(tmp_path / ".out.replaced-x")  # killed between two renames
-    with pytest.raises(UpcyclingError, match=r"exists\. Pass overwrite=true"):
+    with pytest.raises(UpcyclingError, match=r"exists\. Pass overwrite=True"):
         write(tmp_path / "out", "new", overwrite=False)
     assert files_of(tmp_path) == {f"out/{name}": text for name, text in contents("old").items()}
 

@@ -46,11 +46,11 @@ def test_documents_of_every_kind_come_back_exactly(tmp_path: Path) -> None:
     ("specification", "message"),
     [
         ("missing.txt", r"t: there is no file '/.*missing\.txt'\. Give the path"),
-        ("org/data_set", r"t: the format of 'org/data_set'.*\.txt, \.jsonl, \.parquet file"),
+        ("org/data_set", r"t: there is no file or folder '/.*\{path: org/data_set, split: train\}"),
         (3, r"t is 3\. Give a file"),
         ([3], r"t is \[3\]\. Give a file"),
         ({"path": "text", "splitt": "train"}, "Did you mean 'split'"),
-        ({"path": "text"}, "t needs `split`"),
+        ({"path": "org/text"}, "t needs `split`"),
         (
             {"path": "json", "split": "train", "data_files": "missing.jsonl"},
             r"t: 'missing\.jsonl' cannot be read: Unable to find",
@@ -70,10 +70,10 @@ def test_what_is_not_text_is_refused(specification: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "JSON parse error"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl', line 2: no JSON"),
         ("a.jsonl", b"", "there is nothing in it"),
-        ("a.jsonl", b'{"content": "x"}\n', "no column 'text' but content. Name one"),
-        ("a.txt", b"caf\xe9", "can't decode byte 0xe9"),
+        ("a.jsonl", b'{"content": "x"}\n', "line 1: there is no column 'text' but content. Name"),
+        ("a.txt", b"\n\ncaf\xe9", "line 3: no UTF-8"),
         ("a.parquet", b"text", "Parquet file size is 4 bytes"),
     ],
 )

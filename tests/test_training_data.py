@@ -23,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pack(data: Any, folder: Path) -> list[PackedText]:
-    return pack_sources(data, TOKENIZER, folder)
+    return pack_sources(data, TOKENIZER, folder, separator=EOS)
 
 
 def stream_of(texts: list[str]) -> list[int]:

@@ -152,7 +152,7 @@ def test_the_demo_text_is_new_to_the_demo_models_and_held_out_for_validation() -
         ({"learning_rte": 1}, "learning_rte.*Did you mean 'learning_rate'"),
         ({"save_chekpoint": "x"}, "save_chekpoint.*Did you mean 'save_checkpoint'"),
         ({"tokens": 10}, "tokens=10 is less than one step"),
-        ({"data": "notes.txt"}, r"method\.data='notes\.txt' must be a mapping"),
+        ({"data": ["notes.txt"]}, r"method\.data=\['notes\.txt'\] must be a mapping"),
         ({"data": None}, r"method\.data is not set"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_chain_that_cannot_go_on_is_refused() -> None:
 def dense_run(folder: Path, family: str = "llama", **fields: Any) -> tuple[Path, dict[str, Tensor]]:
     """Folder of a trained dense model, and its moments."""
     output = folder / "trained"
-    run(dense_model(family, vocab_size=257, **fields), folder, 3, output=output)
+    run(dense_model(family, vocab_size=257, **fields), folder, 3, output=output, save_moments=True)
     return output, load_file(output / MOMENTS_FILE)
 
 
@@ -271,13 +271,16 @@ def test_moments_carry_a_run_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
     data = {"same": {"_target_": "tiny_training.documents", "count": 1}}
     options |= {"batch_size": 1, "context_length": 9, "data": data}  # all of it in each step
     whole = run(dense_model(vocab_size=257), tmp_path / "whole", 6, **options)
-    first = run(dense_model(vocab_size=257), tmp_path / "1", 3, output=tmp_path / "half", **options)
+    kept = {"output": tmp_path / "half", "save_moments": True}
+    first = run(dense_model(vocab_size=257), tmp_path / "1", 3, **kept, **options)
     second = run(first.model, tmp_path / "2", 3, optimizer_state=tmp_path / "half", **options)
     assert_same_bits(second.model.state_dict(), whole.model.state_dict())
 
 
 def test_moments_that_do_not_fit_are_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcyclingError, match=r"has no training/optimizer\.safetensors"):
+    with pytest.raises(
+        UpcyclingError, match=r"has no training/optimizer\.safetensors: .* save_moments=true"
+    ):
         run(load(source), tmp_path / "a", optimizer_state=source)
     folder, _ = dense_run(tmp_path)
     with pytest.raises(UpcyclingError, match=r"not known.*upcycle_and_train"):

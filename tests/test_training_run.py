@@ -234,7 +234,7 @@ def module_inputs(folder: Path) -> Tensor:
     from fusion_upcycle.training.objectives.texts import Windows
     from fusion_upcycle.training.order import ExampleOrder
 
-    texts = pack_sources(DATA, TOKENIZER, folder / "work" / "data")
+    texts = pack_sources(DATA, TOKENIZER, folder / "work" / "data", separator=256)
     order = ExampleOrder([Windows(text, OPTIONS["context_length"]) for text in texts], None, 0)
     return torch.stack([order[i]["ids"] for i in range(OPTIONS["batch_size"])])
 
@@ -270,14 +270,14 @@ def test_an_export_that_fails_leaves_no_folder_and_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("fusion_upcycle.training.export.save_moments", _die)
+        patch.setattr("fusion_upcycle.training.export._model_card", _die)
         run(moe_model(), tmp_path, 6, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     dying_at(monkeypatch, 6)
     run(moe_model(), tmp_path, 6, output=tmp_path / "out")
     assert (tmp_path / "out" / "training.json").is_file()
     monkeypatch.undo()
-    with pytest.raises(UpcyclingError, match="overwrite=true"):
+    with pytest.raises(UpcyclingError, match="overwrite=True"):
         run(moe_model(), tmp_path, 6, output=tmp_path / "out")
     run(moe_model(), tmp_path, 5, output=tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 5

@@ -529,7 +529,7 @@ REFUSED: list[tuple[Any, str]] = [
     (two_splits, "has the splits train, validation: choose one"),
     (kept_back, "image 2 has the label -1, and there are 3 classes"),
     (other_file, "the format of '.*x.zip' is not known"),
-    ("./nothing", "there is no folder"),
+    ("./nothing", "there is no file or folder"),
     ("nothing.parquet", "there is no file"),
     (3, "=3 must be a file, a folder, or a mapping"),
     ({"split": "test"}, "must be a file, a folder, or a mapping"),

@@ -199,7 +199,7 @@ def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
 
 def test_an_earlier_output_is_kept_unless_overwrite_is_given(tmp_path: Path) -> None:
     finish(tmp_path / "out", "first")
-    with pytest.raises(UpcyclingError, match="overwrite=true"):
+    with pytest.raises(UpcyclingError, match="overwrite=True"):
         finish(tmp_path / "out", "second")
     assert files_of(tmp_path) == {f"out/{RECORD_FILE}": b"first"}
 
@@ -499,6 +499,20 @@ def test_a_source_that_changed_after_the_kill_is_converted_anew(
     source = dense_folder(tmp_path / "dense")
     kill(source, tmp_path / "out", monkeypatch)
     dense_folder(source, seed=1)
+    upcycle(source, tmp_path / "out", **UNPROVEN)
+    upcycle(source, tmp_path / "fresh", **UNPROVEN)
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "fresh"))
+
+
+def test_a_source_replaced_after_the_kill_is_noticed_at_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dense_folder(tmp_path / "dense")
+    before = (source / "model.safetensors").stat()
+    kill(source, tmp_path / "out", monkeypatch)
+    dense_folder(source, seed=1)
+    os.utime(source / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (source / "model.safetensors").stat().st_size == before.st_size
     upcycle(source, tmp_path / "out", **UNPROVEN)
     upcycle(source, tmp_path / "fresh", **UNPROVEN)
     assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "fresh"))

@@ -130,7 +130,8 @@ def trained(
     chosen = make_training_options(
         tokens=tokens, context_length=CONTEXT_LENGTH, batch_size=BATCH_SIZE, schedule="wsd",
         final_share=0.0, router_learning_rate=options["learning_rate"],
-        z_weight=0.0, checkpoint_every=0, log_every=100, accelerator="cpu", **options,
+        z_weight=0.0, checkpoint_every=0, log_every=100, accelerator="cpu", save_moments=True,
+        **options,
     )  # fmt: skip
     tokenizer, places = byte_tokenizer(CONTEXT_LENGTH), Places(work / "work", work / "log", folder)
     return train(

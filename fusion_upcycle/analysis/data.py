@@ -8,6 +8,7 @@ from typing import Any
 from fusion_upcycle.architectures.layout import model_class, takes_images
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.files import files_below, local_path, specification
 from fusion_upcycle.texts.documents import load_documents
 
 
@@ -37,7 +38,10 @@ def read_images(sources: Sequence[str]) -> dict[str, "ImageFiles"]:
     Raises:
         UpcyclingError: not of that form, a name that comes twice, or no images.
     """
-    return {name: ImageFiles.of(Path(path).expanduser()) for name, path in _pairs(sources).items()}
+    return {
+        name: ImageFiles.of(local_path(path, f"--data {name}"))
+        for name, path in _pairs(sources).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class ImageFiles(Sequence[Any]):
         from PIL import Image
 
         known = {*Image.registered_extensions()}
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [
-            f for f in inside if f.is_file() and f.suffix.lower() in known and f.name[0] != "."
-        ]
+        inside = files_below(path) if path.is_dir() else [path]
+        files = [file for file in inside if file.suffix.lower() in known and file.is_file()]
         if not files:
-            raise UpcyclingError(f"{path} has no images. Give an image file, or a folder of some.")
+            raise UpcyclingError(
+                f"{path.absolute()} has no images. Give an image file, or a folder of some."
+            )
         return cls(files)
 
     def __len__(self) -> int:
@@ -80,13 +84,13 @@ class ImageFiles(Sequence[Any]):
 
 
 def read_texts(sources: Sequence[str]) -> dict[str, list[str]]:
-    """Documents of each `NAME=PATH`; a folder is all files in it, hidden ones aside.
+    """Documents of each `NAME=PATH`, as `fusion_upcycle.texts.documents` takes a path or mapping.
 
     Raises:
         UpcyclingError: not of that form, a name that comes twice, or no text.
     """
     return {
-        name: load_documents(text_files(path), f"--data {name}")
+        name: load_documents(specification(path), f"--data {name}")
         for name, path in _pairs(sources).items()
     }
 
@@ -102,23 +106,6 @@ def _pairs(sources: Sequence[str]) -> dict[str, str]:
             raise UpcyclingError(f"--data {name} is given twice. Use another name for the second.")
         found[name] = path
     return found
-
-
-def text_files(path: str) -> str | list[str]:
-    """A file as it is; a folder as all files in it, hidden ones aside.
-
-    Raises:
-        UpcyclingError: an empty folder.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return path
-    files = [str(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "."]
-    if not files:
-        raise UpcyclingError(
-            f"{folder} has no files to read as text. Give a folder of .txt, .jsonl or .parquet."
-        )
-    return files
 
 
 def demo_texts() -> dict[str, tuple[str, ...]]:

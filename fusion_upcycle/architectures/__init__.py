@@ -18,7 +18,7 @@ from fusion_upcycle.architectures.qwen3_5_moe import QWEN3_5_MOE
 from fusion_upcycle.architectures.qwen3_moe import QWEN3_MOE
 from fusion_upcycle.architectures.sparse import SPARSE, for_config
 from fusion_upcycle.checks import AUTO
-from fusion_upcycle.errors import UpcyclingError, require_versions, unknown
+from fusion_upcycle.errors import UpcyclingError, require_versions, setting, unknown
 from fusion_upcycle.registry import Registry
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
         UpcyclingError: lists what the target, or any target, takes.
     """
     if target in _BROKEN:
-        raise UpcyclingError(f"target={target}: {_BROKEN[target]}. Choose another target.")
+        raise UpcyclingError(
+            f"target={target}: {_BROKEN[target]}. Choose another {setting('target')}."
+        )
     if target != AUTO and target in MOE_FAMILIES and not MOE_FAMILIES[target].dense:
         raise UpcyclingError(
             f"target={target}: no dense model becomes a {target}; it can be expanded only. Choose "

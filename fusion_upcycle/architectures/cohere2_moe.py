@@ -62,7 +62,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
 _BEYOND_ANY_TEXT = 2**30
 _OTHER_CODE = "transformers' own class ignores it, and so computes another model than it asks for."
 _REQUIRED: dict[str, dict[str, tuple[Any, str]]] = {
-    "cohere": {"use_qk_norm": (False, "It has no norms on q and k. Choose target=sparse.")},
+    "cohere": {"use_qk_norm": (False, "It has no norms on q and k. Choose {target=sparse}.")},
     # In published configs, from before transformers knew the family.
     "cohere2": {
         "position_embedding_type": ("rope_gptj", _OTHER_CODE),

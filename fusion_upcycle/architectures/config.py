@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.architectures.families import LEFT_OVER
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting, with_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,13 +44,13 @@ def carry_fields(
         raise UpcyclingError(
             f"config.json of the {family} source: the model brings code of its own (auto_map), "
             f"which is never run here. Where transformers' own class computes the "
-            "same, pass ignore_config_fields=[auto_map]."
+            f"same, pass {setting('ignore_config_fields', [*ignored, 'auto_map'])}."
         )
     for name, (only, remedy) in required.items():
         if (value := fields.get(name, only)) != only:
             raise UpcyclingError(
                 f"config.json of the {family} source: {name}={value!r} cannot be expressed by "
-                f"{target} (only {only!r} can). {remedy}"
+                f"{target} (only {only!r} can). {with_settings(remedy)}"
             )
     known = {*required, *CARRIED, *carried, *NO_EFFECT, *no_effect, *ignored}
     unknown = {
@@ -63,7 +63,7 @@ def carry_fields(
         raise UpcyclingError(
             f"config.json of the {family} source: unknown field {named}; {target} may not express "
             "what it does. If it changes nothing in the forward pass, remove it or pass "
-            f"ignore_config_fields=[{','.join(unknown)}]."
+            f"{setting('ignore_config_fields', [*ignored, *unknown])}."
         )
     result: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     result |= {name: v for name, v in fields.items() if name in CARRIED or name in carried}
@@ -104,7 +104,7 @@ def refuse_unknown(source: "PreTrainedConfig", ignored: Collection[str]) -> None
         raise UpcyclingError(
             f"config.json of the {source.model_type} source: unknown field {named}; "
             f"{type(source).__name__} has none of this name. If it changes nothing in the forward "
-            f"pass, remove it or pass ignore_config_fields=[{','.join(unknown)}]."
+            f"pass, remove it or pass {setting('ignore_config_fields', [*ignored, *unknown])}."
         )
 
 
@@ -113,8 +113,9 @@ def no_window(source: "PreTrainedConfig", target: str) -> None:
     if (getattr(source, "layer_types", None) is not None) and one_window(source, target):
         raise UpcyclingError(
             f"config.json of the {source.model_type} source: its layers have a sliding window of "
-            f"{source.sliding_window}, and {target} has none. Choose a target that has one, or set "
-            "use_sliding_window=false if the window is never reached."
+            f"{source.sliding_window}, and {target} has none. Choose a {setting('target')} that "
+            "has one, or set use_sliding_window to false in config.json if the window is never "
+            "reached."
         )
 
 

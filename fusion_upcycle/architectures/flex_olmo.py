@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import Architecture, DenseLayout, Routing
 from fusion_upcycle.architectures.config import carry_fields
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -49,7 +49,8 @@ def _without_windows(source: "PreTrainedConfig") -> "PreTrainedConfig":
     if windows := [i for i, kind in enumerate(source.layer_types) if kind != "full_attention"]:
         raise UpcyclingError(
             f"config.json of the olmo3 source: layer_types gives layers {windows} a sliding window "
-            f"of {source.sliding_window}, and FlexOlmo has none. Choose target=sparse."
+            f"of {source.sliding_window}, and FlexOlmo has none. Choose "
+            f"{setting('target', 'sparse')}."
         )
     kinds = ("full_attention", "sliding_attention")
     if stray := {name: v for name, v in source.rope_parameters.items() if name not in kinds}:

@@ -14,7 +14,7 @@ from fusion_upcycle.architectures.base import (
     SharedExpert,
 )
 from fusion_upcycle.architectures.config import carry_fields
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,8 +36,9 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     if shape.shared_size != shape.expert_size:
         raise UpcyclingError(
             "The shared expert of a hunyuan_v1_moe is as wide as a routed one: "
-            f"{shape.expert_size}, not {shape.shared_size}. Choose shared_expert=zero and no "
-            "shared_expert_intermediate_size, or whole FFNs as experts."
+            f"{shape.expert_size}, not {shape.shared_size}. Choose "
+            f"{setting('shared_expert', 'zero')} and no "
+            f"{setting('shared_expert_intermediate_size')}, or whole FFNs as experts."
         )
     fields = carry_fields(
         source,

@@ -21,7 +21,7 @@ from fusion_upcycle.architectures.layout import built, class_name, empty_model
 from fusion_upcycle.checkpoint.split import SplitSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import RenamedSource
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -180,7 +180,7 @@ def _file_slots(_: str, held: _Held) -> dict[str, LiveSlot]:
         if number.numel() > 1:
             raise UpcyclingError(
                 f"transformers saves several tensors of a {type(model).__name__} as one, {name}. "
-                "Choose moe_layers=all: experts have tensors of their own."
+                f"Choose {setting('moe_layers', 'all')}: experts have tensors of their own."
             )
     return {name: slots[int(number)] for name, number in saved.items()}
 

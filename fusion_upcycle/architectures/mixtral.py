@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures.base import LLAMA_LAYOUT, Architecture, DenseLayout, Splits
 from fusion_upcycle.architectures.config import ROPE_TYPES, carry_fields
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fusion_upcycle.architectures.shape import MoEShape
 
 _NO_BIAS = (
-    "Mixtral has no biases. A Llama with attention biases fits target=granitemoe; where the biases "
-    "are all zero, set the field to false and remove the bias tensors."
+    "Mixtral has no biases. A Llama with attention biases fits {target=granitemoe}; where the "
+    "biases are all zero, set the field to false and remove the bias tensors."
 )
 
 
@@ -92,7 +92,7 @@ def _require_unscaled_queries(source: "PreTrainedConfig") -> None:
             f"scaled (llama_4_scaling_beta={beta}), which Mixtral cannot express, and "
             f"max_position_embeddings={source.max_position_embeddings} is beyond that. If an MoE "
             f"for texts of up to {original} tokens will do, set max_position_embeddings to that; "
-            "else choose target=sparse."
+            f"else choose {setting('target', 'sparse')}."
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE
 from fusion_upcycle.architectures.layout import target_class
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, with_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,7 +33,8 @@ def checked_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
                 value = fields[name].get("quant_method")
                 remedy = remedy.replace("upcycle", "expand")
             raise UpcyclingError(
-                f"config.json of the {family} source: {name}={value!r} cannot be expanded. {remedy}"
+                f"config.json of the {family} source: {name}={value!r} cannot be expanded. "
+                f"{with_settings(remedy)}"
             )
     if getattr(config, "auto_map", None):
         if family not in WITH_CODE and not ours:

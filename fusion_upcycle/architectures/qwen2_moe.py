@@ -43,11 +43,11 @@ _SEED_OSS = {
         "Qwen2-MoE always has biases on q, k and v. Without them this model "
         "is a Llama: set model_type and architectures to that.",
     ),
-    "attention_out_bias": (False, _NO_BIAS + " Choose target=sparse."),
+    "attention_out_bias": (False, _NO_BIAS + " Choose {target=sparse}."),
     "residual_dropout": (
         0.0,
         "Qwen2-MoE has no such dropout, which training would use. Set it to 0 in config.json (the "
-        "forward pass of a trained model does not change), or choose target=sparse.",
+        "forward pass of a trained model does not change), or choose {target=sparse}.",
     ),
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from fusion_upcycle.architectures import moe_family
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -88,8 +88,8 @@ def routing_rule(config: "PreTrainedConfig", selection_bias_E: Tensor | None = N
     if (groups := getattr(config, "n_group", None) or 1) > 1:
         raise UpcyclingError(
             f"This {config.model_type} model first chooses among {groups} groups of experts "
-            f"(n_group), and new router rows cannot be found for that. Choose "
-            "router_extension=copy."
+            "(n_group), and new router rows cannot be found for that. Choose "
+            f"{setting('router_extension', 'copy')}."
         )
     assert (selection_bias_E is None) == (routing.selection_bias is None), config.model_type
     return RoutingRule(

@@ -37,7 +37,7 @@ from fusion_upcycle.architectures.layout import (
 )
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checkpoint.view import TURNED
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting, with_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -129,7 +129,7 @@ class SparseArchitecture(Architecture):
             raise UpcyclingError(
                 f"dtype=float16: transformers keeps {', '.join(sorted(kept & inside))} of "
                 f"{dense.__name__} in float32 there, whose values are beyond float16, and experts "
-                "have one dtype. Choose dtype=bfloat16 or float32."
+                f"have one dtype. Choose {setting('dtype', 'bfloat16')} or float32."
             )
 
     def view(self, source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
@@ -316,25 +316,26 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
         if (value := fields.get(name, only)) != only:
             raise UpcyclingError(
                 f"config.json of the {source.model_type} source: {name}={value!r} cannot be "
-                f"upcycled. {remedy}"
+                f"upcycled. {with_settings(remedy)}"
             )
     brings_code = "auto_map" in fields and source.model_type not in WITH_CODE
     if brings_code and "auto_map" not in shape.ignored:
         raise UpcyclingError(
             f"config.json of the {source.model_type} source: the model brings code of its own "
             "(auto_map), which is never run here. Where transformers' own class computes the same, "
-            "pass ignore_config_fields=[auto_map]."
+            f"pass {setting('ignore_config_fields', [*shape.ignored, 'auto_map'])}."
         )
     refuse_unknown(source, shape.ignored)
     if shape.routing == "hash" and takes_images(source):
         raise UpcyclingError(
             f"routing=hash goes by token ids, and a {source.model_type} model is given images. "
-            "Choose routing=expert_choice or token_choice."
+            f"Choose {setting('routing', 'expert_choice')} or {setting('routing', 'token_choice')}."
         )
     if shape.routing == "expert_choice" and source.model_type not in BIDIRECTIONAL:
         raise UpcyclingError(
             f"routing=expert_choice: experts would choose among tokens to come, which a "
-            f"{source.model_type} must not see. Choose routing=token_choice."
+            f"{source.model_type} must not see. Choose "
+            f"{setting('routing', 'token_choice')}."
         )
     own = {field: getattr(shape, name) for name, field in _FIELDS.items()}
     return _as_sparse(source, own | moe_layers_field(shape.moe_layers, shape.num_layers))

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 #: In the folder of a trained model. Not beside the weights, which are read by `*.safetensors`.
 MOMENTS_FILE = "training/optimizer.safetensors"
@@ -63,8 +63,8 @@ def moments_reader(folder: Path) -> CheckpointReader:
     path = folder / MOMENTS_FILE
     if not path.is_file():
         raise UpcyclingError(
-            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that "
-            "continued_pretraining saved, or null."
+            f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that was "
+            f"trained with save_moments=true, or pass {setting('optimizer_state', None)}."
         )
     reader = CheckpointReader(path.parent, file=path.name)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -63,6 +63,7 @@ class CheckpointReader:
         self._read_once = read_once
         self._places: dict[str, _Place] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._states: dict[str, tuple[int, int, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         weight_map = _weight_map(folder) if file is None else {}
         files = sorted(set(weight_map.values())) if weight_map else [file or SINGLE_FILE]
@@ -107,10 +108,21 @@ class CheckpointReader:
     def _view(self, place: _Place, dtype: torch.dtype, start: int, count: int) -> Tensor:
         if count == 0:
             return torch.empty(0, dtype=dtype)
+        self._check_unchanged(place.file)
         with warnings.catch_warnings():
             # The map is read-only on purpose; torch only warns that writing would crash.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._maps[place.file], dtype=dtype, count=count, offset=start)
+
+    def _check_unchanged(self, file: str) -> None:
+        """Refuse a file that is no longer what was opened; a shorter one would end the process."""
+        path = self.folder / file
+        if (state := _state(path)) != self._states[file]:
+            raise UpcyclingError(
+                f"{path} changed while it was read"
+                + (" (it is gone)" if state is None else "")
+                + ". Start again when whatever writes it has ended."
+            )
 
     def _read_ahead(self, file: str, start: int) -> None:
         """Have the disk at work while a piece is being used."""
@@ -137,7 +149,9 @@ class CheckpointReader:
             raise UpcyclingError(
                 f"{path} is missing, though {INDEX_FILE} names it. Download the folder again."
             )
-        size = path.stat().st_size
+        state = _state(path)
+        assert state is not None
+        size = state[0]
         header, data_start = _read_header(path, size)
         if size != (expected := data_start + _data_bytes(path, header)):
             raise UpcyclingError(
@@ -146,6 +160,7 @@ class CheckpointReader:
             )
         with path.open("rb") as handle:
             self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        self._states[file] = state
         for name, entry in header.items():
             if name in self.specs:
                 raise UpcyclingError(
@@ -156,6 +171,15 @@ class CheckpointReader:
             self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
             self._places[name] = _Place(file, data_start + start, data_start + stop)
         return set(header)
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of the last change and number of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
@@ -169,14 +193,14 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise UpcyclingError(
                 f"{path} is not a whole safetensors file: its header is cut off. Download it again."
             )
-        header = _parse_json(path, handle.read(length))
+        header = parse_json(path, handle.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise UpcyclingError(f"{path} is damaged (its metadata is no object). Download it again.")
     return header, 8 + length
 
 
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object from a file that may be damaged or hostile."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -247,7 +271,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UpcyclingError(
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
         )
-    contents = _parse_json(index, index.read_bytes())
+    contents = parse_json(index, index.read_bytes())
     weight_map = contents.get("weight_map")
     # transformers itself cannot read an index without "metadata".
     if not isinstance(weight_map, dict) or "metadata" not in contents:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.minicpm import granite_fields
+from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -67,8 +68,12 @@ _BOUNDS = {
 }
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of `source`, downloading a Hub id's safetensors if need be.
+
+    Args:
+        source: folder or Hub id.
+        revision: of a Hub id; None is its main one.
 
     Raises:
         UpcyclingError: neither a folder nor a Hub id that can be reached.
@@ -79,7 +84,9 @@ def locate(source: str | Path) -> Path:
     if path.exists():
         raise UpcyclingError(f"{source} is a file. Give the folder that holds config.json.")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-        raise UpcyclingError(f"{source} does not exist, and is not a Hugging Face Hub id either.")
+        raise UpcyclingError(
+            f"{path.absolute()} does not exist, and {source} is not a Hugging Face Hub id either."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -87,14 +94,22 @@ def locate(source: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(source),
-                allow_patterns=["config.json", "*.safetensors", "*.index.json", *COMPANIONS],
+                revision=revision,
+                allow_patterns=[
+                    "config.json",
+                    CONFIG_FILE,
+                    "*.safetensors",
+                    "*.index.json",
+                    *COMPANIONS,
+                ],
                 # Some repositories hold the same weights a second time, in their maker's layout.
                 ignore_patterns=["consolidated*", "*.bin.index.json", "*/*.safetensors"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UpcyclingError(
-            f"{source} is not a folder here, and the Hugging Face Hub did not give it: {error}"
+            f"{source} is not a folder here ({path.absolute()}), and the Hugging Face Hub did not "
+            f"give it: {error}"
         ) from error
 
 
@@ -107,12 +122,12 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     """
     path = folder / "config.json"
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise UpcyclingError(
-            f"{folder} has no config.json."
-            + (" It is a PEFT adapter: merge it into its base model first." if adapter else "")
-            + " Give a Hugging Face model folder."
-        )
+        if (folder / CONFIG_FILE).is_file():
+            raise UpcyclingError(
+                f"{folder} is a PEFT adapter (no config.json), which upcycle, merge, inspect and "
+                f"verify take as it is. For others, merge it: {merge_command(folder)}."
+            )
+        raise UpcyclingError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     if (beside := folder / "adapter_config.json").is_file():
         raise UpcyclingError(
             f"{beside} is a PEFT adapter beside the model, which transformers would put on top of "

@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fusion_upcycle.checkpoint.durable import exchange, make_folder, sync, sync_tree
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 #: The file by which a folder is known to be an output of ours; holds the plan and the proof.
 RECORD_FILE = "upcycling.json"
 TRAINING_RECORD_FILE = "training.json"
 #: By one of these a folder is known to be an output of ours.
-_RECORDS = (RECORD_FILE, TRAINING_RECORD_FILE)
+RECORDS = (RECORD_FILE, TRAINING_RECORD_FILE)
 #: In a staging folder: what is being written there. It goes last.
-_FINGERPRINT_FILE = "conversion.json"
+FINGERPRINT_FILE = "conversion.json"
 #: What is left in a folder of ours to the end, that a kill in between shows whose it is.
-_MARKS = (*_RECORDS, _FINGERPRINT_FILE)
+_MARKS = (*RECORDS, FINGERPRINT_FILE)
 #: Room for config, tokenizer and file system overhead beside the tensors.
 _SPARE_BYTES = 64 * 2**20
 
@@ -106,17 +106,17 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             "it yourself."
         )
     if not overwrite:
-        raise UpcyclingError(f"{output} exists. Pass overwrite=true to replace it.")
+        raise UpcyclingError(f"{output} exists. Pass {setting('overwrite', True)} to replace it.")
 
 
 def _is_ours(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _RECORDS)
+    return any((folder / name).is_file() for name in RECORDS)
 
 
 def _prepare(staging: Path, fingerprint: Mapping[str, object]) -> None:
     """Keep a left-over staging folder of the same conversion; else start with an empty one."""
     text = json.dumps(fingerprint, indent=2, sort_keys=True)
-    record = staging / _FINGERPRINT_FILE
+    record = staging / FINGERPRINT_FILE
     if any(staging.iterdir()) and not record.is_file():
         raise UpcyclingError(f"{staging} exists and was not made here. Remove or rename it.")
     if record.is_file() and record.read_text() != text:
@@ -136,7 +136,7 @@ def _empty(folder: Path) -> None:
 
 def _remove_records(staging: Path) -> None:
     """Make a staging folder no output: its fingerprint says then whose it is."""
-    for name in _RECORDS:
+    for name in RECORDS:
         (staging / name).unlink(missing_ok=True)
 
 
@@ -174,7 +174,7 @@ def _replace(staging: Path, output: Path, *, overwrite: bool) -> None:
     else:
         staging.rename(output)
     sync(output.parent)
-    (output / _FINGERPRINT_FILE).unlink()
+    (output / FINGERPRINT_FILE).unlink()
     sync(output)
     if old is not None:
         _remove(old)
@@ -199,7 +199,7 @@ def _heal(output: Path, staging: Path) -> None:
             sync(output.parent)
         elif _is_ours(old):
             _remove(old)
-    record = staging / _FINGERPRINT_FILE
+    record = staging / FINGERPRINT_FILE
     if _is_ours(staging) and not record.exists():
         record.write_text("{}")
         _remove_records(staging)

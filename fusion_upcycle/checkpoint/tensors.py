@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 #: Elements of one piece of a tensor on its way through: 8 MiB in bfloat16, enough for full disk
 #: speed. Counted in elements, so that pieces of source and result correspond under a cast.
@@ -138,6 +138,6 @@ def cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     if result.isinf().any() and not tensor.isinf().any():
         raise UpcyclingError(
             f"Source tensor {name} has values up to {tensor.abs().max():.3g}, beyond the "
-            f"range of {dtype}. Choose dtype=bfloat16 or float32."
+            f"range of {dtype}. Choose {setting('dtype', 'bfloat16')} or float32."
         )
     return result

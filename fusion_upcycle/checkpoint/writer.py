@@ -3,6 +3,7 @@
 They are written to a folder of `fusion_upcycle.checkpoint.staging`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -92,14 +93,18 @@ def parse_size(size: int | str) -> int:
 
 def write_shards(
     staging: Path, shards: list[Shard], chunks: Chunks, progress: Callable[[int], object]
-) -> None:
+) -> dict[str, str]:
     """Write every shard that a previous run has not finished, and the index.
 
     Args:
         staging: existing folder.
         chunks: tensor name -> its flat pieces in order.
         progress: called with the number of bytes just written.
+
+    Returns:
+        file -> SHA-256 of each shard that was written now, hashed on the way to the disk.
     """
+    digests: dict[str, str] = {}
     # Flushing a finished shard to the disk overlaps with writing the next one.
     with ThreadPoolExecutor(1) as flusher:
         flushes: list[Future[None]] = []
@@ -109,7 +114,7 @@ def write_shards(
                 progress(sum(spec.nbytes for spec in shard.specs.values()))
                 continue
             part = path.with_suffix(".part")
-            _write_shard(part, shard, chunks, progress)
+            digests[shard.file] = _write_shard(part, shard, chunks, progress)
             flushes.append(flusher.submit(_flush_and_rename, part, path))
         for flush in flushes:
             flush.result()
@@ -118,11 +123,14 @@ def write_shards(
         weight_map = {name: shard.file for shard in shards for name in shard.specs}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return digests
 
 
 def _write_shard(
     path: Path, shard: Shard, chunks: Chunks, progress: Callable[[int], object]
-) -> None:
+) -> str:
+    """Returns the SHA-256 of the file."""
+    digest = hashlib.sha256(shard.header)
     with path.open("wb", buffering=0) as handle:
         handle.write(shard.header)
         buffered = 0
@@ -132,6 +140,7 @@ def _write_shard(
                 assert chunk.dtype == spec.dtype, (name, chunk.dtype, spec.dtype)
                 # numpy knows no bfloat16: hand over the bytes
                 data = chunk.contiguous().view(torch.uint8).numpy().data
+                digest.update(data)
                 while data:  # a raw write may take less than it was given
                     data = data[handle.write(data) :]
                 written += chunk.nbytes
@@ -141,6 +150,7 @@ def _write_shard(
                     buffered = 0
                 progress(chunk.nbytes)
             assert written == spec.nbytes, (name, written, spec)
+    return digest.hexdigest()
 
 
 def _write_behind(descriptor: int) -> None:

@@ -8,11 +8,12 @@ from fusion_upcycle.cli.analysis_flags import add_analyze
 from fusion_upcycle.cli.benchmark_flags import add_benchmark, takes_overrides
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
 from fusion_upcycle.cli.merge_flags import add_merge
-from fusion_upcycle.cli.option_flags import Command, add_making
+from fusion_upcycle.cli.option_flags import Command, add_base, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
+from fusion_upcycle.cli.spelling import flags_of
 from fusion_upcycle.cli.train_flags import add_train
-from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.errors import ProofError, UpcyclingError, spelled
 from fusion_upcycle.inspection.numbers import read_count
 
 DESCRIPTION = """\
@@ -51,18 +52,21 @@ examples:
   python -m fusion_upcycle upcycle ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
   python -m fusion_upcycle upcycle ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle upcycle ./mistral-7b ./mixtral --recipe mixtral_8x7b
+  python -m fusion_upcycle upcycle ./lora-of-llama-1b ./llama-8x1b --base ./llama-1b
 """
 
 VERIFY = """\
-Prove a folder again, as when it was made: tensors bit by bit against the source, names and config
-against transformers, then the function on sample tokens. Exit status 1 if it does not hold.
+Prove a folder again, as when it was made: all files by their digests, tensors bit by bit against
+the source, names and config against transformers, then the function on sample tokens. Exit status 1
+if it does not hold.
 
-A merged folder is proven when it is made, and cannot be proven again.
+A merged folder is proven when it is made; later, --quick checks that it has not changed since.
 """
 
 VERIFY_EXAMPLES = """\
 examples:
   python -m fusion_upcycle verify ./llama-8x1b
+  python -m fusion_upcycle verify ./downloaded --quick
   python -m fusion_upcycle verify ./llama-8x1b --source /new/place/llama-1b --mode layers
 """
 
@@ -94,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = takes_overrides(given) or _parser().parse_args(given)
     try:
-        parsed.run(parsed)
+        with spelled(flags_of(getattr(parsed, "command", None))):
+            parsed.run(parsed)
     except ProofError as error:
         sys.exit(_failed(error, 1))
     except UpcyclingError as error:
@@ -127,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "source", nargs="?", help="local folder or Hugging Face Hub id (safetensors)"
     )
+    add_base(inspect)
     add_planning(inspect)
     inspect.add_argument(
         "--tokens",
@@ -162,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("source", help="local folder or Hugging Face Hub id (safetensors)")
     upcycle.add_argument("output", help="folder to make; appears only when complete and proven")
+    add_base(upcycle)
     add_planning(upcycle)
     add_making(upcycle)
     upcycle.set_defaults(run=_upcycle)
@@ -178,14 +185,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog=VERIFY_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verify.add_argument("output", help="a folder made by upcycle or expand")
+    verify.add_argument("output", help="a folder of ours")
+    verify.add_argument(
+        "--quick",
+        action="store_true",
+        help="only look whether all files are as they were written: needs no source, and takes any "
+        "folder of ours, merged and trained ones too",
+    )
     verify.add_argument("--source", help="where the source is now (default: where it was)")
+    add_base(verify)
     verify.add_argument(
         "--mode",
         default="auto",
         metavar="HOW",
-        help="layers streams both models, logits loads them; auto is logits below 2 GiB, else "
-        "layers (default: auto)",
+        help="layers streams both models, logits loads them; auto is layers (default: auto)",
     )
     verify.add_argument("--quiet", action="store_true", help="no progress bars")
     verify.set_defaults(run=_verify)
@@ -202,6 +215,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
     converted = upcycle(
         parsed.source,
         parsed.output,
+        base=parsed.base,
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
@@ -231,6 +245,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print_inspection(
         parsed.source,
         make_options(**planning_options(parsed)),
+        base=parsed.base,
         recipe=parsed.recipe,
         context_length=parsed.context_length,
         **given | {"tokens": given["tokens"] or given["budget_tokens"] or 100e9},
@@ -238,6 +253,23 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _verify(parsed: argparse.Namespace) -> None:
-    from fusion_upcycle.verify import verify
+    from fusion_upcycle.verify import verify, verify_files
 
-    print(verify(parsed.output, parsed.source, mode=parsed.mode, progress=not parsed.quiet))
+    if parsed.quick:
+        count = verify_files(parsed.output, progress=not parsed.quiet)
+        if count == 0:
+            raise UpcyclingError(
+                f"{parsed.output} was made by an earlier version, which took no digests of its "
+                "files: verify it against its source, without --quick."
+            )
+        print(f"{count} files are as they were written (SHA-256).")
+        return
+    print(
+        verify(
+            parsed.output,
+            parsed.source,
+            base=parsed.base,
+            mode=parsed.mode,
+            progress=not parsed.quiet,
+        )
+    )

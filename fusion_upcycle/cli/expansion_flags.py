@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fusion_upcycle.cli.merge_flags import pairs
+from fusion_upcycle.cli.merge_flags import data_pairs
 from fusion_upcycle.cli.option_flags import Command, add_making, given_options
 
 IMPORTANCE = """\
@@ -118,12 +118,11 @@ def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def _calibration(parsed: argparse.Namespace) -> dict[str, Any]:
     """The texts as `fusion_upcycle.texts.documents` takes them."""
-    from fusion_upcycle.analysis.data import text_files
     from fusion_upcycle.demo.texts import demo_documents
 
     if parsed.demo:
         return demo_documents("continued")
-    return {name: text_files(path) for name, path in pairs("--data", parsed.data).items()}
+    return data_pairs("--data", parsed.data)
 
 
 def _importance(parsed: argparse.Namespace) -> None:

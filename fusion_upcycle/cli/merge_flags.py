@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from typing import Any
 
 from fusion_upcycle.cli.option_flags import Command, add_making, given_options
 from fusion_upcycle.errors import UpcyclingError
@@ -39,7 +40,8 @@ def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
     pair(
         "--calibration",
         metavar="NAME=PATH",
-        help="a model's own text for --router-init prototype: .txt, .jsonl or .parquet",
+        help="a model's own text for --router-init prototype: a .txt, .jsonl or .parquet file, or "
+        "a folder of such files",
     )
     merge.add_options("fusion_upcycle.merging.options:MergingOptions")
     add_making(merge)
@@ -54,7 +56,7 @@ def _merge(parsed: argparse.Namespace) -> None:
     made = merge_into_moe(
         base | pairs("--model", parsed.model),
         parsed.output,
-        calibration=pairs("--calibration", parsed.calibration),
+        calibration=data_pairs("--calibration", parsed.calibration),
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
@@ -77,3 +79,14 @@ def pairs(flag: str, texts: list[str]) -> dict[str, str]:
             raise UpcyclingError(f"{flag} {text!r} is not NAME=PATH with a name of its own.")
         found[name] = path
     return found
+
+
+def data_pairs(flag: str, texts: list[str]) -> dict[str, Any]:
+    """As `pairs`, of data: a path, or `{path: ..., column: ...}` and the like.
+
+    Raises:
+        UpcyclingError: as `pairs`; braces that hold no `key: value, ...`.
+    """
+    from fusion_upcycle.files import specification
+
+    return {name: specification(text) for name, text in pairs(flag, texts).items()}

@@ -77,13 +77,23 @@ def add_making(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="HOW",
         help="the proof: layers streams both models, logits loads them as transformers does, none "
-        "leaves it out; auto is logits below 2 GiB, else layers (default: auto)",
+        "leaves it out; auto is layers (default: auto)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of the files (default: 5GB)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says what an adapter is put on."""
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="of a LoRA adapter: the model that it is put on (default: the one that its "
+        "adapter_config.json names)",
+    )
 
 
 def given_options(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -149,5 +159,5 @@ _PARSERS = {
     "router_init": _initialiser,
     "router_extension": _initialiser,
     "moe_layers": _layers,
-    "ignore_config_fields": lambda text: text.split(","),
+    "ignore_config_fields": lambda text: text.strip("[]").replace(" ", "").split(","),
 }

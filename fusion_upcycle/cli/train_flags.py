@@ -2,13 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fusion_upcycle.cli.merge_flags import pairs
+from fusion_upcycle.cli.merge_flags import data_pairs
 from fusion_upcycle.cli.option_flags import Command, given_options
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DESCRIPTION = """\
 Train a model on, dense or Mixture-of-Experts, on what its class is made for: decoders on the next
@@ -93,6 +90,7 @@ def _train(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.training.objectives.clip import ClipTexts
     from fusion_upcycle.training.options import make_training_options
     from fusion_upcycle.training.run import Origin, Places, train, upcycling_of
+    from fusion_upcycle.training.summary import in_one_line
 
     options = make_training_options(**given_options(parsed))
     output = Path(parsed.output).expanduser()
@@ -104,43 +102,30 @@ def _train(parsed: argparse.Namespace) -> None:
         model,
         load_processor(parsed.processor or parsed.model, model),
         options,
-        data=_data(parsed, model),
+        data=_data(parsed),
         places=places,
         origin=Origin(parsed.model, upcycling_of(parsed.model)),
-        validation=_sources("--validation", parsed.validation, model) or None,
+        validation=data_pairs("--validation", parsed.validation) or None,
         optimizer_state=parsed.optimizer_state and Path(parsed.optimizer_state).expanduser(),
         clip=parsed.clip_model and ClipTexts(parsed.clip_model),
         progress=not parsed.quiet,
     )
     _say(trained.record, options.unit)
-    print(f"Output: {output}")
+    print(in_one_line(trained.record, output))
 
 
-def _data(parsed: argparse.Namespace, model: "PreTrainedModel") -> dict[str, Any]:
+def _data(parsed: argparse.Namespace) -> dict[str, Any]:
     from fusion_upcycle.demo.texts import demo_documents
 
     if parsed.demo:
         return demo_documents("continued")
-    return _sources("--data", parsed.data, model)
-
-
-def _sources(flag: str, given: list[str], model: "PreTrainedModel") -> dict[str, Any]:
-    from fusion_upcycle.analysis.data import text_files
-
-    reads_text = model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
-    read = text_files if reads_text else str
-    return {name: read(path) for name, path in pairs(flag, given).items()}
+    return data_pairs("--data", parsed.data)
 
 
 def _say(record: dict[str, Any], unit: str) -> None:
-    """Loss, held-out metrics and speed."""
-    final, cost = record["final"], record["cost"]
-    loss = next(name for name in final if "_nats_per_" in name)
-    print(f"{record['objective']}: {final[loss]:.4g} nats per {loss.rpartition('_')[2]} at the end")
+    """Held-out metrics and speed."""
     steps = list(record["validation"])
     for name, metrics in record["validation"][steps[-1]].items() if steps else ():
         shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         print(f"  {name}: {shown}")
-    print(
-        f"{record[f'{unit}_trained']:,} {unit}, {cost[f'{unit}_per_cpu_second']:.4g} per CPU second"
-    )
+    print(f"{record['cost'][f'{unit}_per_cpu_second']:.4g} {unit} per CPU second")

@@ -21,7 +21,7 @@ from fusion_upcycle.architectures.layout import class_name
 from fusion_upcycle.checkpoint.tensors import CHUNK_ELEMENTS, TensorSource, TensorSpec, cast
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.rules import Carried, Initialised, Joined, Repeated, Rule, Zeros
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.expert_init import ExpertInit
 from fusion_upcycle.experts import DuplicationPlan, Expert, generator_for
 from fusion_upcycle.verification.function import Models, Sample
@@ -280,6 +280,7 @@ def scaled(tensor: Tensor, scale: float, name: str) -> Tensor:
     if scale > 1.0 and result.isinf().any() and not tensor.isinf().any():
         raise UpcyclingError(
             f"Source tensor {name} reaches {tensor.abs().max():.3g}, which times {scale:g}, "
-            f"the exactness scale, is beyond {tensor.dtype}. Choose dtype=bfloat16 or float32."
+            f"the exactness scale, is beyond {tensor.dtype}. Choose "
+            f"{setting('dtype', 'bfloat16')} or float32."
         )
     return result

@@ -9,11 +9,13 @@ from typing import Any
 from uuid import uuid4
 
 from fusion_upcycle.architectures.config import readable_config
+from fusion_upcycle.checkpoint.digests import seal
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output, staging_folder
 from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shards
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.errors import without_braces
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.verification.proof import Proof
@@ -96,16 +98,21 @@ def write_output(
         output, fingerprint, total_bytes=total, overwrite=options.overwrite
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            write_shards(staging, shards, conversion.chunks, bar.update)
+            hashed = write_shards(staging, shards, conversion.chunks, bar.update)
             _write_json(staging / "config.json", readable_config(conversion.config))
             if conversion.architecture.ships is not None:
                 shutil.copy(conversion.architecture.ships, staging)
             record["copied_files"] = companions(staging)
         with Measured() as proving:
             proof = prove(staging)
-        record |= {"proof": proof.to_json(), "proof_in_words": str(proof)}
-        _write_json(staging / RECORD_FILE, record)
+        record |= {"proof": proof.to_json(), "proof_in_words": without_braces(proof.words)}
         (staging / "README.md").write_text(model_card(conversion, record), encoding="utf-8")
+
+        def write_record(files: dict[str, str]) -> None:
+            record["files"] = files
+            _write_json(staging / RECORD_FILE, record)
+
+        seal(staging, RECORD_FILE, write_record, hashed)
     costs = {"write": writing.as_record(), "prove": proving.as_record()}
     return Converted(output, proof, record, costs)
 

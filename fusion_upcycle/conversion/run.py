@@ -5,25 +5,24 @@ to_folder(plan(...), folders)                                          # streams
 to_model(plan(...), model, verify="auto")                              # in memory
 """
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fusion_upcycle.architectures.layout import class_name, model_class
+from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, read_adapter_config
+from fusion_upcycle.checkpoint.located import Located, locate_model
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate, read_config
+from fusion_upcycle.conversion.adapted import open_tensors, put_on
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.conversion.live import fill_live
 from fusion_upcycle.conversion.output import Converted, OutputOptions, write_output
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.live.tensors import LiveTensorsOnCPU
-from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.verification.function import Models, take_sample
+from fusion_upcycle.verification.loading import check_load_keys, load_model
 from fusion_upcycle.verification.names import check_written_config
 from fusion_upcycle.verification.proof import Proof, resolve_mode
 from fusion_upcycle.verification.tensors import check_tensors
@@ -41,7 +40,9 @@ class Folders:
 
     Attributes:
         given: name of each source model -> folder or Hub id, as the user gave it.
-        local: name of each source model -> its local folder.
+        local: name of each source model -> its local folder; of an adapter, that of its base.
+        adapters: name of each source model that is an adapter -> its local folder.
+        bases: name of an adapter -> its base model, as the user gave it, where that was done.
         main: the model whose tokenizer, template, generation and licence files the result gets.
         output: folder to make.
         verify: mode of the proof.
@@ -54,6 +55,12 @@ class Folders:
     output: Path
     verify: str
     writing: OutputOptions
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    bases: Mapping[str, str | Path] = field(default_factory=dict)
+
+    def at(self, name: str) -> Located:
+        """Where a source model is."""
+        return Located(self.local[name], self.adapters.get(name))
 
     @property
     def source(self) -> Path:
@@ -74,7 +81,10 @@ class Folders:
 
     def to_json(self) -> dict[str, Any]:
         """Identity of each source model, for the record: enough to notice that it has changed."""
-        return {name: _identity(given, self.local[name]) for name, given in self.given.items()}
+        return {
+            name: _identity(given, self.at(name), self.bases.get(name))
+            for name, given in self.given.items()
+        }
 
 
 def open_folders(
@@ -82,6 +92,7 @@ def open_folders(
     output: str | Path,
     *,
     main: str | None = None,
+    bases: Mapping[str, str | Path] | None = None,
     verify: str = "auto",
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
@@ -92,16 +103,23 @@ def open_folders(
     Args:
         given: name of each source model -> local folder or Hugging Face Hub id.
         main: the one whose tokenizer and other files the result gets; None is the first.
+        bases: name of an adapter -> its base model, where its own file is not to say it. None
+            where adapters cannot be taken.
 
     Raises:
         UpcyclingError: a source that is not there, a damaged tokenizer file, an output that is
             there already or holds a source, options that are none.
     """
-    resolve_mode(verify, streaming=True, total_bytes=0)
+    resolve_mode(verify, streaming=True)
     writing = OutputOptions(overwrite, max_shard_size, progress)
     output = Path(output).expanduser().resolve()
-    local = {name: locate(source) for name, source in given.items()}
-    for name, folder in local.items():
+    located = {
+        name: Located(locate(source)) if bases is None else locate_model(source, bases.get(name))
+        for name, source in given.items()
+    }
+    local = {name: at.folder for name, at in located.items()}
+    adapters = {name: at.adapter for name, at in located.items() if at.adapter is not None}
+    for name, folder in [*local.items(), *adapters.items()]:
         if folder.resolve().is_relative_to(output):
             which = "the source" if len(local) == 1 else f"model {name}"
             raise UpcyclingError(
@@ -110,7 +128,8 @@ def open_folders(
     writing.check(output)
     main = next(iter(local)) if main is None else main
     check_companions(local[main])
-    return Folders(given, local, main, output, verify, writing)
+    used = {name: base for name, base in (bases or {}).items() if name in adapters}
+    return Folders(given, local, main, output, verify, writing, adapters, used)
 
 
 def to_folder(
@@ -133,7 +152,7 @@ def to_folder(
         ProofError: the result is not what it claims to be; nothing is left behind.
     """
     # Before the writing: a tokenizer of another model is refused first.
-    prove = _prover(conversion, folders.source, folders.verify, folders.writing.progress)
+    prove = _prover(conversion, folders.at(folders.main), folders.verify, folders.writing.progress)
 
     def companions(staging: Path) -> list[str]:
         if put is not None:
@@ -158,27 +177,31 @@ def to_folder(
 
 
 def prove_folder(
-    conversion: Conversion, source: Path, result: Path, *, mode: str, progress: bool
+    conversion: Conversion, source: Located, result: Path, *, mode: str, progress: bool
 ) -> Proof:
-    """Prove the folder `result` against the folder `source` that it was made from."""
+    """Prove the folder `result` against the model that it was made from."""
     return _prover(conversion, source, mode, progress)(result)
 
 
 def _prover(
-    conversion: Conversion, source: Path, mode: str, progress: bool
+    conversion: Conversion, source: Located, mode: str, progress: bool
 ) -> Callable[[Path], Proof]:
-    sample = take_sample(source / "tokenizer.json", conversion.config)
-    mode = resolve_mode(mode, streaming=True, total_bytes=conversion.total_bytes)
+    sample = take_sample(source.folder / "tokenizer.json", conversion.config)
+    mode = resolve_mode(mode, streaming=True)
     load = partial(load_model, dtype=conversion.dtype, progress=progress)
 
     def prove(result: Path) -> Proof:
+        written = _open_result(conversion, result)
+        if mode != "none":
+            check_load_keys(result)
         return conversion.prove(
-            _open_result(conversion, result),
+            written,
             mode=mode,
             sample=sample,
             models=Models(
-                lambda: load(source, conversion.source_config),
-                lambda: load(result, conversion.config, complete=True),
+                # A source may be read in another family's words; a result says what it is.
+                lambda: _with_adapter(load(source.folder, conversion.source_config), source),
+                lambda: load(result, read_config(result)),
             ),
             progress=progress,
         )
@@ -208,7 +231,7 @@ def to_model(
         ProofError: the result is not what it claims to be.
     """
     sample = take_sample(tokenizer_file, conversion.config)
-    mode = resolve_mode(verify, streaming=False, total_bytes=conversion.total_bytes)
+    mode = resolve_mode(verify, streaming=False)
     made = fill_live(conversion, source)
     proof = conversion.prove(
         LiveTensorsOnCPU(made, conversion.architecture, conversion.specs),
@@ -240,6 +263,7 @@ def save_model(
     def prove_written(folder: Path) -> Proof:
         written = _open_result(conversion, folder)
         if proof.mode != "none":
+            check_load_keys(folder)
             check_tensors(conversion, written, progress=options.progress)
         return proof
 
@@ -255,31 +279,10 @@ def save_model(
     )
 
 
-def load_model(
-    folder: Path,
-    config: "PreTrainedConfig",
-    *,
-    dtype: torch.dtype,
-    progress: bool,
-    complete: bool = False,
-) -> "PreTrainedModel":
-    """Load a folder with transformers' own class for its config.
-
-    Raises:
-        ProofError: with `complete`, a tensor that transformers misses or does not expect.
-    """
-    with loading_bars(progress):
-        kind: Any = model_class(class_name(config))
-        model, info = kind.from_pretrained(
-            folder,
-            # A result must say itself what it is; a source may be read in another family's words.
-            config=read_config(folder) if complete else copy.deepcopy(config),
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if complete and info[problem]:
-            raise ProofError(f"transformers loads {folder} with {problem}: {info[problem]}")
+def _with_adapter(model: "PreTrainedModel", source: Located) -> "PreTrainedModel":
+    """A live base model with the adapter on it, where there is one."""
+    if source.adapter is not None:
+        put_on(model, open_tensors(source, read_config(source.folder)))
     return model
 
 
@@ -296,11 +299,21 @@ def _open_result(conversion: Conversion, folder: Path) -> CheckpointReader:
         raise ProofError(f"The output cannot be read: {error}") from error
 
 
-def _identity(given: str | Path, folder: Path) -> dict[str, Any]:
-    files = CheckpointReader(folder).files
+def _identity(given: str | Path, at: Located, base: str | Path | None) -> dict[str, Any]:
+    """Of an adapter, that of its file, and that of its base under `base`."""
+    if at.adapter is not None:
+        reader = CheckpointReader(at.adapter, file=WEIGHTS_FILE)
+        base = base if base is not None else read_adapter_config(at.adapter).base
+        assert base is not None
+        below = {"base": _identity(base, Located(at.folder), None)}
+    else:
+        reader, below = CheckpointReader(at.folder), {}
     return {
         "name": str(given),
         "from_hub": not Path(given).expanduser().exists(),
-        "files": {file.name: file.stat().st_size for file in files},
-        "modified": max(file.stat().st_mtime_ns for file in files),
+        "files": {file.name: file.stat().st_size for file in reader.files},
+        "modified": max(file.stat().st_mtime_ns for file in reader.files),
+        # Set by the system itself: a file replaced by one of the same size and time shows here.
+        "changed": max(file.stat().st_ctime_ns for file in reader.files),
+        **below,
     }

@@ -71,7 +71,7 @@ def train_model(
         trained = train(
             new_model(recipe, start),
             tokenizer,
-            make_training_options(**recipe.options()),
+            make_training_options(**recipe.options(), save_moments=recipe.moments),
             data={domain: documents[domain] for domain in recipe.domains},
             places=Places(work, Path(temporary, "log"), folder if recipe.moments else None),
             origin=Origin(recipe.start or "random weights"),

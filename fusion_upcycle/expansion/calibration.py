@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusion_upcycle.architectures.layout import takes_images
 from fusion_upcycle.architectures.routing import routing_rule
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expansion.router.fit import fit_rows
@@ -91,13 +91,15 @@ def read_calibration(
         why = "the importance scores are given" if scored and scores else "no scores are needed"
         raise UpcyclingError(
             f"Calibration text is given, but nothing would read it: {why}, and the router's rows "
-            "are not made of it. Choose router_extension=split or fit, or leave it out."
+            f"are not made of it. Choose {setting('router_extension', 'split')}, or fit, or leave "
+            "the text out."
         )
     if takes_images(config):
         raise UpcyclingError(
             f"Calibration text is given, and a {config.model_type} model is given images: neither "
-            "scores nor router rows can be made of them. Choose selection=uniform and "
-            "router_extension=noise, and leave the text out."
+            "scores nor router rows can be made of them. Choose "
+            f"{setting('selection', 'uniform')} and {setting('router_extension', 'noise')}, and "
+            "leave the text out."
         )
     length = sequence_length(context_length, positions_of(config))
     texts = named_documents(calibration)
@@ -119,7 +121,7 @@ def check_calibrated(expansion: Expansion) -> None:
     if experts == 1:
         raise UpcyclingError(
             f"router_extension={calibrated.name} keeps a choice among experts, and the source has "
-            "one. Choose router_extension=noise."
+            f"one. Choose {setting('router_extension', 'noise')}."
         )
     copies = expansion.total_experts // experts
     for layer, plan in expansion.plan.source_experts.items():
@@ -134,8 +136,8 @@ def check_calibrated(expansion: Expansion) -> None:
             raise UpcyclingError(
                 "router_extension=split needs as many copies of each expert, but the plan of layer "
                 f"{layer} has {counts} places for experts 0 to {experts - 1}. Choose "
-                "router_extension=fit, or selection=uniform with num_experts "
-                f"a multiple of {experts}."
+                f"{setting('router_extension', 'fit')}, or {setting('selection', 'uniform')} with "
+                f"{setting('num_experts')} a multiple of {experts}."
             )
 
 
@@ -158,8 +160,8 @@ def check_before_scores(options: ExpansionOptions, stand_in: Expansion) -> None:
         raise UpcyclingError(
             "router_extension=split needs as many copies of each expert, and "
             f"selection={options.selection} gives some more than others. Choose "
-            "router_extension=fit, or selection=uniform with num_experts "
-            f"a multiple of {experts}."
+            f"{setting('router_extension', 'fit')}, or {setting('selection', 'uniform')} with "
+            f"{setting('num_experts')} a multiple of {experts}."
         )
     check_calibrated(stand_in)
 
@@ -245,8 +247,9 @@ def _warn(layers: Mapping[str, Any], few: float) -> None:
         log.warning(
             "Scores of chosen experts are %.2g of what they were, and a selection bias that moves "
             "would undo the routing: train on with bias_update_rate=0 and a balance_weight, or "
-            "choose router_extension=fit to go on with loss-free balancing.",
+            "choose %s to go on with loss-free balancing.",
             min(scales),
+            setting("router_extension", "fit"),
         )
     shares = {
         layer: share
@@ -257,10 +260,11 @@ def _warn(layers: Mapping[str, Any], few: float) -> None:
         log.warning(
             "The least used copy gets %.2f of its fair share of the calibration tokens; layers "
             "with less than %.2g: %s. Copies that few tokens reach learn little: take more "
-            "calibration text, or router_extension=fit with a larger min_copy_share.",
+            "calibration text, or %s with a larger min_copy_share.",
             min(shares.values()),
             few,
             ", ".join(shares),
+            setting("router_extension", "fit"),
         )
 
 

@@ -19,7 +19,7 @@ from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
 from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion
 from fusion_upcycle.conversion.rules import RouterRows, Rule, SelectionBias
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expansion.proof import prove_expansion
 from fusion_upcycle.expert_init import ExpertInit
@@ -150,7 +150,8 @@ class Expansion(Conversion):
         if calibrated is not None and self.router_rows is None and not self.is_identity:
             raise UpcyclingError(
                 f"router_extension={calibrated.name} makes the router's rows of calibration text, "
-                "and there is none. Give calibration text, or choose router_extension=noise."
+                f"and there is none. Give {setting('calibration', {'NAME': 'FILE'})}, or choose "
+                f"{setting('router_extension', 'noise')}."
             )
 
     @property
@@ -220,6 +221,8 @@ class Expansion(Conversion):
                 "Growing with top-k fixed does not keep the function: the model differs from its "
                 f"source before training, by the distance above ({proof.get('reason')})."
             )
+        if "lost" in proof:
+            caveat = f"**As it is, the model {proof['lost']}.**"
         return CardWords(
             f"""A sparse Mixture-of-Experts model grown from `{source}` \
 with fusion_upcycle {version}:

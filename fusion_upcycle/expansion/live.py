@@ -85,7 +85,7 @@ def expand_model(
         ProofError: the result is not what it claims to be.
     """
     chosen = make_expansion_options(**options)
-    resolve_mode(verify, streaming=False, total_bytes=0)
+    resolve_mode(verify, streaming=False)
     _, config = _check_live(moe)
     file = None if tokenizer is None else Path(tokenizer).expanduser() / "tokenizer.json"
     if optimizer_state is not None:

@@ -18,7 +18,7 @@ from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, moments_reader
 from fusion_upcycle.checkpoint.tensors import TensorSpec
 from fusion_upcycle.checkpoint.writer import Shard, write_shards
 from fusion_upcycle.checks import bare_function
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.live.identity import describe, folder_identity
@@ -58,7 +58,8 @@ def check_state(folder: Path, config: "PreTrainedConfig", model: "Mapping[str, A
         if found["sha256"] != model["sha256"]:
             raise UpcyclingError(
                 f"optimizer_state={folder} is of {describe(found)}, but the source is "
-                f"{describe(model)}. Give the folder of the same model, or null."
+                f"{describe(model)}. Give the folder of the same model, or pass "
+                f"{setting('optimizer_state', None)}."
             )
 
 
@@ -116,7 +117,8 @@ def check_new_moments(options: ExpansionOptions, new: str, *, used: bool) -> Non
     if used and permuted and new != "reset":
         raise UpcyclingError(
             f"new_moments={new}: with expert_init=permute the neurons of a new expert are in "
-            "another order than their moments. Choose new_moments=reset, or another expert_init."
+            f"another order than their moments. Choose {setting('new_moments', 'reset')}, or "
+            f"another {setting('expert_init')}."
         )
 
 

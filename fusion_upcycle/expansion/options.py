@@ -112,6 +112,14 @@ class ExpansionOptions:
         return bare_function(self.initialise_copy) in FUNCTION_PRESERVING
 
     @property
+    def gentler(self) -> tuple[str, ...]:
+        """What would keep more of the source's function, in words."""
+        from fusion_upcycle.expert_init import gentler_choices
+
+        split = () if self.calibrated else ("{router_extension=split}",)
+        return (*gentler_choices(bare_function(self.initialise_copy)), *split)
+
+    @property
     def calibrated(self) -> "Calibrated | None":
         """How the router's rows are made of calibration text; None where they are not."""
         from fusion_upcycle.expansion.router.extension import Calibrated

@@ -35,7 +35,7 @@ from fusion_upcycle.conversion.rules import (
     Rule,
     SelectionBias,
 )
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.experts import DuplicationPlan, part_shape
@@ -164,12 +164,13 @@ def _choose(
     if total < num_experts:
         raise UpcyclingError(
             f"num_experts={total} is less than the {num_experts} experts that the source has: "
-            f"expanding never removes one. Choose {num_experts} or more."
+            f"expanding never removes one. Choose {setting('num_experts', num_experts)} or more."
         )
     if options.needs_scores and scores is None:
         raise UpcyclingError(
             f"selection={options.selection} goes by importance scores, and there are none. Measure "
-            "them first and give their importance.json, or choose selection=uniform."
+            "them first and give their importance.json as "
+            f"{setting('scores')}, or choose {setting('selection', 'uniform')}."
         )
     if not options.needs_scores:
         scores = {layer: [0.0] * num_experts for layer in layers}
@@ -287,6 +288,6 @@ def _rehearse_bias(expansion: Expansion) -> None:
         if name is None:
             raise UpcyclingError(
                 f"router_extension=bias: {expansion.architecture.name} has no selection bias. "
-                "Choose router_extension=noise."
+                f"Choose {setting('router_extension', 'noise')}."
             )
         expansion.tensor(name)

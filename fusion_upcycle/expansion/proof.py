@@ -3,6 +3,7 @@
 Details of the proof, beside the common fields:
 
 - `reason`: why it is not exact.
+- `lost`: what to do, where the source's function is lost (`verification.proof.LOST_SHARE`).
 - `restricted`: distance of the source from the result with one expert for each of the source's.
 - `own_dtype`: distance of both models in memory, in their own dtype.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.errors import without_braces
 from fusion_upcycle.experts import part_shape
 from fusion_upcycle.verification.function import (
     Inputs,
@@ -27,6 +29,8 @@ from fusion_upcycle.verification.function import (
 from fusion_upcycle.verification.proof import (
     Findings,
     distance_in_words,
+    has_lost_function,
+    lost_in_words,
     require_exact,
     require_finite,
 )
@@ -76,13 +80,18 @@ def prove_expansion(
         if exact
         else f"approximate ({why}; with one expert for each of the source's, equal)"
     )
+    lost = None
+    if not exact and has_lost_function(found):
+        lost = lost_in_words(expansion.options.gentler)
+        verdict += f" {lost}"
     function = found.to_json() | {"relative": _relative(reference, outputs)}
     return Findings(
-        f"{verdict}: {', '.join(distance_in_words(function))}",
+        f"{verdict}{'; ' if lost else ': '}{', '.join(distance_in_words(function))}",
         True if exact else None,
         function,
         {
             "reason": why,
+            "lost": None if lost is None else without_braces(lost),
             "restricted": None if restricted is None else restricted.to_json(),
             "own_dtype": None if own is None else own.to_json(),
         },

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusion_upcycle.architectures.moe_config import checked_config
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.conversion.output import Converted
@@ -75,7 +76,7 @@ def expand(
         new_moments: what new experts and router rows begin with there: `copy`, `reset` or `scale`
             (see `fusion_upcycle.expansion.moments`).
         verify: `layers` runs both models streaming, in float32; `logits` loads both models too;
-            `none` leaves the result unproven; `auto` is `logits` below 2 GiB, else `layers`.
+            `none` leaves the result unproven; `auto` is `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
@@ -155,8 +156,8 @@ def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Expansion]:
-    """From a record, a function (source folder, output folder) that plans its expansion again.
+def replan(record: Mapping[str, Any]) -> Callable[[Located, Path], Expansion]:
+    """From a record, a function (source, output folder) that plans its expansion again.
 
     Router rows that were made of calibration text are taken as they stand in the output folder.
 
@@ -170,8 +171,9 @@ def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Expansion]:
     digests = record["router_sha256"]
     biases_given = digests is not None and digests["biases"] is not None
 
-    def planned(source: Path, output: Path) -> Expansion:
-        reader, config = CheckpointReader(source), read_config(source)
+    def planned(source: Located, output: Path) -> Expansion:
+        folder = source.adapter or source.folder  # an adapter has no config.json, and is refused
+        reader, config = CheckpointReader(folder), read_config(folder)
         expansion = plan_expansion(reader, config, options, plan=plan)
         if digests is None:
             return expansion

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusion_upcycle.architectures.layout import own_class_name
 from fusion_upcycle.architectures.moe_config import require_token_choice
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.importance.accumulators import ExpertSums
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.experts import expert_parameters
@@ -123,7 +123,7 @@ def require_text(takes: str, name: str) -> None:
     if takes != "input_ids":
         raise UpcyclingError(
             f"{name} takes {takes}, and importance is that of a language model's loss on text. "
-            "Choose selection=uniform, which needs no scores."
+            f"Choose {setting('selection', 'uniform')}, which needs no scores."
         )
 
 
@@ -132,7 +132,7 @@ def no_head(name: str) -> UpcyclingError:
     return UpcyclingError(
         f"{name} does not predict tokens, and importance is that of a language model's loss: give "
         "the model with its head (ForCausalLM, ForMaskedLM, ForConditionalGeneration), or scores "
-        "measured of one, or choose selection=uniform."
+        f"measured of one, or choose {setting('selection', 'uniform')}."
     )
 
 

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 from fusion_upcycle.architectures import moe_family
 from fusion_upcycle.architectures.layout import class_name
-from fusion_upcycle.checkpoint.source import locate
+from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checkpoint.writer import plan_shards
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.inspection.adapter import adapter_in_words
 from fusion_upcycle.inspection.advice import Advice, Case, advise
 from fusion_upcycle.inspection.advice_text import advice_lines, advice_table, measured_in_words
 from fusion_upcycle.inspection.economics import economics, embedding_parameters
@@ -15,7 +16,7 @@ from fusion_upcycle.inspection.numbers import short_count
 from fusion_upcycle.inspection.recipes import find_recipe, plan_recipe
 from fusion_upcycle.report.tables import Table
 from fusion_upcycle.upcycling.options import UpcyclingOptions
-from fusion_upcycle.upcycling.run import plan_folder
+from fusion_upcycle.upcycling.run import check_base, plan_folder
 
 if TYPE_CHECKING:
     from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -25,6 +26,7 @@ def print_inspection(
     source: str | None,
     options: UpcyclingOptions,
     *,
+    base: str | None = None,
     recipe: str | None,
     tokens: float,
     context_length: int,
@@ -36,6 +38,7 @@ def print_inspection(
     Args:
         source: folder or Hub id; None is the published dense model of `recipe`, without weights.
         options: what to make of it.
+        base: of an adapter, if its own file is not to say it.
         recipe: name of the recipe that the options are from.
         tokens: of continued training.
         context_length: tokens of a sequence.
@@ -57,8 +60,12 @@ def print_inspection(
         assert recipe is not None
         upcycling, name = plan_recipe(recipe, options), find_recipe(recipe).dense
     else:
-        upcycling, name = plan_folder(locate(source), options), source
+        at = locate_model(source, base)
+        check_base(at, base)
+        upcycling, name = plan_folder(at, options), source
     console = Console()
+    if source is not None and at.adapter is not None:
+        console.print(adapter_in_words(at), highlight=False)
     console.print(inspection_table(upcycling, f"{name} and what it would become").to_rich())
     if recipe is not None:
         console.print(published_in_words(recipe), highlight=False)

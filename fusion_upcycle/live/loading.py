@@ -77,8 +77,12 @@ def load_folder(
     return model
 
 
-def load_by_config(folder: str | Path) -> "PreTrainedModel":
+def load_by_config(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """The model of a folder or Hub id, of the class that its config names; of CLIP its tower.
+
+    Args:
+        folder: as `load_folder` takes it.
+        kwargs: of `from_pretrained`.
 
     Raises:
         UpcyclingError: as `load_folder`, or a config that names no class.
@@ -91,7 +95,7 @@ def load_by_config(folder: str | Path) -> "PreTrainedModel":
             "model is of."
         )
     kind = model_class("CLIPVisionModel" if config.get("model_type") == "clip" else names[0])
-    model: PreTrainedModel = load_folder(kind, folder)
+    model: PreTrainedModel = load_folder(kind, folder, **kwargs)
     return model
 
 
@@ -166,7 +170,9 @@ def _source(folder: str | Path) -> str:
     if path.is_dir():
         return str(path)
     if path.exists() or not _HUB_ID.fullmatch(str(folder)):
-        raise UpcyclingError(f"{folder} is not a folder. Give the one that holds config.json.")
+        raise UpcyclingError(
+            f"{path.absolute()} is not a folder. Give the one that holds config.json."
+        )
     return str(folder)
 
 

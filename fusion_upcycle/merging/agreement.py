@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.architectures.config import WITH_CODE
 from fusion_upcycle.architectures.layout import model_class
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.verification.names import meaning
 
 if TYPE_CHECKING:
@@ -113,12 +113,14 @@ def agree(
             and not _changes_nothing(field, configs[main], config, (reference, fields))
         ]
         if counting:
+            names = dict.fromkeys(field.partition(".")[0] for field in counting)
             said = ", ".join(
                 f"{field}={fields.get(field)!r}, not {reference.get(field)!r}" for field in counting
             )
             raise UpcyclingError(
                 f"Model {name} differs from model {main} (config.json): {said}. Only models of "
-                "one architecture and shape can be merged."
+                "one architecture and shape can be merged. If the difference is none, take the "
+                f"value of {main}: {setting('ignore_config_fields', [*names])}."
             )
         for field in differing:
             values = found.setdefault(field, {main: reference.get(field)})
@@ -236,5 +238,5 @@ def _refuse_strange(name: str, config: "PreTrainedConfig", ignored: Collection[s
         raise UpcyclingError(
             f"Model {name} brings code of its own (auto_map in its config.json), which is never "
             "run here. Where transformers' own class computes the same, pass "
-            "ignore_config_fields=[auto_map]."
+            f"{setting('ignore_config_fields', ['auto_map'])}."
         )

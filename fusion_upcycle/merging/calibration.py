@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures.layout import takes_images
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.inputs import logits_of_last, positions_of
 from fusion_upcycle.live.routers import hearing_inputs
 from fusion_upcycle.merging.merging import Merging
@@ -52,14 +52,15 @@ def calibration_windows(
         raise UpcyclingError(
             "router_init=prototype looks at texts, and "
             f"{merging.source_config.model_type} models are given images. Choose "
-            "router_init=normal, and train on."
+            f"{setting('router_init', 'normal')}, and train on."
         )
     for model in merging.experts:
         if model not in texts:
             raise UpcyclingError(
                 f"router_init=prototype needs texts of every model that gives experts, and there "
-                f"are none for {model} (calibration has {list(texts)}). Give calibration.{model}, "
-                "or choose router_init=normal."
+                f"are none for {model} (calibration has {list(texts)}). Give each its own, "
+                f"{setting('calibration', dict.fromkeys(merging.experts, 'FILE'))}, or choose "
+                f"{setting('router_init', 'normal')}."
             )
     if unused := texts.keys() - set(merging.experts):
         raise UpcyclingError(
@@ -136,7 +137,7 @@ def route(
         if texts:
             raise UpcyclingError(
                 "calibration is given, but router_init is not prototype: nothing would read it. "
-                "Choose router_init=prototype, or leave calibration out."
+                f"Choose {setting('router_init', 'prototype')}, or leave calibration out."
             )
         return merging
     windows = calibration_windows(texts, merging, tokenizer_file)

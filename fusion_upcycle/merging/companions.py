@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.source import check_companions
+from fusion_upcycle.errors import setting
 from fusion_upcycle.merging.vocabularies import read_json, tokenizer_settings
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _templates(
     if written:
         notes.append(
             f"chat template of {names} dropped: it writes {written[0]!r}, which {main}'s tokenizer "
-            "lacks (vocabulary=largest takes tokenizer and template of the largest)"
+            f"lacks ({setting('vocabulary', 'largest')} takes both from the largest)"
         )
         return {}
     check_companions(folders[next(iter(found))])

@@ -5,7 +5,8 @@ everything after the plan is what sparse upcycling does.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from fusion_upcycle.architectures.layout import empty_model, tied_names
 from fusion_upcycle.checkpoint.view import TURNED, RenamedSource
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.completeness import held_twice
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.experts import DuplicationPlan
 from fusion_upcycle.merging.agreement import agree, vocabulary_of
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
@@ -25,6 +26,8 @@ from fusion_upcycle.upcycling.plan import plan_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
@@ -43,7 +46,7 @@ def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
     if len(experts) < 2:
         raise UpcyclingError(
             f"Merging needs two or more models that give experts, and there are {experts}. Give "
-            f"more, or set base_expert=true to take {BASE} as one."
+            f"more, or pass {setting('base_expert', True)} to take {BASE} as one."
         )
     return experts
 
@@ -77,17 +80,24 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
     if options.dtype is None:
         _check_dtypes(models)
     frame = plan_frame(models[main].source, source_config, options.for_models(len(experts)))
+    kept = _kept_names(frame)
+    adapters = {
+        name: trained
+        for name in experts
+        if (trained := getattr(models[name].source, "trained", None)) is not None
+    }
     models = _alike(models, frame)
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
         main=main,
         vocabularies={name: vocabulary_of(config) for name, config in configs.items()},
-        kept=_kept_names(frame),
+        kept=kept,
         experts=experts,
         shared=[BASE] if options.shared == "base" else experts,
         dtypes={name: spec.dtype for name, spec in frame.layout.specs.items()},
         dtype=frame.dtype,
     )
+    _tell_adapters(adapters, kept, options)
     order = tuple(i for i in range(len(experts)) for _ in range(options.experts_per_model))
     plan = DuplicationPlan(dict.fromkeys(frame.resolved.moe_layers, order))
     return plan_tensors(
@@ -165,6 +175,29 @@ def _kept_names(frame: Frame) -> list[str]:
     return [layer + ending for layer in layers for ending in endings]
 
 
+def _tell_adapters(
+    adapters: Mapping[str, Collection[str]], kept: Collection[str], options: MergingOptions
+) -> None:
+    """Say of which adapters something is not in the result."""
+    for name, trained in adapters.items():
+        inside = set(trained) & set(kept)
+        elsewhere = sorted({tensor.split(".")[-2] for tensor in set(trained) - inside})
+        if not inside:
+            log.warning(
+                "The adapter %s trains nothing in the FFNs of the MoE layers (only %s): its "
+                "experts are its base's own.",
+                name,
+                ", ".join(elsewhere) or "nothing",
+            )
+        if elsewhere and options.shared == "base":
+            log.warning(
+                "What the adapter %s trains outside of the FFNs (%s) is not in the result, as "
+                "shared=base; with shared=average, its share of the mean is.",
+                name,
+                ", ".join(elsewhere),
+            )
+
+
 def _check_dtypes(models: Mapping[str, DenseModel]) -> None:
     dtypes: dict[str, list[str]] = {}
     for name, model in models.items():
@@ -174,5 +207,5 @@ def _check_dtypes(models: Mapping[str, DenseModel]) -> None:
         raise UpcyclingError(
             "The models have different dtypes ("
             + "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in dtypes.items())
-            + "). Choose that of the result with dtype=."
+            + f"). Choose that of the result, as in {setting('dtype', 'bfloat16')}."
         )

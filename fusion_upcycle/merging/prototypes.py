@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.checks import is_number
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 
 @dataclass
@@ -70,6 +70,7 @@ def prototype(
     if not variance > 0:
         raise UpcyclingError(
             "The models' calibration texts give the same mean router input, so that no router can "
-            "tell them apart. Give each model texts of its own, or choose router_init=normal."
+            "tell them apart. Give each model texts of its own, or choose "
+            f"{setting('router_init', 'normal')}."
         )
     return (rows_ND * (logit_std / variance.sqrt())).float()

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import check_companions, read_config
+from fusion_upcycle.checkpoint.source import check_companions
 from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
@@ -43,13 +43,15 @@ def merge_into_moe(
     arXiv 2403.07816), or the base model's.
 
     Args:
-        models: name -> local folder or Hugging Face Hub id (safetensors). The name `_pretrained_`
-            is that of the base model, which gives experts only if `base_expert`.
+        models: name -> local folder or Hugging Face Hub id (safetensors), of a model or a LoRA
+            adapter (PEFT). The name `_pretrained_` is that of the base model, which gives experts
+            only if `base_expert`, and which adapters are put on; without it, each is put on the
+            one that its `adapter_config.json` names.
         output: folder to make. It appears only when complete and proven.
         calibration: for `router_init=prototype`: name of each model that gives experts -> its
             texts, as `fusion_upcycle.texts.documents` takes them.
         verify: `layers` streams; `logits` loads the result and takes the outputs from there;
-            `none` leaves it unproven; `auto` is `logits` below 2 GiB, else `layers`.
+            `none` leaves it unproven; `auto` is `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
@@ -69,17 +71,14 @@ def merge_into_moe(
         models,
         output,
         main=BASE if BASE in models else None,
+        bases=dict.fromkeys(models.keys() - {BASE}, models[BASE]) if BASE in models else {},
         verify=verify,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
     )
     merging = plan_merging(
-        {
-            name: DenseModel(read_config(f), CheckpointReader(f))
-            for name, f in folders.local.items()
-        },
-        chosen,
+        {name: DenseModel(*open_model(folders.at(name))) for name in folders.local}, chosen
     )
     folders = replace(folders, main=merging.main)
     check_companions(folders.source)
@@ -99,6 +98,7 @@ def plan_models(
     texts: Mapping[str, Sequence[str]],
     tokenizer_file: Path | None = None,
     notes: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> Merging:
     """Plan the merge of live models, for `fusion_upcycle.conversion.run.to_model`.
 
@@ -107,6 +107,7 @@ def plan_models(
         texts: for `router_init=prototype`, model -> documents.
         tokenizer_file: `tokenizer.json` for these.
         notes: what the models' files have been found to differ in; None if nobody looked.
+        progress: show a bar while the models run on their texts.
 
     Raises:
         UpcyclingError: models, texts or options that do not fit.
@@ -117,7 +118,7 @@ def plan_models(
     }
     merging = plan_merging(dense, options)
     notes = live_notes(models, merging.main) if notes is None else notes
-    return route(_say(merging, notes), texts, tokenizer_file)
+    return route(_say(merging, notes), texts, tokenizer_file, progress=progress)
 
 
 def agree_on_files(

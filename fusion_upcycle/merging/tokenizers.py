@@ -83,9 +83,6 @@ def compare_tokenizers(folders: Mapping[str, Path], main: str) -> Reads:
             cannot be compared.
     """
     formats = {name: read_formats(folder) for name, folder in folders.items()}
-    for name, folder in folders.items():
-        if not formats[name] and (folder / "adapter_config.json").is_file():
-            del formats[name]  # the tokenizer of its base
     if not any(formats.values()):
         return Reads({}, [])
     if lacking := [name for name, found in formats.items() if not found]:

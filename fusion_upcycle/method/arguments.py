@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from fusion_upcycle.errors import unknown
 from fusion_upcycle.method.pool import FUSION_BENCH_KEYS, plain
+from fusion_upcycle.method.spelling import spelled_by_maker
 
 Algorithm = TypeVar("Algorithm", bound=type[BaseAlgorithm])
 
@@ -45,7 +46,8 @@ def takes_options(
             if option.name not in {*signature.parameters, *without}
         ]
         shown = signature.replace(parameters=[*own[:-1], *added, own[-1]])
-        init.__signature__ = shown
+        algorithm.__init__ = spelled_by_maker(init)
+        algorithm.__init__.__signature__ = shown
         return algorithm
 
     return decorate

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checks import require_flag
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, spelled, unknown
 from fusion_upcycle.live.loading import as_folder
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
@@ -22,6 +22,8 @@ from fusion_upcycle.method.pool import (
     require_pretrained,
 )
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
+from fusion_upcycle.method.spelling import overrides_at, spelled_by_maker
+from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import hydra_output_folder, write_run_record
 from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
@@ -105,6 +107,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """Number of processes that train, on all machines together."""
         return self._options.devices * self._options.num_nodes
 
+    @spelled_by_maker
     def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel":
         """Train `_pretrained_` of a pool, or a model.
 
@@ -113,6 +116,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin, upcycling_of
 
+        prepare(self._program)
         processor = self.load_processor(modelpool)
         if not isinstance(modelpool, BaseModelPool):
             return self.train(modelpool, processor, Origin(type(modelpool).__name__))
@@ -154,6 +158,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """Train a model and leave the run record."""
         from fusion_upcycle.training.objectives.clip import ClipTexts
         from fusion_upcycle.training.run import train
+        from fusion_upcycle.training.summary import in_one_line
 
         clip = None if self.clip_model is None else ClipTexts(self.clip_model, _known_classes)
         trained = train(
@@ -171,7 +176,9 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         record = {"algorithm": type(self).__name__} | trained.record
         if self._output is not None:
             record["output"] = str(self._output)
+            has_saved(self._program, self._output)
         self._leave(record)
+        rank_zero_only(log.info)(in_one_line(trained.record, self._output))
         return trained.model
 
     @rank_zero_only
@@ -190,8 +197,8 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
             work = Path(run) / "training"
         if work is None:
             raise UpcyclingError(
-                "There is no place for checkpoints: set method.save_checkpoint or "
-                "method.work_folder to a folder."
+                f"There is no place for checkpoints: pass {setting('save_checkpoint', 'FOLDER')} "
+                f"or {setting('work_folder', 'FOLDER')}."
             )
         log_folder = work if run is None else Path(run)
         return Places(work, log_folder / "logs", self._output, self.overwrite, self.resume)
@@ -224,17 +231,21 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
             if name not in FUSION_BENCH_KEYS:
                 raise unknown("option of the method:", name, ("upcycling", "training"))
         super().__init__(**kwargs)
-        self._first: SparseUpcyclingAlgorithm = instantiate(upcycling, _recursive_=False)
-        self._second: ContinuedPretrainingAlgorithm = instantiate(training, _recursive_=False)
+        with spelled(overrides_at("method.upcycling")):
+            self._first: SparseUpcyclingAlgorithm = instantiate(upcycling, _recursive_=False)
+        with spelled(overrides_at("method.training")):
+            self._second: ContinuedPretrainingAlgorithm = instantiate(training, _recursive_=False)
         self._second.section = "training"
         if self._second.processes > 1 and self._first.save_checkpoint is not None:
             raise UpcyclingError(
-                "upcycling.save_checkpoint cannot be written by several processes at once: set it "
-                "to null, so that each upcycles in memory, or run method=sparse_upcycling first."
+                "upcycling.save_checkpoint cannot be written by several processes at once: pass "
+                "method.upcycling.save_checkpoint=null, so that each upcycles in memory, or run "
+                "method=sparse_upcycling first."
             )
         if not self._first.return_model:
             raise UpcyclingError(
-                "upcycling.return_model=false leaves nothing to train. Set it to true."
+                "upcycling.return_model=false leaves nothing to train. Pass "
+                "method.upcycling.return_model=true."
             )
 
     def run(self, modelpool: BaseModelPool) -> "PreTrainedModel":
@@ -245,8 +256,12 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         """
         from fusion_upcycle.training.run import Origin
 
+        prepare(self._program)
+        self._second._program = self._program
         processor = self._second.load_processor(modelpool)
-        moe = self._first.run(modelpool)
+        with spelled(overrides_at("method.upcycling")):
+            moe = self._first.run(modelpool)
         assert moe is not None
         name = self._first.save_checkpoint or "sparse upcycling in memory"
-        return self._second.train(moe, processor, Origin(name, self._first._options.to_json()))
+        with spelled(overrides_at("method.training")):
+            return self._second.train(moe, processor, Origin(name, self._first._options.to_json()))

@@ -11,19 +11,24 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.architectures.layout import model_class
-from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checkpoint.located import locate_model
+from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checks import AUTO, require_flag
 from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
+    load_pooled,
+    own_folders,
     pooled_folder,
     require_own_tokenizer,
     require_pretrained,
     tokenizer_file,
 )
+from fusion_upcycle.method.spelling import spelled_by_maker
+from fusion_upcycle.report.program import has_saved, prepare
 from fusion_upcycle.report.record import write_run_record
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     #: Classes of models that are accepted; None leaves that to the families.
     _accepted: tuple[str, ...] | None = None
+    _takes_adapters = True
     _targets: tuple[str, ...] = (AUTO, *ARCHITECTURES)
     #: Where models of other classes go.
     _elsewhere: str
@@ -59,8 +65,8 @@ class ConversionAlgorithm(BaseAlgorithm):
         require_flag("overwrite", overwrite)
         if not self.return_model and self.save_checkpoint is None:
             raise UpcyclingError(
-                "return_model=false without save_checkpoint would throw the result away. Set "
-                "method.save_checkpoint=FOLDER."
+                "return_model=false without save_checkpoint would throw the result away. Pass "
+                f"{setting('save_checkpoint', 'FOLDER')}."
             )
         return OutputOptions(overwrite, max_shard_size)
 
@@ -80,6 +86,7 @@ class ConversionAlgorithm(BaseAlgorithm):
                 f"{self._elsewhere}"
             )
 
+    @spelled_by_maker
     def run(self, modelpool: Any) -> "PreTrainedModel | None":
         """Convert the models of a pool, or models in memory.
 
@@ -89,6 +96,7 @@ class ConversionAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: models that cannot be used; a result that cannot be proven.
         """
+        prepare(self._program)
         output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
         if output is not None:
             self._writing.check(output)
@@ -101,10 +109,13 @@ class ConversionAlgorithm(BaseAlgorithm):
             if found is not None:
                 folders[name] = found
         if output is not None and len(folders) == len(names):
-            require_own_tokenizer(modelpool, [folder.source for folder in folders.values()])
+            require_own_tokenizer(modelpool, own_folders(folders, self._bases(folders)))
             return self._run_streaming(folders, output)
         self._check_folders(folders)
-        models = {name: modelpool.load_model(name) for name in names}
+        bases, usable = self._bases(folders), folders if self._takes_adapters else {}
+        models = {
+            name: load_pooled(modelpool, name, usable.get(name), bases.get(name)) for name in names
+        }
         return self._run_live(models, output, modelpool)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
@@ -115,6 +126,10 @@ class ConversionAlgorithm(BaseAlgorithm):
         """The models of a pool that are converted."""
         require_pretrained(pool)
         return ["_pretrained_"]
+
+    def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
+        """Model of the pool -> what it is put on if it is an adapter, where that is said."""
+        return {}
 
     def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
         """Refuse models that are about to be loaded, by the folders that they come from."""
@@ -133,8 +148,10 @@ class ConversionAlgorithm(BaseAlgorithm):
         self, folders: Mapping[str, PooledFolder], output: Path
     ) -> "PreTrainedModel | None":
         if self._accepted is not None:
-            for folder in folders.values():
-                for name in read_config(locate(folder.source)).architectures or ():
+            bases = self._bases(folders)
+            for model, folder in folders.items():
+                at = locate_model(folder.source, bases.get(model)).folder
+                for name in read_config(at).architectures or ():
                     self._check_class(name)
         converted = self._stream(folders, output)
         self._report(converted)
@@ -176,6 +193,7 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     def _report(self, converted: "Converted") -> None:
         log.info("Written to %s; %s", converted.output, converted.proof)
+        has_saved(self._program, converted.output)
         # What of the folder's record is of the run, and not of its files.
         folders_own = ("name", "shards", "versions", "copied_files", "proof_in_words")
         record = {k: v for k, v in converted.record.items() if k not in folders_own}

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.checkpoint.source import locate, read_config
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.output import Converted
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.expansion.calibration import CALIBRATION_TOKENS
 from fusion_upcycle.expansion.live import expand_model
 from fusion_upcycle.expansion.moments import check_new_moments, write_expanded_state
@@ -66,6 +66,15 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         UpcyclingError: an option that cannot be used; `run` raises it for the model.
     """
 
+    #: Options that have another place in the config.
+    option_places: ClassVar = {
+        "calibration": "calibration.data",
+        "calibration_tokens": "calibration.tokens",
+        "context_length": "calibration.context_length",
+        "scores": "importance.scores",
+        "metric": "importance.metric",
+    }
+    _takes_adapters = False
     # FusionBench's decorator makes an attribute of every argument.
     optimizer_state: str | None
     new_moments: str
@@ -104,10 +113,11 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         check_new_moments(self._options, new_moments, used=optimizer_state is not None)
         if optimizer_state is not None and save_checkpoint is None:
             raise UpcyclingError(
-                "optimizer_state is expanded into the folder of the result, and there is none. Set "
-                "method.save_checkpoint=FOLDER, or optimizer_state=null."
+                "optimizer_state is expanded into the folder of the result, and there is none. "
+                f"Pass {setting('save_checkpoint', 'FOLDER')}, or "
+                f"{setting('optimizer_state', None)}."
             )
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
@@ -115,7 +125,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         if self.tokenizer is not None:
             raise UpcyclingError(
                 f"method.tokenizer={self.tokenizer} would not be used: streaming takes the "
-                "tokenizer of the model's own folder. Set it to null."
+                f"tokenizer of the model's own folder. Pass {setting('tokenizer', None)}."
             )
         _check_dtype(found, locate(found.source))
         converted = expand(
@@ -184,5 +194,5 @@ def _check_dtype(found: PooledFolder, folder: Path) -> None:
         raise UpcyclingError(
             f"modelpool dtype={found.dtype} cannot be honoured when streaming to "
             f"method.save_checkpoint: the source is {dtype_name(own)}, and its tensors are kept as "
-            "they are. Remove it, or set method.save_checkpoint=null to expand in memory."
+            f"they are. Remove it, or pass {setting('save_checkpoint', None)} to expand in memory."
         )

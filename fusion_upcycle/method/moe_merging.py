@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
-from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.checkpoint.located import locate_model
+from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.companions import Companions
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
@@ -77,7 +78,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         #: What the models' folders have been found to differ in, where they are loaded of such.
         self._files: Companions | None = None
         self._writing = self._output_options(overwrite, max_shard_size)
@@ -88,8 +89,16 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
 
+    def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
+        base = folders.get(BASE)
+        return {} if base is None else dict.fromkeys(folders.keys() - {BASE}, base.source)
+
     def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
-        local = {name: locate(folder.source) for name, folder in folders.items()}
+        bases = self._bases(folders)
+        local = {
+            name: locate_model(folder.source, bases.get(name)).folder
+            for name, folder in folders.items()
+        }
         configs = {name: read_config(folder) for name, folder in local.items()}
         if local:
             self._files = agree_on_files(local, configs, main_model(configs, self._options))
@@ -99,8 +108,8 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         dtypes = {str(folder.dtype): folder.dtype for folder in folders.values()}
         if len(dtypes) > 1 and self._options.dtype is None:
             raise UpcyclingError(
-                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). Set "
-                "method.dtype."
+                f"The pool loads its models in different dtypes ({', '.join(sorted(dtypes))}). "
+                f"Choose one, as in {setting('dtype', 'bfloat16')}."
             )
         dtype = next(iter(dtypes.values()))
         return merge_into_moe(
@@ -120,9 +129,15 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
             notes=None if self._files is None else self._files.notes,
+            progress=self._writing.progress,
         )
-        main = models[merging.main]
-        moe, proof = to_model(merging, main, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            merging,
+            models[merging.main],
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         if self._files is not None and self._files.generation is not None:
             moe.generation_config.update(**self._files.generation)
         return InMemory(moe, merging, proof)

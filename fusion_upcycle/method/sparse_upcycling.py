@@ -28,6 +28,8 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
     Args:
         num_experts, experts_per_token: as the others, see `options`.
         save_checkpoint: folder to write; None keeps the result in memory only.
+        base: where `_pretrained_` is a LoRA adapter, folder or Hub id of the model that it is put
+            on; None is the one that it names itself.
         verify: `auto`, `layers`, `logits` or `none`; see `fusion_upcycle.upcycle`.
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
@@ -44,12 +46,15 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         "MixtralForCausalLMUpscalingAlgorithm."
     )
 
+    base: str | None
+
     def __init__(
         self,
         num_experts: int,
         experts_per_token: int,
         save_checkpoint: str | None = None,
         *,
+        base: str | None = None,
         verify: str = "auto",
         return_model: bool = True,
         overwrite: bool = False,
@@ -62,14 +67,18 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             num_experts=num_experts, experts_per_token=experts_per_token, **given
         )
         self._check_target(self._options.target)
-        resolve_mode(verify, streaming=False, total_bytes=0)
+        resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size)
+
+    def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
+        return {} if self.base is None else dict.fromkeys(folders, self.base)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
         (found,) = folders.values()
         return upcycle(
             found.source,
             output,
+            base=self.base,
             **self._how,
             **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
         )
@@ -79,7 +88,13 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
     ) -> InMemory:
         (dense,) = models.values()
         upcycling = plan_model(dense, self._options)
-        moe, proof = to_model(upcycling, dense, verify=self.verify, tokenizer_file=tokenizer_file)
+        moe, proof = to_model(
+            upcycling,
+            dense,
+            verify=self.verify,
+            tokenizer_file=tokenizer_file,
+            progress=self._writing.progress,
+        )
         return InMemory(moe, upcycling, proof)
 
 

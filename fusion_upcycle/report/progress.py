@@ -35,3 +35,17 @@ def loading_bars(shown: bool) -> Iterator[None]:
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Load a model in silence: what transformers would say of it, the caller says."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with loading_bars(False):
+            yield
+    finally:
+        logging.set_verbosity(before)

@@ -6,6 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.files import (
+    as_pattern,
+    as_patterns,
+    data_files,
+    files_below,
+    has_wildcards,
+    json_lines,
+    local_path,
+    may_be_on_the_hub,
+    missing,
+)
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
 #: Of a specification, what `datasets.load_dataset` is given.
@@ -40,6 +51,8 @@ def specified(
 def load_table(source: Mapping[str, Any], where: str, splits: Sequence[str]) -> Any:
     """A `datasets.Dataset` of a .jsonl or .parquet file, a folder, or a data set of the Hub.
 
+    Names of what is here are literal, see `fusion_upcycle.files`.
+
     Args:
         where: the option that names it, for errors.
         splits: without a `split`, the first of these that there is, or the only one.
@@ -50,20 +63,14 @@ def load_table(source: Mapping[str, Any], where: str, splits: Sequence[str]) -> 
     from datasets import DatasetDict, load_dataset
 
     arguments = dict(source)
-    path, split = str(arguments.pop("path")), arguments.pop("split", None)
-    file = Path(path).expanduser()
-    if file.is_file() or file.suffix in _BUILDERS:
-        if file.suffix not in _BUILDERS:
-            known = ", ".join(_BUILDERS)
-            raise UpcyclingError(f"{where}: the format of {path!r} is not known. Give {known}.")
-        if not file.is_file():
-            raise UpcyclingError(f"{where}: there is no file {str(file.absolute())!r}.")
-        path, arguments = _BUILDERS[file.suffix], {**arguments, "data_files": str(file)}
-    elif file.is_dir():
-        path = str(file)
-    elif path.startswith((".", "/", "~")):
-        raise UpcyclingError(f"{where}: there is no folder {str(file.absolute())!r}.")
-    with readable(where, str(source["path"])):
+    given, split = str(arguments.pop("path")), arguments.pop("split", None)
+    more = split is not None or bool(arguments)
+    path, place = _placed(given, where, more=more, chosen="data_files" in arguments)
+    folder = Path(path) if Path(path).is_dir() else None
+    for key in arguments.keys() & {"data_files", "data_dir"}:
+        arguments[key] = as_patterns(arguments[key], where, folder)
+    arguments = place | arguments
+    with readable(where, given):
         table = load_dataset(path, split=split, **arguments)
     if isinstance(table, DatasetDict):
         names = list(table)
@@ -76,6 +83,44 @@ def load_table(source: Mapping[str, Any], where: str, splits: Sequence[str]) -> 
     if not len(table):
         raise UpcyclingError(f"{where} is empty.")
     return table
+
+
+def _placed(given: str, where: str, *, more: bool, chosen: bool) -> tuple[str, dict[str, Any]]:
+    """What `datasets.load_dataset` is to be given for a path.
+
+    Args:
+        more: whether anything but the path is given.
+        chosen: whether the files in it are named.
+    """
+    file = local_path(given, where)
+    if not file.exists():
+        if file.suffix.lower() in _BUILDERS or not may_be_on_the_hub(given, more=more):
+            raise missing(file, where)
+        return given, {}
+    if file.is_file():
+        data_files(file, where, tuple(_BUILDERS))  # or it is of another format
+        _check(file, where)
+        builder = _BUILDERS[file.suffix.lower()]
+        return builder, {"data_files": as_pattern(file, where)}
+    inside = [f for f in files_below(file) if f.suffix.lower() in _BUILDERS]
+    for each in inside:
+        _check(each, where)
+    if chosen or not has_wildcards(file):
+        return str(file), {}
+    builder = _BUILDERS[inside[0].suffix.lower()] if inside else "imagefolder"
+    return builder, {"data_dir": as_pattern(file, where)}
+
+
+def _check(file: Path, where: str) -> None:
+    """Refuse a file that `datasets` would not name, or not say the line of."""
+    if file.suffix.lower() == ".jsonl":
+        for _ in json_lines(file, where):
+            pass
+        return
+    from pyarrow.parquet import ParquetFile
+
+    with readable(where, str(file)), ParquetFile(file):
+        pass
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.files import by_name
 from fusion_upcycle.report import write_run_record
+from fusion_upcycle.report.program import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,13 +61,16 @@ def named(given: Any, option: str, example: str) -> dict[str, Any]:
     """What an option of a task pool names: the tasks of its report.
 
     Args:
+        given: a mapping; a path alone goes by its own name.
         example: of what it must hold, for the error.
 
     Raises:
         UpcyclingError: nothing, or something with a name of the report.
     """
+    given = by_name(given)
     if not isinstance(given, Mapping) or not given:
-        raise UpcyclingError(f"taskpool.{option} is empty: name at least one {example}.")
+        said = "is empty" if not given else f"is {given!r}, which has no names"
+        raise UpcyclingError(f"taskpool.{option} {said}: name at least one {example}.")
     for name in _NOT_TASKS:
         if name in given:
             raise UpcyclingError(f"taskpool.{option}.{name} is a name of the report: rename it.")
@@ -92,7 +97,8 @@ def load_tokenizer(pool: BaseTaskPool, name: str | None) -> "PreTrainedTokenizer
 
 
 def to_device(pool: BaseTaskPool, model: "PreTrainedModel") -> None:
-    """To the program's device, where a merge left its result on the CPU."""
+    """To the program's device, where a merge left its result on the CPU; prepares the program."""
+    prepare(pool._program)
     if pool._program is not None and next(model.parameters()).device.type == "cpu":
         model.to(pool._program.fabric.device)
 

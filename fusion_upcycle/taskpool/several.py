@@ -11,6 +11,7 @@ from fusion_bench.utils import instantiate
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.report import write_run_record
+from fusion_upcycle.report.program import prepare
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,7 @@ class SeveralTaskPools(BaseTaskPool):
             RuntimeError: by the pool's name, what another pool raises.
         """
         reports: dict[str, Any] = {}
+        prepare(self._program)
         for name, pool in self._pools.items():
             self._set_up(name, pool)
             with _named(name):

@@ -2,7 +2,9 @@
 
 A specification is one of:
 
-- the path of a ``.txt`` (one document), ``.jsonl`` or ``.parquet`` file, or a list of such paths;
+- the path of a ``.txt`` (one document), ``.jsonl`` or ``.parquet`` file, of a folder of such files,
+  or a list of such paths (names are literal, see ``fusion_upcycle.files``);
+- ``{path, column}``, a path whose documents are in another column than ``text``;
 - ``{path, name, split, data_files, column, streaming}`` as ``datasets.load_dataset`` takes them;
 - ``{_target_: package.function, ...arguments}``, a function that returns a string or a list.
 """
@@ -13,16 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.files import as_patterns, data_files, local_path, may_be_on_the_hub, missing
+from fusion_upcycle.texts.rows import SUFFIXES, DocumentFile
 
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 _DATASET_KEYS = ("path", "name", "split", "data_files", "column", "streaming")
 _COLUMN = "text"
 
@@ -34,8 +32,8 @@ class Documents:
     Attributes:
         texts: the documents, in order; iterate once or more.
         fingerprint: changes with their contents, as far as that is known without reading them: the
-            contents of what a function gives, `datasets`' own fingerprint of files and data sets,
-            and the specification alone of a data set that is streamed.
+            contents of what a function gives, place, size and times of files, `datasets`' own
+            fingerprint of data sets, and the specification alone of one that is streamed.
     """
 
     texts: Iterable[str]
@@ -60,19 +58,16 @@ def open_documents(specification: Any, where: str) -> Documents:
         UpcyclingError: what cannot be read as text; of a stream, when it is read.
     """
     if isinstance(specification, str):
-        return _file_documents(specification, where)
+        return _local_documents([specification], _COLUMN, where)
     if isinstance(specification, Mapping):
         if "_target_" in specification:
             return _function_documents(specification, where)
-        return _dataset_documents(specification, where)
+        return _mapped_documents(specification, where)
     if isinstance(specification, Sequence) and all(isinstance(p, str) for p in specification):
-        files = [_file_documents(path, where) for path in specification]
-        return Documents(
-            _Chained([file.texts for file in files]), " ".join(file.fingerprint for file in files)
-        )
+        return _local_documents(specification, _COLUMN, where)
     raise UpcyclingError(
-        f"{where} is {specification!r}. Give a file, a list of files, {{path, split, ...}} of a "
-        "data set, or {_target_: function}."
+        f"{where} is {specification!r}. Give a file, a folder, a list of them, a data set as "
+        "{path, split, ...}, or {_target_: function}."
     )
 
 
@@ -92,34 +87,46 @@ def named_documents(
     }
 
 
-def _file_documents(path: str, where: str) -> Documents:
-    file = Path(path).expanduser()
-    if file.suffix not in _BUILDERS:
-        raise UpcyclingError(
-            f"{where}: the format of {path!r} is not known. Give a {', '.join(_BUILDERS)} file, or "
-            "a data set of the Hub as {path: ..., split: ...}."
-        )
-    if not file.is_file():
-        raise UpcyclingError(
-            f"{where}: there is no file {str(file.absolute())!r}. Give the path of one that is."
-        )
-    builder, arguments = _BUILDERS[file.suffix]
-    arguments = {**arguments, "data_files": str(file), "split": "train"}
-    return _column_documents(builder, arguments, _COLUMN, where)
+def _local_documents(paths: Sequence[str], column: str, where: str) -> Documents:
+    files = []
+    for given in paths:
+        path = local_path(given, where)
+        if not path.exists() and not path.suffix and may_be_on_the_hub(given):
+            raise UpcyclingError(
+                f"{where}: there is no file or folder {str(path.absolute())!r}. Give the path of "
+                f"one that is, or of a data set of the Hub {{path: {given}, split: train}}."
+            )
+        files += [DocumentFile(f, column, where) for f in data_files(path, where, SUFFIXES)]
+    return Documents(_Chained(files), " ".join(file.fingerprint for file in files))
 
 
-def _dataset_documents(specification: Mapping[str, Any], where: str) -> Documents:
+def _mapped_documents(specification: Mapping[str, Any], where: str) -> Documents:
+    """Of `{path, ...}`: local files by our own rules, data sets by those of `datasets`."""
     for key in specification:
         if key not in _DATASET_KEYS:
             raise unknown(f"key in {where}:", str(key), _DATASET_KEYS)
-    for key in ("path", "split"):
-        if key not in specification:
+    if not isinstance(given := specification.get("path"), str):
+        raise UpcyclingError(f"{where} needs `path`, as in {{path: org/data_set, split: test}}.")
+    arguments = {key: value for key, value in specification.items() if value is not None}
+    del arguments["path"]
+    column, path = str(arguments.pop("column", _COLUMN)), local_path(given, where)
+    if path.is_file() or (not path.exists() and path.suffix.lower() in SUFFIXES):
+        if arguments:
             raise UpcyclingError(
-                f"{where} needs `{key}`, as in {{path: org/data_set, split: test}}."
+                f"{where}: {given!r} is a file, which has no {', '.join(arguments)}. Leave that "
+                f"out, {{path: {json.dumps(given, ensure_ascii=False)}, column: {column}}}."
             )
-    arguments = dict(specification)
-    column = arguments.pop("column", _COLUMN)
-    return _column_documents(arguments.pop("path"), arguments, column, where)
+        return _local_documents([given], column, where)
+    if path.is_dir() and not arguments:
+        return _local_documents([given], column, where)
+    if not (path.exists() or may_be_on_the_hub(given, more=bool(arguments))):
+        raise missing(path, where)
+    if "split" not in arguments:
+        raise UpcyclingError(f"{where} needs `split`, as in {{path: org/data_set, split: test}}.")
+    if "data_files" in arguments:
+        folder = path if path.is_dir() else None
+        arguments["data_files"] = as_patterns(arguments["data_files"], where, folder)
+    return _column_documents(str(path) if path.exists() else given, arguments, column, where)
 
 
 def _column_documents(path: str, arguments: dict[str, Any], column: str, where: str) -> Documents:
@@ -132,8 +139,8 @@ def _column_documents(path: str, arguments: dict[str, Any], column: str, where: 
         columns = table.column_names or list(next(iter(table), {}))
     if column not in columns:
         raise UpcyclingError(
-            f"{where}: {path!r} has no column {column!r} but {', '.join(columns)}. "
-            "Name one as {path, split, column}."
+            f"{where}: {path!r} has no column {column!r} but {', '.join(columns)}. Name one beside "
+            f"it, as column: {columns[0] if columns else 'NAME'}."
         )
     if arguments.get("streaming"):
         fingerprint = json.dumps([path, column, arguments], sort_keys=True, default=str)

@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from fusion_upcycle.checkpoint.durable import sync
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.training.stopping import Stopping
 
+#: Raised when another version of ours could not go on with what is in one.
+CHECKPOINT_VERSION = 2
 _KEPT = 2
 _NAME = "step-{:09d}.ckpt"
 _PATTERN = re.compile(r"step-(\d{9})\.ckpt")
@@ -48,22 +53,37 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class CheckpointEvery(Checkpoint):
-    """Save every so many steps and at the end; keep the last two.
+    """Save every so many steps or minutes, when the run is to stop, and at the end; keep two.
 
     Args:
         folder: of the checkpoints.
         every: steps; 0 is the end of the run only.
+        minutes: since the last one, or since the start; 0 does not look at the time.
+        stopping: says when the run is to stop, on any of the devices.
     """
 
-    def __init__(self, folder: Path, every: int):
-        self._folder, self._every = folder, every
+    def __init__(self, folder: Path, every: int, minutes: float, stopping: Stopping):
+        self._folder, self._every, self._seconds = folder, every, 60 * minutes
+        self._stopping, self._last = stopping, time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self._last = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not module.due(self._every):
+        late = self._seconds > 0 and time.monotonic() - self._last >= self._seconds
+        # Clocks differ and a signal may reach one process only, but all must save the same step.
+        wish = torch.tensor([late, self._stopping.asked is not None], dtype=torch.float32)
+        wish = wish.to(trainer.strategy.root_device)
+        late, stop = trainer.strategy.reduce(wish, reduce_op="max").bool().tolist()
+        if stop and self._stopping.asked is None:
+            self._stopping.asked = signal.SIGTERM  # of another process
+        trainer.should_stop |= stop
+        if not (module.due(self._every) or late or stop):
             return
         trainer.save_checkpoint(self._folder / _NAME.format(trainer.global_step))
+        self._last = time.monotonic()
         if trainer.is_global_zero:
             for old in checkpoints_in(self._folder)[:-_KEPT]:
                 old.unlink()
@@ -95,8 +115,8 @@ def last_checkpoint(folder: Path, identity: dict[str, Any], key: str) -> Path | 
     if differences := list(_differences("", saved, identity)):
         raise UpcyclingError(
             f"{found[-1]} is of a run with other settings: {'; '.join(differences)}. Set them back "
-            "to go on with it, or set resume=false to start over (it will be replaced), or choose "
-            "another work_folder."
+            f"to go on with it, or pass {setting('resume', False)} to start over (it will be "
+            f"replaced), or choose another {setting('work_folder')}."
         )
     return found[-1]
 

@@ -76,7 +76,7 @@ def pack_sources(
     cache: Path,
     *,
     where: str = "data",
-    separator: int | None = None,
+    separator: int,
 ) -> list[PackedText]:
     """Tokenise every source, or take it from `cache`.
 
@@ -87,18 +87,13 @@ def pack_sources(
             anywhere.
         cache: folder; processes that ask at the same time wait for the one that writes.
         where: the option that names them, for errors.
-        separator: token id that begins each document; None is the tokenizer's EOS.
+        separator: token id that begins each document.
 
     Raises:
-        UpcyclingError: no source, a source without text, a tokenizer without EOS.
+        UpcyclingError: no source, or a source without text.
     """
     if not sources:
         raise UpcyclingError("data is empty: name at least one source, {name: file}.")
-    separator = tokenizer.eos_token_id if separator is None else separator
-    if separator is None:
-        raise UpcyclingError(
-            "The tokenizer has no EOS token, which separates documents: set tokenizer.eos_token."
-        )
     packer = _Packer(tokenizer, separator, _tokenizer_identity(tokenizer, separator), cache)
     return [_pack(name, spec, f"{where}.{name}", packer) for name, spec in sources.items()]
 

@@ -8,6 +8,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from fusion_upcycle import models
+from fusion_upcycle.checkpoint.digests import seal
 from fusion_upcycle.checkpoint.moments import save_moments
 from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE, staging_folder
 from fusion_upcycle.report.card import card_text
@@ -24,32 +25,38 @@ def export(
     *,
     objective: Objective,
     record: dict[str, Any],
-    moments: dict[str, dict[str, Tensor]],
+    moments: dict[str, dict[str, Tensor]] | None,
     overwrite: bool,
 ) -> None:
-    """Write weights, config, tokenizer or image processor, AdamW's moments, record and model card.
+    """Write weights, config, tokenizer or image processor, record and model card, and moments.
 
     Args:
         model: trained, on one device, in the dtypes it is to be saved in.
         record: for `training.json`.
-        moments: optimizer state of the last checkpoint, by name.
+        moments: optimizer state of the last checkpoint, by name; None writes none.
         overwrite: replace an earlier output of ours.
 
     Raises:
         UpcyclingError: the output exists, or the disk is too small.
     """
-    tensors = [*model.state_dict().values(), *(t for m in moments.values() for t in m.values())]
+    kept = (tensor for values in (moments or {}).values() for tensor in values.values())
+    tensors = [*model.state_dict().values(), *kept]
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with staging_folder(
         output, {"run": uuid4().hex}, total_bytes=total, overwrite=overwrite
     ) as staging:
         models.save(model, staging)
         processor.save_pretrained(staging)
-        save_moments(moments, staging)
-        text = json.dumps(record, indent=2, default=str)
-        (staging / TRAINING_RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+        if moments is not None:
+            save_moments(moments, staging)
         card = _model_card(output.name, objective, record)
         (staging / "README.md").write_text(card, encoding="utf-8")
+
+        def write_record(files: dict[str, str]) -> None:
+            text = json.dumps(record | {"files": files}, indent=2, default=str)
+            (staging / TRAINING_RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+
+        seal(staging, TRAINING_RECORD_FILE, write_record)
 
 
 def _model_card(name: str, objective: Objective, record: dict[str, Any]) -> str:

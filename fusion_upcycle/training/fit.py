@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures.layout import with_kept_dtypes
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
 
@@ -26,8 +26,8 @@ def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Route
     if options.bias_update_rate and not routers.selection_biases():
         raise UpcyclingError(
             f"bias_update_rate={options.bias_update_rate}: {model.config.model_type} has no "
-            "selection bias that loss-free balancing could move. Set it to 0; balance_weight works "
-            "for every family."
+            "selection bias that loss-free balancing could move. Pass "
+            f"{setting('bias_update_rate', 0)}; {setting('balance_weight')} works for every family."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UpcyclingError(
@@ -41,8 +41,8 @@ def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Route
             raise UpcyclingError(
                 f"attention=document: {model.config.model_type} with {used} attention"
                 f"{' and layers of ' + ', '.join(sorted(kinds)) if kinds else ''} cannot keep "
-                "documents of a window apart. Use attention=causal, or a model with full attention "
-                f"and one of {', '.join(_BY_POSITION)}."
+                f"documents of a window apart. Use {setting('attention', 'causal')}, or a model "
+                f"with full attention and one of {', '.join(_BY_POSITION)}."
             )
 
 

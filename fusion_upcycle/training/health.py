@@ -8,6 +8,7 @@ Shapes: L MoE layers, E experts, N tokens.
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -60,6 +61,24 @@ class RoutingTotals:
         if stack.left_out_L is not None:
             self._left_out_L = self._left_out_L.to(device)
             self._left_out_L[places] += stack.left_out_L
+
+    def state(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """What `restore` goes on from: of all devices together.
+
+        Args:
+            reduce: of a strategy: the mean over devices.
+        """
+        tokens_L = self._tokens_L.double()
+        return {
+            "counts": self.counts.cpu(),
+            "entropy": reduce(self._entropy_L.clone(), reduce_op="mean").cpu(),
+            "left_out": reduce(self._left_out_L.clone(), reduce_op="mean").cpu(),
+            "tokens": reduce(tokens_L, reduce_op="mean").long().cpu(),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.counts, self._entropy_L = state["counts"].clone(), state["entropy"].clone()
+        self._left_out_L, self._tokens_L = state["left_out"].clone(), state["tokens"].clone()
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """Load [L, E], rows summing to 1; mean entropy in bits [L]; share left out [L].

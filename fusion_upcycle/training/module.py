@@ -82,6 +82,7 @@ class PretrainingModule(L.LightningModule):
         self.first_step = options.steps  # of this process, which may find the run finished
         self._unwritten: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
+        self.first_loss: float | None = None  # of the objective, in the first step of the run
 
     # --- what Lightning asks for ------------------------------------------------------------------
 
@@ -119,7 +120,8 @@ class PretrainingModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer state goes by parameter name, the same for every strategy and device count."""
         checkpoint[IDENTITY] = self._identity
-        checkpoint["last_metrics"] = self.last_metrics
+        checkpoint["last_metrics"], checkpoint["first_loss"] = self.last_metrics, self.first_loss
+        checkpoint["routing"] = self.routing.state(self.trainer.strategy.reduce)
         names = (
             [name for name, _ in self.named_parameters()]
             if self.options.strategy == "fsdp"
@@ -129,7 +131,8 @@ class PretrainingModule(L.LightningModule):
         checkpoint["optimizer_states"] = [named_state(state, names) for state in states]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.last_metrics = checkpoint["last_metrics"]
+        self.last_metrics, self.first_loss = checkpoint["last_metrics"], checkpoint["first_loss"]
+        self.routing.restore(checkpoint["routing"])
         if self.options.strategy != "fsdp":  # which has loaded it by name
             names = self._optimizer_names()
             states = checkpoint["optimizer_states"]
@@ -168,6 +171,8 @@ class PretrainingModule(L.LightningModule):
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")
         norm = self._clip(optimizer)
         self._require_finite(losses, norm, step)
+        if self.first_loss is None:
+            self.first_loss = float(losses[0])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if done > options.bias_update_after * options.steps * options.per_step:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusion_upcycle.checkpoint.moments import Moments, read_moments
 from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.upcycling.moments import carried_moments
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_moments(
                 f"optimizer_state={folder} is of a {config.model_type} model, and how this "
                 f"{model.config.model_type} model was made of it is not known: it has no "
                 "upcycling.json. Train the folder that sparse_upcycling wrote, use "
-                "method=upcycle_and_train, or set optimizer_state=null."
+                f"method=upcycle_and_train, or pass {setting('optimizer_state', None)}."
             )
         config.dtype = None  # the moments' own counts
         saved = carried_moments(saved, config, upcycling)
@@ -47,7 +47,7 @@ def load_moments(
             raise UpcyclingError(
                 f"optimizer_state={folder}: {name} {list(values['exp_avg'].shape)} is not a "
                 f"parameter of this {model.config.model_type} model. The moments are of another "
-                "model; set optimizer_state=null."
+                f"model; pass {setting('optimizer_state', None)}."
             )
     return saved
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fusion_upcycle.checks import AUTO, require_flag, require_list, require_number, require_whole
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.options import choice, make
 from fusion_upcycle.training.schedule import SCHEDULES, Schedule
 
@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "strategy",
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "save_moments",
     "validate_every",
 )
 
@@ -55,6 +57,8 @@ class TrainingOptions:
         attention: what a token sees: `causal`, the window up to it; `document`, its own document
             only, with positions that start again at each separator. Other objectives than
             `causal_lm` take the model's own.
+        separator: text of the token that begins each document, for texts; by default the
+            tokenizer's own that ends a sequence (`masked_lm`: that separates two).
         mixture: source of data -> weight, its share of the examples to 1/1000; by default every
             example of all sources is taken once before any comes again.
         seed: of the order of examples, of masks, and of dropout where the model has it.
@@ -100,6 +104,10 @@ class TrainingOptions:
             counts.
         checkpoint_every: steps between checkpoints, of which the last two are kept; 0 leaves it at
             the end.
+        checkpoint_minutes: minutes after which one is saved in between; 0 does not look at the
+            time. What it takes to write one (weights and moments in float32) is lost each time.
+        save_moments: whether the result's folder has AdamW's moments too (`optimizer_state`), 8
+            bytes for each trained parameter.
         validate_every: steps between validations; 0 leaves it at the end.
 
     Raises:
@@ -114,6 +122,7 @@ class TrainingOptions:
     batch_size: int = 8
     micro_batch_size: int | None = None
     attention: str = choice("causal", ATTENTIONS)
+    separator: str | None = None
     mixture: Mapping[str, float] | None = None
     seed: int = 0
     schedule: str = choice("three_phase", SCHEDULES)
@@ -140,6 +149,8 @@ class TrainingOptions:
     strategy: str = choice("auto", STRATEGIES)
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 30.0
+    save_moments: bool = False
     validate_every: int = 0
 
     def __post_init__(self) -> None:
@@ -150,7 +161,7 @@ class TrainingOptions:
                 require_whole(name, getattr(self, name), at_least=1)
         for name in ("seed", "log_every", "checkpoint_every", "validate_every"):
             require_whole(name, getattr(self, name), at_least=0)
-        for name in ("activation_checkpointing", "compile"):
+        for name in ("activation_checkpointing", "compile", "save_moments"):
             require_flag(name, getattr(self, name))
         for name, choices in (
             ("objective", OBJECTIVES),
@@ -168,6 +179,12 @@ class TrainingOptions:
                 raise unknown("group in freeze:", str(group), GROUPS)
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "betas", tuple(self.betas))
+        require_number("checkpoint_minutes", self.checkpoint_minutes)
+        if self.separator is not None and (not isinstance(self.separator, str) or self.examples):
+            raise UpcyclingError(
+                f"separator={self.separator!r} is the text of a token that begins a text, whose "
+                "budget is tokens. Leave it out for examples."
+            )
         if (self.tokens is None) == (self.examples is None):
             raise UpcyclingError(
                 f"tokens={self.tokens} and examples={self.examples}: one of the two must be given, "
@@ -178,8 +195,7 @@ class TrainingOptions:
             windows = f" windows of context_length={self.context_length}" if of_tokens else ""
             raise UpcyclingError(
                 f"{self.unit}={self.budget} is less than one step of batch_size={self.batch_size}"
-                f"{windows}: give at least "
-                f"{self.per_step}, or a smaller step."
+                f"{windows}: give {setting(self.unit, self.per_step)} or more, or a smaller step."
             )
         world = self.devices * self.num_nodes
         share = self.batch_size // world
@@ -207,8 +223,8 @@ class TrainingOptions:
         if self.bias_update_after and not self.bias_update_rate:
             raise UpcyclingError(
                 f"bias_update_after={self.bias_update_after} holds still what "
-                "bias_update_rate=0 never moves. Set bias_update_rate (0.001), or leave "
-                "bias_update_after at 0."
+                "bias_update_rate=0 never moves. Pass "
+                f"{setting('bias_update_rate', 0.001)}, or {setting('bias_update_after', 0)}."
             )
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise UpcyclingError(f"betas={self.betas!r} must be two numbers, as in [0.9, 0.95].")

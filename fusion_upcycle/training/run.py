@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output
@@ -16,6 +17,7 @@ from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.training.checkpoints import (
+    CHECKPOINT_VERSION,
     checkpoints_in,
     last_checkpoint,
     load_checkpoint,
@@ -36,6 +38,8 @@ from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
 from fusion_upcycle.training.router_rate import RouterRate
+from fusion_upcycle.training.stopping import Stopping
+from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
 from fusion_upcycle.upcycling.run import recorded_options
@@ -128,9 +132,40 @@ def train(
 
     Raises:
         UpcyclingError: options, data or model that do not fit; a loss that is not finite.
+        Stopped: SIGTERM or SIGINT came; the run is saved, and goes on when it is called again.
     """
     if places.output is not None:
         check_output(places.output, overwrite=places.overwrite)
+    with Stopping() as stopping:
+        return _train(
+            model,
+            processor,
+            options,
+            data=data,
+            places=places,
+            origin=origin,
+            validation=validation,
+            optimizer_state=optimizer_state,
+            clip=clip,
+            progress=progress,
+            stopping=stopping,
+        )
+
+
+def _train(
+    model: "PreTrainedModel",
+    processor: Any,
+    options: TrainingOptions,
+    *,
+    data: Mapping[str, Any],
+    places: Places,
+    origin: Origin,
+    validation: Mapping[str, Any] | None,
+    optimizer_state: Path | None,
+    clip: ClipTexts | None,
+    progress: bool,
+    stopping: Stopping,
+) -> Trained:
     objective = objective_for(model, processor, options, clip)
     sources = objective.read(data, places.work / "data")
     order = ExampleOrder(sources, options.mixture, options.seed)
@@ -149,9 +184,11 @@ def train(
     churn = RouterChurn(objective.collate([order[0]]))
     with quiet_lightning(), Measured() as cost:
         callbacks: list[Callback] = [health, churn, scores]
-        trainer = make_trainer(options, places.work, places.log, callbacks, progress)
+        trainer = make_trainer(options, places.work, places.log, callbacks, stopping, progress)
         if trainer.is_global_zero:
             _announce(module.router_rate, progress)
+            if progress and places.output is not None:
+                print(moments_in_words(model, options, places.output), flush=True)
             if not places.resume:
                 shutil.rmtree(checkpoints, ignore_errors=True)
         loader = make_loader(order, objective, options, trainer)
@@ -159,6 +196,7 @@ def train(
         with kept_pages() if on_cpu else nullcontext():
             trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
     module.routers.close()
+    stopping.after_fit(_stand(trainer, options, checkpoints))
     saved = load_checkpoint(checkpoints_in(checkpoints)[-1])
     trainer.strategy.barrier()  # all have opened it, and it may be removed
     model = before.restored(model, saved["state_dict"], sharded=options.strategy == "fsdp")
@@ -173,6 +211,7 @@ def train(
         "optimizer_state": None if optimizer_state is None else str(optimizer_state),
         "data": {source.name: source.to_json() for source in sources},
         "resumed_from": None if resumed is None else resumed.name,
+        "first": {objective.loss: module.first_loss},
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
@@ -186,7 +225,7 @@ def train(
             places.output,
             objective=objective,
             record=record,
-            moments=saved["optimizer_states"][0]["state"],
+            moments=saved["optimizer_states"][0]["state"] if options.save_moments else None,
             overwrite=places.overwrite,
         )
         shutil.rmtree(checkpoints)
@@ -196,6 +235,16 @@ def train(
             print(f"Routing: {figure}", flush=True)
     trainer.strategy.barrier()
     return Trained(model, record)
+
+
+def _stand(trainer: Trainer, options: TrainingOptions, checkpoints: Path) -> str:
+    """Of a run that stops: where it is, said by one process."""
+    if not trainer.is_global_zero:
+        return ""
+    return (
+        f"after step {trainer.global_step:,} of {options.steps:,}, saved in {checkpoints}; the "
+        "same command goes on from there"
+    )
 
 
 def _announce(rate: RouterRate | None, progress: bool) -> None:
@@ -233,6 +282,7 @@ def _identity(
     """What a run must share with the checkpoint that it goes on from."""
     fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     return {
+        "checkpoint": CHECKPOINT_VERSION,
         "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),
         "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
         "data": {source.name: source.digest for source in sources},

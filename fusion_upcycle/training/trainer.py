@@ -11,6 +11,7 @@ from fusion_upcycle.training.logs import Progress, loggers
 from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
+from fusion_upcycle.training.stopping import Stopping
 
 
 def make_loader(
@@ -28,13 +29,19 @@ def make_loader(
 
 
 def make_trainer(
-    options: TrainingOptions, work: Path, log: Path, callbacks: list[Callback], progress: bool
+    options: TrainingOptions,
+    work: Path,
+    log: Path,
+    callbacks: list[Callback],
+    stopping: Stopping,
+    progress: bool,
 ) -> L.Trainer:
     """Lightning's, with our checkpoints and logs.
 
     Args:
         work: folder of checkpoints.
         log: folder of logs.
+        stopping: what asks the run to stop.
     """
     strategy: str | Strategy = options.strategy
     world = options.devices * options.num_nodes
@@ -53,8 +60,14 @@ def make_trainer(
         max_epochs=1,
         logger=loggers(log),
         callbacks=[
+            stopping,
             *callbacks,
-            CheckpointEvery(work / "checkpoints", options.checkpoint_every),
+            CheckpointEvery(
+                work / "checkpoints",
+                options.checkpoint_every,
+                options.checkpoint_minutes,
+                stopping,
+            ),
             *([Progress()] if progress else []),
         ],
         plugins=[AtomicCheckpointIO()],

@@ -11,7 +11,7 @@ from fusion_upcycle.architectures.base import Architecture, DenseLayout
 from fusion_upcycle.architectures.layout import FileLayout, file_layout
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checks import AUTO, parse_dtype
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.resolution import ResolvedOptions, resolve
 
@@ -72,7 +72,7 @@ def plan_frame(
         try:
             architecture, source_config, resolved, config = _expressed(ours, source_config, options)
         except UpcyclingError as error:  # of no use to one who is sent here
-            raise (error if f"target={OWN}" in str(refused) else refused) from None
+            raise (error if setting("target", OWN) in str(refused) else refused) from None
         log.warning("target=auto is %s, our own class, as this does not fit: %s", OWN, refused)
     config.architectures = [architecture.target_class(source_config, config)]
     architecture = architecture.for_config(config)
@@ -126,6 +126,6 @@ def source_dtype(source: TensorSource, config: "PreTrainedConfig") -> torch.dtyp
     if len(dtypes) > 1:
         raise UpcyclingError(
             f"The source mixes dtypes ({', '.join(sorted(map(str, dtypes)))}) and its config.json "
-            "names none. Choose one with dtype=."
+            f"names none. Choose one, as in {setting('dtype', 'bfloat16')}."
         )
     return dtypes.pop()

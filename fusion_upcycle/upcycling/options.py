@@ -189,6 +189,20 @@ class UpcyclingOptions:
         return bare_function(self.expert_init) in FUNCTION_PRESERVING  # type: ignore[arg-type]
 
     @property
+    def gentler(self) -> tuple[str, ...]:
+        """What would keep more of the source's function, in words."""
+        from fusion_upcycle.expert_init import gentler_choices
+
+        found = [*gentler_choices(bare_function(self.expert_init))]  # type: ignore[arg-type]
+        if not self.normalize_topk_prob:
+            found.append("{normalize_topk_prob=true}")
+        if self.routing == "expert_choice" and self.capacity_factor < self.num_experts:
+            found.append("a larger capacity_factor")
+        if self.experts_per_token % self.granularity:
+            found.append(f"{{experts_per_token={self.granularity}}}")
+        return tuple(found)
+
+    @property
     def shuffles_shards(self) -> bool:
         """Whether experts are cut from shuffled copies of the FFN."""
         from fusion_upcycle.expert_init import SHUFFLED_SHARDS

@@ -7,6 +7,7 @@ Details of the proof, beside the common fields:
 - `layers`: each FFN against its MoE block, in float32. In expert choice on the tokens that an
   expert takes, with `unchosen`, the share of the others in each layer, and `smallest_capacity`, the
   least C at which there would be none on this sample.
+- `lost`: what to do, where the source's function is lost (`verification.proof.LOST_SHARE`).
 - `own_dtype`: distance of the outputs computed in the dtype of half-precision weights, with its
   rounding.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.errors import ProofError
+from fusion_upcycle.errors import ProofError, without_braces
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.upcycling.taken import Taken, watch
 from fusion_upcycle.verification.function import (
@@ -33,6 +34,8 @@ from fusion_upcycle.verification.function import (
 from fusion_upcycle.verification.proof import (
     Findings,
     distance_in_words,
+    has_lost_function,
+    lost_in_words,
     require_exact,
     require_finite,
 )
@@ -100,16 +103,21 @@ def prove_upcycling(
     verdict = "exact, proven" if exact else "approximate"
     if layers is not None and "unchosen" in layers:
         verdict += f" ({_taken_in_words(layers)})"
+    lost = None
+    if not exact and has_lost_function(judged):
+        lost = lost_in_words(upcycling.options.gentler)
+        verdict += f": {lost}"
     if exact and rounded:
         verdict = "exact but for the rounding of scaled weights, proven in float32"
     function = judged.to_json()
     return Findings(
-        f"{verdict}: {', '.join(distance_in_words(function))}",
+        f"{verdict}{'; ' if lost else ': '}{', '.join(distance_in_words(function))}",
         True if exact else None,
         function,
         {
             "rounded": True if exact and rounded else None,
             "layers": layers,
+            "lost": None if lost is None else without_braces(lost),
             "own_dtype": None if own is None or own is judged else own.to_json(),
         },
     )

@@ -11,7 +11,7 @@ import torch
 from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.shape import MoEShape
 from fusion_upcycle.checks import AUTO
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.shards import Sharding, part_scales
 
@@ -90,8 +90,9 @@ class ResolvedOptions:
             raise UpcyclingError(
                 f"Experts of width {self.expert_size} in {dtype} have rows of "
                 f"{self.expert_size * dtype.itemsize} bytes; transformers' default experts code "
-                "(grouped_mm) needs a multiple of 16. Choose an expert_intermediate_size or "
-                f"granularity that gives a multiple of {16 // dtype.itemsize}."
+                "(grouped_mm) needs a multiple of 16. Choose an "
+                f"{setting('expert_intermediate_size')} or {setting('granularity')} that gives a "
+                f"multiple of {16 // dtype.itemsize}."
             )
 
 
@@ -107,7 +108,7 @@ def resolve(
     if routing.normalised == "always" and not asked.normalize_topk_prob:
         raise UpcyclingError(
             f"normalize_topk_prob=false: {architecture.name} always divides the top-k weights by "
-            "their sum. Leave it at true, or choose another target."
+            f"their sum. Leave it at true, or choose another {setting('target')}."
         )
     scores = _router_scores(asked, architecture)
     sharding = _sharding(asked, architecture.ffn_size(source))
@@ -148,13 +149,14 @@ def _router_scores(asked: UpcyclingOptions, architecture: Architecture) -> str:
     if scores != architecture.routing.scores and architecture.hash_name is None:
         raise UpcyclingError(
             f"router_scores={scores}: {architecture.name} has {architecture.routing.scores}. Leave "
-            f"it at auto, or choose {OWN_CLASS}."
+            f"it at auto, or choose {own_class()}."
         )
     return scores
 
 
-#: The remedy where a family of transformers cannot say what was asked for.
-OWN_CLASS = "target=sparse, our own class for any dense model"
+def own_class() -> str:
+    """The remedy where a family of transformers cannot say what was asked for."""
+    return f"{setting('target', 'sparse')}, our own class for any dense model"
 
 
 def _check_routing(asked: UpcyclingOptions, architecture: Architecture, sharding: Sharding) -> None:
@@ -164,12 +166,13 @@ def _check_routing(asked: UpcyclingOptions, architecture: Architecture, sharding
     if architecture.hash_name is None:
         raise UpcyclingError(
             f"routing={asked.routing}: {architecture.name} knows token_choice alone. Choose "
-            f"{OWN_CLASS}."
+            f"{own_class()}."
         )
     if asked.routing == "hash" and sharding.granularity > 1:
         raise UpcyclingError(
             f"routing=hash sends tokens to single experts, and here {sharding.granularity} shards "
-            "make one FFN. Set granularity=1 and leave expert_intermediate_size out."
+            f"make one FFN. Pass {setting('granularity', 1)} and leave "
+            f"{setting('expert_intermediate_size')} out."
         )
 
 
@@ -197,15 +200,16 @@ def _sharding(asked: UpcyclingOptions, dense_size: int) -> Sharding:
         if asked.granularity != 1:
             raise UpcyclingError(
                 "expert_init=qwen2 cuts experts from shuffled copies of the FFN, not from its "
-                "shards: say their width with expert_intermediate_size, and leave granularity at 1."
+                f"shards: say their width with {setting('expert_intermediate_size')}, and leave "
+                f"{setting('granularity')} at 1."
             )
         return Sharding(dense_size, size, asked.num_experts, shuffled=True)
     if size == 0 or dense_size % size or asked.granularity not in (1, dense_size // size):
         raise UpcyclingError(
             f"The dense FFN has {dense_size} neurons: granularity={asked.granularity}, "
             f"expert_intermediate_size={asked.expert_intermediate_size} do not cut it into equal "
-            "shards. Choose a divisor (one of the two options is enough), or expert_init=qwen2, "
-            "which takes any width."
+            "shards. Choose a divisor (one of the two options is enough), or "
+            f"{setting('expert_init', 'qwen2')}, which takes any width."
         )
     if asked.num_experts % (dense_size // size):
         raise UpcyclingError(
@@ -225,7 +229,7 @@ def _shared_expert(
     if kind != "none" and architecture.shared is None:
         raise UpcyclingError(
             f"shared_expert={kind}: {architecture.name} has no shared expert. "
-            "Leave it at auto, or choose another target."
+            f"Leave it at auto, or choose another {setting('target')}."
         )
     size = asked.shared_expert_intermediate_size
     if architecture.shared is not None and architecture.shared.as_routed and kind != "copy":
@@ -241,14 +245,15 @@ def _shared_expert(
     if kind == "copy" and size < sharding.dense_size:
         raise UpcyclingError(
             f"shared_expert_intermediate_size={size} has no room for a copy of the dense FFN "
-            f"({sharding.dense_size} neurons). Choose a larger one, or shared_expert=zero."
+            f"({sharding.dense_size} neurons). Choose a larger one, or "
+            f"{setting('shared_expert', 'zero')}."
         )
     assert architecture.shared is not None
     if architecture.shared.in_experts and size % sharding.expert_size:
         raise UpcyclingError(
             f"{architecture.name} says the width of its shared expert as a number of experts of "
             f"width {sharding.expert_size}, and {size} is no multiple of that. Set "
-            "shared_expert_intermediate_size, or shared_expert=none."
+            f"{setting('shared_expert_intermediate_size')}, or {setting('shared_expert', 'none')}."
         )
     return kind, size
 
@@ -278,10 +283,9 @@ def chosen_layers(
     elif isinstance(asked, str) or len(stacks) == 1:
         by_stack = dict.fromkeys(stacks, asked)
     else:
-        both = ", ".join(f"{name}: {list(asked)}" for name in stacks)
         raise UpcyclingError(
             f"moe_layers={list(asked)}: this model has layers in {' and '.join(stacks)}. Give "
-            f"{{{both}}}."
+            f"{setting('moe_layers', {name: list(asked) for name in stacks})}."
         )
     chosen = sorted(x for name, layers in stacks.items() for x in _of_stack(by_stack[name], layers))
     if not chosen:
@@ -292,7 +296,7 @@ def chosen_layers(
             raise UpcyclingError(
                 f"moe_layers={asked}: {architecture.name} "
                 + ("makes every layer an MoE layer." if fields is None else "cannot say these.")
-                + f" Choose others, another target, or {OWN_CLASS}."
+                + f" Choose others, another target, or {own_class()}."
             )
     return tuple(chosen)
 

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.tensors import StateDictSource
+from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.recorded import without_gone
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 from fusion_upcycle.upcycling.plan import plan_upcycling
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -23,6 +24,7 @@ def upcycle(
     source: str | Path,
     output: str | Path,
     *,
+    base: str | Path | None = None,
     verify: str = "auto",
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
@@ -36,11 +38,14 @@ def upcycle(
     arXiv 2212.05055; with routers whose top-k weights sum to 1, exactly).
 
     Args:
-        source: local folder or Hugging Face Hub id of a dense model (safetensors).
+        source: local folder or Hugging Face Hub id of a dense model (safetensors), or of a LoRA
+            adapter (PEFT), which is put on its base model.
         output: folder to make. It appears only when complete and proven.
+        base: folder or Hub id of the model that an adapter is put on; None is the one that its
+            `adapter_config.json` names.
         verify: `layers` compares each FFN with its MoE block and both models' outputs, streaming,
             in float32; `logits` loads both models; `none` leaves the result unproven; `auto` is
-            `logits` below 2 GiB, else `layers`.
+            `layers`.
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
@@ -58,18 +63,33 @@ def upcycle(
     folders = open_folders(
         {SOURCE: source},
         output,
+        bases={} if base is None else {SOURCE: base},
         verify=verify,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
     )
-    return to_folder(plan_folder(folders.source, chosen), folders)
+    check_base(folders.at(SOURCE), base)
+    return to_folder(plan_folder(folders.at(SOURCE), chosen), folders)
 
 
-def plan_folder(folder: Path, options: UpcyclingOptions) -> Upcycling:
-    """Plan the conversion of a local folder, reading its headers and config only."""
-    config = read_config(folder)
-    return plan_upcycling(CheckpointReader(folder), config, options)
+def plan_folder(source: Located | Path, options: UpcyclingOptions) -> Upcycling:
+    """Plan the conversion of a local model, reading its headers and config only."""
+    config, tensors = open_model(Located(source) if isinstance(source, Path) else source)
+    return plan_upcycling(tensors, config, options)
+
+
+def check_base(at: Located, base: str | Path | None) -> None:
+    """Refuse a base for what is no adapter.
+
+    Raises:
+        UpcyclingError: it would be put on nothing.
+    """
+    if base is not None and at.adapter is None:
+        raise UpcyclingError(
+            f"base={base} is given, and {at.folder} is no adapter (it has weights of its own). "
+            "Leave base out."
+        )
 
 
 def plan_model(dense: "PreTrainedModel", options: UpcyclingOptions) -> Upcycling:
@@ -86,7 +106,7 @@ def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return without_gone(options, {"scaling": "exact"})
 
 
-def replan(record: Mapping[str, Any]) -> Callable[[Path, Path], Upcycling]:
-    """From a record, a function (source folder, output folder) that plans its upcycling again."""
+def replan(record: Mapping[str, Any]) -> Callable[[Located, Path], Upcycling]:
+    """From a record, a function (source, output folder) that plans its upcycling again."""
     options = make_options(**{**record["options"], "dtype": record["dtype"]})
     return lambda source, _: plan_folder(source, options)

@@ -62,7 +62,15 @@ class Upcycling(Conversion):
         """What the model card says."""
         options, version = record["options"], record["versions"]["fusion_upcycle"]
         source = public_name(record["source"])
-        approximate = record["proof"]["claim"] == "approximate"
+        proof = record["proof"]
+        caveat = "At step 0 the model computes the same function as its source, as was checked."
+        if proof["claim"] == "approximate":
+            caveat = (
+                "What was asked for does not keep the function: the model differs from its source "
+                "before training, by the distance above."
+            )
+        if "lost" in proof:
+            caveat = f"**As it is, the model {proof['lost']}.**"
         return CardWords(
             f"""A sparse Mixture-of-Experts model upcycled from the dense model \
 `{source}` with fusion_upcycle
@@ -71,10 +79,7 @@ class Upcycling(Conversion):
 since.""",
             {"parameters of the dense source": record["parameters"]["dense"]},
             "same function as the source",
-            "What was asked for does not keep the function: the model differs from its source "
-            "before training, by the distance above."
-            if approximate
-            else "At step 0 the model computes the same function as its source, as was checked.",
+            caveat,
         )
 
     @property

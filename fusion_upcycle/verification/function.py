@@ -44,6 +44,10 @@ class Distance:
         scale: largest absolute value of the reference.
         kl_nats: mean KL(dense || upcycled) per token in nats; None for hidden states.
         argmax_agreement: share of tokens with the same most likely next token; likewise.
+        share_lost: of what the reference's outputs say beyond one answer for all inputs, the share
+            that the other's do not: 0 for the same function, 1 for that one answer (the mean over
+            the sample; where it has one row, all outputs equal), more where it is contradicted.
+            KL to KL, for hidden states squared distance to squared distance.
     """
 
     max_abs: float
@@ -51,6 +55,7 @@ class Distance:
     scale: float
     kl_nats: float | None = None
     argmax_agreement: float | None = None
+    share_lost: float | None = None
 
     @property
     def within_tolerance(self) -> bool:
@@ -72,11 +77,14 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
     dtype = torch.promote_types(reference.dtype, torch.float32)
     reference, other = reference.to(dtype), other.to(dtype)
     difference = (reference - other).abs()
+    rows = reference.reshape(-1, reference.shape[-1])
+    one_answer = rows.mean(0) if len(rows) > 1 else torch.zeros_like(rows[0])
     kl = agreement = None
+    lost, all_of_it = difference.square().mean(), (rows - one_answer).square().mean()
     if logits:
         p, q = reference.log_softmax(-1), other.log_softmax(-1)
-        # Rounding can make a KL of zero come out as -1e-9.
-        kl = (p.exp() * (p - q)).sum(-1).mean().clamp(min=0).item()
+        lost, all_of_it = _kl(p, q), _kl(p, _mean_answer(p))
+        kl = lost.item()
         agreement = (reference.argmax(-1) == other.argmax(-1)).double().mean().item()
     return Distance(
         difference.max().item(),
@@ -84,7 +92,25 @@ def distance(reference: Tensor, other: Tensor, *, logits: bool) -> Distance:
         reference.abs().max().item(),
         kl,
         agreement,
+        (lost / all_of_it).item() if all_of_it > 0 else None,
     )
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Mean KL divergence in nats, of log probabilities."""
+    # Rounding can make a KL of zero come out as -1e-9.
+    return (p.exp() * (p - q)).sum(-1).mean().clamp(min=0)
+
+
+def _mean_answer(p: Tensor) -> Tensor:
+    """The one answer that is nearest to all of these log probabilities; uniform for a single one.
+
+    Of all answers that ignore the input, their mean has the least KL.
+    """
+    rows = p.reshape(-1, p.shape[-1])
+    if len(rows) == 1:
+        return torch.zeros_like(rows[0]).log_softmax(-1)
+    return rows.logsumexp(0) - math.log(len(rows))
 
 
 @torch.inference_mode()

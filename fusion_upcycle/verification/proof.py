@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from fusion_upcycle.errors import ProofError, unknown
+from fusion_upcycle.errors import ProofError, setting, unknown, with_settings
 from fusion_upcycle.verification.function import TOLERANCE, Distance
 
 VerifyMode = Literal["auto", "layers", "logits", "none"]
 
-#: Below this size of the result, `auto` loads both models and compares their logits.
-LOGITS_BELOW_BYTES = 2 * 2**30
+
+#: From these on the function of the source is lost: more than half of what its answers say beyond
+#: one answer for all inputs is gone, and not only because they hardly say anything (there 0.1
+#: nats). Of SmolLM2-135M, noise of 0.02 loses 0.2 %, and drop_ratio=0.5 or kept_energy=0.9 more
+#: than all.
+LOST_SHARE, LOST_KL = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Proof:
         function: distance of both models' outputs, computed in float32 (or float64).
         details: what the operation looks at beside that, by name.
         wall_seconds: of the proof.
-        words: all of it in a sentence.
+        words: all of it in a sentence, with options as `{option=value}`: `str` writes them as they
+            are given where the program runs.
     """
 
     mode: str
@@ -65,7 +70,7 @@ class Proof:
         return {name: value for name, value in plain.items() if value is not None}
 
     def __str__(self) -> str:
-        return self.words
+        return with_settings(self.words)
 
 
 def distance_in_words(found: Mapping[str, float]) -> Sequence[str]:
@@ -73,14 +78,19 @@ def distance_in_words(found: Mapping[str, float]) -> Sequence[str]:
     parts = [f"largest difference {found['max_abs']:.2g} of output up to {found['scale']:.3g}"]
     if "relative" in found:
         parts.append(f"relative {found['relative']:.2g}")
+    share = found.get("share_lost") or 0.0
     if "kl_nats" in found:
-        parts.append(f"KL {found['kl_nats']:.2g} nats")
+        kl = found["kl_nats"]
+        beside = f" (one answer to everything: {kl / share:.2g})" if share > 0.1 else ""
+        parts.append(f"KL {kl:.2g} nats{beside}")
         parts.append(f"arg-max agreement {found['argmax_agreement']:.1%}")
+    elif share > 0.1:
+        parts.append(f"mean square {share:.0%} of the outputs' variance")
     return parts
 
 
-def resolve_mode(mode: str, *, streaming: bool, total_bytes: int) -> str:
-    """`auto` is `logits` for a model in memory or below 2 GiB, `layers` for a larger folder.
+def resolve_mode(mode: str, *, streaming: bool) -> str:
+    """`auto` is `layers` for a folder, and `logits` for models that are in memory anyway.
 
     Raises:
         UpcyclingError: a mode that is not known.
@@ -89,7 +99,23 @@ def resolve_mode(mode: str, *, streaming: bool, total_bytes: int) -> str:
         raise unknown("verify mode", str(mode), get_args(VerifyMode))
     if mode != "auto":
         return mode
-    return "layers" if streaming and total_bytes >= LOGITS_BELOW_BYTES else "logits"
+    return "layers" if streaming else "logits"
+
+
+def has_lost_function(found: Distance) -> bool:
+    """Whether a result is no longer its source with a change, but has to be trained."""
+    share, kl = found.share_lost, found.kl_nats
+    return share is not None and share > LOST_SHARE and (kl is None or kl > LOST_KL)
+
+
+def lost_in_words(remedies: Sequence[str]) -> str:
+    """What to do with a result that has lost its source's function.
+
+    Args:
+        remedies: options that would keep more of it; see `errors.with_settings`.
+    """
+    choose = f", or choose {' or '.join(remedies)}" if remedies else ""
+    return f"has lost the source's function: train it{choose}"
 
 
 def require_finite(judged: Distance) -> None:
@@ -101,7 +127,8 @@ def require_finite(judged: Distance) -> None:
     if not judged.is_finite:
         raise ProofError(
             "The outputs of the result, or of its source, are not finite: a weight is, or became, "
-            "infinite or NaN. Choose another expert_init or dtype=float32, or look at the source."
+            f"infinite or NaN. Choose another {setting('expert_init')} or "
+            f"{setting('dtype', 'float32')}, or look at the source."
         )
 
 
@@ -117,5 +144,5 @@ def require_exact(judged: Distance, layers: Mapping[str, Any] | None) -> None:
         "The conversion claims to be exact and is not: NOT exact by "
         f"{judged.max_abs:.2g} of outputs up to {judged.scale:.3g} (tolerance {TOLERANCE:g} of "
         f"that; layers: {layers}). Nothing was left at the output. Please report this with the "
-        "source's config.json; verify=none writes the folder unproven."
+        f"source's config.json; {setting('verify', 'none')} writes the folder unproven."
     )

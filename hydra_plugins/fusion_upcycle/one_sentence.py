@@ -25,9 +25,11 @@ def end_in_one_sentence(logger: str = CLI_MODULE) -> None:
 
 
 def _watch(record: logging.LogRecord) -> bool:
-    from fusion_upcycle.errors import UpcyclingError
+    from fusion_upcycle.errors import Stopped, UpcyclingError
 
     cause = record.exc_info[1] if record.exc_info else None
+    if isinstance(cause, Stopped):  # by a signal: it has said its sentence
+        return False
     while cause is not None and not isinstance(cause, UpcyclingError):
         cause = cause.__cause__  # Hydra's instantiate wraps what it calls
     if cause is not None:

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from fusion_upcycle.architectures.routing import RoutingRule
 from fusion_upcycle.checks import is_number
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.expansion.router.groups import find_groups
 from fusion_upcycle.expansion.router.neutral import lowered, neutral_rows, neutral_rule
 
@@ -121,6 +121,6 @@ def check_split(rule: RoutingRule) -> None:
         raise UpcyclingError(
             "router_extension=split shifts the logits of all experts of a copy group alike, and "
             f"the weights of this router, {rule.scores} scores that are not divided by their sum "
-            "(norm_topk_prob=false), would change with them. Choose router_extension=fit, which "
-            "keeps the logits where they are."
+            "(norm_topk_prob=false), would change with them. Choose "
+            f"{setting('router_extension', 'fit')}, which keeps the logits where they are."
         )

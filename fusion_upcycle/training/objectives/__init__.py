@@ -6,7 +6,7 @@ Its name is a choice of the option `objective`.
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checks import AUTO
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.objectives.causal_lm import CausalLM
 from fusion_upcycle.training.objectives.clip import Clip, ClipTexts
@@ -50,12 +50,13 @@ def objective_for(
     if asked not in (None, fitting):
         raise UpcyclingError(
             f"objective={options.objective} is not for a {type(model).__name__}, which is trained "
-            f"by {fitting.name}. Set objective=auto, or give the model with another head."
+            f"by {fitting.name}. Pass {setting('objective', 'auto')}, or give the model with "
+            "another head."
         )
     if options.unit != fitting.unit:
         raise UpcyclingError(
             f"{options.unit}={options.budget}: the budget of {fitting.name} is in {fitting.unit}. "
-            f"Set {fitting.unit} instead."
+            f"Give {setting(fitting.unit)} instead."
         )
     if options.attention == "document" and fitting is not CausalLM:
         raise UpcyclingError(

@@ -19,7 +19,7 @@ from fusion_upcycle.training.data import pack_sources
 from fusion_upcycle.training.fit import document_positions
 from fusion_upcycle.training.objectives.base import Batch, Objective, require_tokenizer
 from fusion_upcycle.training.objectives.masked_lm import MaskedLM
-from fusion_upcycle.training.objectives.texts import Windows, check_length
+from fusion_upcycle.training.objectives.texts import Windows, check_length, separator_of
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class CausalLM(Objective):
         return is_text and not MaskedLM.fits(model)
 
     def _read(self, data: Mapping[str, Any], where: str, cache: Path) -> Sequence[Windows]:
-        texts = pack_sources(data, self._processor, cache)
+        own = [self._processor.eos_token_id]
+        separator = separator_of(self._processor, self._options.separator, own)
+        texts = pack_sources(data, self._processor, cache, separator=separator)
         for text in texts:
             check_vocabulary(text.largest, self._embeddings, f"data.{text.name}: the tokenizer")
         self._separator = texts[0].separator

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.tables.images import Images, Known, check_labels, load_images
 from fusion_upcycle.training.objectives.base import SPLITS, Batch, Objective
@@ -90,7 +90,7 @@ class Clip(ImageClassification):
         if clip is None:
             raise UpcyclingError(
                 f"A {type(model).__name__} is judged by the texts of the CLIP model that it is of: "
-                "set clip_model to the folder or Hub id of the whole model."
+                f"give {setting('clip_model', 'FOLDER')}, folder or Hub id of the whole model."
             )
         from transformers import AutoTokenizer, CLIPModel
 

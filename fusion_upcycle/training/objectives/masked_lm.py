@@ -23,7 +23,7 @@ from fusion_upcycle.training.objectives.base import (
     is_one_of,
     require_tokenizer,
 )
-from fusion_upcycle.training.objectives.texts import Windows, check_length
+from fusion_upcycle.training.objectives.texts import Windows, check_length, separator_of
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class MaskedLM(Objective):
         if processor.mask_token_id is None:
             raise UpcyclingError(
                 "The tokenizer has no mask token, which masked_lm puts in the place of others: "
-                "give the model's own tokenizer, or set tokenizer.mask_token."
+                "give the tokenizer that the model was trained with."
             )
         check_length(options, max_positions(model))
         self._embeddings = num_embeddings(model)
@@ -108,8 +108,8 @@ class MaskedLM(Objective):
 
     def _read(self, data: Mapping[str, Any], where: str, cache: Path) -> Sequence[Windows]:
         tokenizer = self._processor
-        separator = tokenizer.sep_token_id
-        separator = tokenizer.eos_token_id if separator is None else separator
+        own = [tokenizer.sep_token_id, tokenizer.eos_token_id]
+        separator = separator_of(tokenizer, self._options.separator, own)
         begin = np.array([i for i in [tokenizer.cls_token_id] if i is not None], dtype=np.int32)
         end = np.array([separator] if len(begin) else [], dtype=np.int32)
         if self._options.context_length <= len(begin) + len(end) + 1:

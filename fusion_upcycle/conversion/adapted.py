@@ -1,0 +1,49 @@
+"""The tensors of a folder, or of a folder with a LoRA adapter on top of it."""
+
+from typing import TYPE_CHECKING
+
+from fusion_upcycle.architectures.introspection import dense_view
+from fusion_upcycle.architectures.layout import one_class
+from fusion_upcycle.checkpoint.adapter import AdapterSource
+from fusion_upcycle.checkpoint.adapter_config import read_adapter_config
+from fusion_upcycle.checkpoint.located import Located
+from fusion_upcycle.checkpoint.reader import CheckpointReader
+from fusion_upcycle.checkpoint.source import read_config
+from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.conversion.matching import Matching
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def open_tensors(at: Located, config: "PreTrainedConfig") -> TensorSource:
+    """The tensors of a model; of an adapter, those of its base with the adapter on top.
+
+    Args:
+        at: where the model is.
+        config: of the model, or of the adapter's base.
+
+    Raises:
+        UpcyclingError: damaged files; a tensor of the adapter that has no place in the base.
+    """
+    reader = CheckpointReader(at.folder)
+    if at.adapter is None:
+        return reader
+    one_class(config)
+    adapter = read_adapter_config(at.adapter, at.folder)
+    return Matching(at, adapter, dense_view(reader, config), config).source()
+
+
+def open_model(at: Located) -> "tuple[PreTrainedConfig, TensorSource]":
+    """Config and tensors of a model: `read_config` and `open_tensors`."""
+    config = read_config(at.folder)
+    return config, open_tensors(at, config)
+
+
+def put_on(model: "PreTrainedModel", source: TensorSource) -> None:
+    """Give a live base model the tensors that an adapter changes, as its own dtype rounds them."""
+    assert isinstance(source, AdapterSource)
+    places = model.state_dict(keep_vars=True)
+    for name in sorted(source.trained):
+        places[name].data.copy_(source.tensor(name))
+        source.release([name])
