@@ -87,8 +87,8 @@ def _compare_tokenizers(adapter: Path, base: Path) -> None:
     """
     own, others = _tokens(adapter), _tokens(base)
     if own and others:
-        for token in own.keys() & others.keys():
-            if own[token] != others[token]:
+        for token in own:
+            if own[token] != others.get(token, own[token]):
                 raise UpcyclingError(
                     f"{adapter / 'tokenizer.json'} gives the token {token!r} the id {own[token]}, "
                     f"and the base's ({base}) {others[token]}: the adapter is of another model. "
