@@ -155,7 +155,7 @@ def _alike(models: Mapping[str, DenseModel], frame: Frame) -> dict[str, DenseMod
         extra = source.specs.keys() - in_all
         left_out = {tensor for tensor in extra if tensor.endswith(frame.dense.derived)}
         if extra:  # second names of tied tensors
-            tied = tied_names(empty_model(models[name].config))
+            tied = tied_names(empty_model(frame.source_config))
             left_out |= held_twice(source, tied)[0] & extra
         names = {tensor: tensor for tensor in source.specs if tensor not in left_out}
         source = RenamedSource(source, names) if left_out else source
