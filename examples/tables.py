@@ -31,7 +31,7 @@ ROOT = EXAMPLES.parent
 RESULTS = EXAMPLES / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged", "vision")
-EXPERIMENTS = ("three_domains", "vision_three_tasks", "t5_three_tasks")
+EXPERIMENTS = ("three_domains", "vision_three_tasks", "t5_three_tasks", "real_model")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
@@ -148,6 +148,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
     "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
     "sentences": partial(of_record, "sentences.py", RESULTS / "sentences"),
+    "real commands": partial(of_record, "real_model.py", RESULTS / "real_commands"),
+    "real commands, lines": partial(
+        of_record, "real_model.py", RESULTS / "real_commands", "commands"
+    ),
+    "real commands, answers": partial(
+        of_record, "real_model.py", RESULTS / "real_commands", "answers"
+    ),
     "sparse families": partial(
         of_record, "sparse_families.py", RESULTS / "sparse_families", "rows_table"
     ),

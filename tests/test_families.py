@@ -345,11 +345,17 @@ def test_the_model_card_names_every_option_that_is_not_a_default(tmp_path: Path)
     assert "normalize" not in card
 
 
-def test_all_unknown_fields_are_named_at_once(tmp_path: Path) -> None:
+def test_all_fields_that_no_class_knows_are_named_at_once_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = dense_folder(tmp_path / "dense", "llama")
     edit_config(source, novel=1, use_mrope=True)
-    with pytest.raises(UpcyclingError, match=r'novel=1, use_mrope=True.*=\["novel", "use_mrope"\]'):
-        convert(source, tmp_path / "moe")
+    assert convert(source, tmp_path / "moe", verify="auto").proof.holds
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "novel=1, use_mrope=True. Neither LlamaConfig nor MixtralConfig has it" in said
+    assert (
+        not {"novel", "use_mrope"} & json.loads((tmp_path / "moe/config.json").read_text()).keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,13 +398,14 @@ def test_the_config_says_what_was_asked_for(family: str, target: str, tmp_path: 
 
 
 @every_pair
-def test_an_unknown_field_is_refused_by_every_family(
-    family: str, target: str, tmp_path: Path
+def test_a_field_of_no_class_is_said_and_left_out_by_every_family(
+    family: str, target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = dense_folder(tmp_path / "dense", family)
     edit_config(source, novel_scale=2.0)
-    with pytest.raises(UpcyclingError, match=r"unknown field novel_scale=2\.0"):
-        convert(source, tmp_path / "moe", target=target)
+    convert(source, tmp_path / "moe", target=target)
+    assert "novel_scale=2.0. Neither" in caplog.text
+    assert "novel_scale" not in (tmp_path / "moe/config.json").read_text()
 
 
 @every_pair

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import dense_folder, edit_config
 from tiny_vision import vit
-from transformers import AutoModel, AutoModelForImageClassification, ViTForImageClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+)
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.loading import as_folder, load_folder, model_type
@@ -108,3 +114,13 @@ def test_configs_of_from_pretrained_are_folders(tmp_path: Path) -> None:
     for target in ("transformers.AutoTokenizer.from_pretrained", "builtins.dict"):
         assert as_folder({"_target_": target, **entry}) is None
     assert as_folder(vit(0)) is None
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("value", ["flash_attention_2", "someone/kernel"])
+def test_a_config_does_not_say_which_code_a_loaded_model_runs(
+    name: str, value: str, tmp_path: Path
+) -> None:
+    edit_config(dense_folder(tmp_path / "dense"), **{name: value})
+    loaded = load_folder(AutoModelForCausalLM, tmp_path / "dense")
+    assert loaded.config._attn_implementation == "sdpa"

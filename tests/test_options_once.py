@@ -226,9 +226,12 @@ def sparse_upcycling(
     capacity_factor=2.0, routing_group="batch", normalize_topk_prob=True, shared_expert="auto",
     shared_expert_intermediate_size=None, expert_init="copy", router_init="normal", dtype=None,
     seed=0, verify="auto", return_model=True, overwrite=False, max_shard_size="5GB",
-    ignore_config_fields=(), **kwargs,
+    ignore_config_fields=(), base=None, **kwargs,
 ):  # fmt: skip
-    """The signature before options had one home; `routing` and the three behind it are new."""
+    """The signature before options had one home; `routing` and the three behind it are new.
+
+    So is `base`.
+    """
 
 
 def moe_merging(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from tiny import as_older, dense_folder, edit_config, files_of
 
 from fusion_upcycle import upcycle
@@ -85,21 +86,37 @@ def test_a_file_is_not_a_source(tmp_path: Path) -> None:
         locate(file)
 
 
-def test_companions_are_copied_and_code_is_not(tmp_path: Path) -> None:
+CARRIED = """added_tokens.json additional_chat_templates/rag.jinja bpe.codes chat_template.jinja
+chat_template.json chat_templates/tools.jinja dict.txt emoji.json entity_vocab.json
+generation_config.json LICENSE.txt merges.txt NOTICE preprocessor_config.json processor_config.json
+prophetnet.tokenizer qwen.tiktoken sentencepiece.bpe.model source.spm special_tokens_map.json
+spiece.model spm.model target.spm tekken.json tokenizer.json tokenizer.model tokenizer.model.v3
+tokenizer_config.json USE_POLICY.md video_preprocessor_config.json vocab.bpe vocab.json vocab.txt"""
+LEFT = """.token adapter_config.json config.json consolidated.safetensors hf_token.txt
+model-00001-of-00002.safetensors modeling_evil.py optimizer.pt processor_evil.py README.md
+rng_state.pth tokenizer.bin tokenization_evil.py tokenizer.py training_args.bin vocab.pkl x.bin"""
+
+
+def test_all_of_tokenizer_and_processor_is_carried_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
-    source.mkdir()
     output.mkdir()
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "LICENSE.txt",
-        "modeling_evil.py",
-        "x.bin",
-    ):
+    for name in f"{CARRIED} {LEFT}".split():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
-    copied = copy_companions(source, output)
-    assert sorted(copied) == ["LICENSE.txt", "chat_template.jinja", "tokenizer.json"]
-    assert sorted(path.name for path in output.iterdir()) == sorted(copied)
+    assert sorted(copy_companions(source, output)) == sorted(CARRIED.split())
+    assert {*files_of(output)} == {*CARRIED.split()}
+
+    asked: dict[str, Any] = {}  # of the Hub: all of this, and no code
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda _, **given: asked.update(given) or str(source)
+    )
+    assert locate("someone/model") == source
+    names = [*CARRIED.split(), *LEFT.split(), "onnx/model.onnx"]
+    fetched = {*filter_repo_objects(names, **asked)}
+    assert {*CARRIED.split(), "config.json"} <= fetched
+    assert not [name for name in fetched if name.endswith((".py", ".bin", ".pt", ".onnx"))]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +126,13 @@ def test_companions_are_copied_and_code_is_not(tmp_path: Path) -> None:
         {"attn_implementation": "someone/kernel"},
         {"experts_implementation": "someone/kernel"},
         {"_experts_implementation": "someone/kernel"},
+        {
+            "rope_parameters": {
+                "rope_theta": 10000.0,
+                "rope_type": "default",
+                "attn_implementation": "x",
+            }
+        },
         {"num_labels": 10**9},
     ],
     ids=str,

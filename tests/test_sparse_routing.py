@@ -565,16 +565,15 @@ def test_auto_goes_on_to_our_own_class_and_says_so(
     assert made.record["class"] == "MixtralForCausalLM" and not caplog.text
     config = json.loads((tmp_path / "plain" / "config.json").read_text()) | {"novel_norm": 2}
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    for target in ("auto", "sparse"):
-        with pytest.raises(UpcyclingError, match=r"unknown field novel_norm=2"):
-            upcycle(tmp_path / "plain", tmp_path / "x", target=target, progress=False)
-    upcycle(
-        tmp_path / "plain",
-        tmp_path / "x",
-        target="sparse",
-        ignore_config_fields=["novel_norm"],
-        progress=False,
-    )
+    for target in ("mixtral", "sparse"):
+        caplog.clear()
+        out = tmp_path / target / "x"
+        assert upcycle(tmp_path / "plain", out, target=target, progress=False).proof.holds
+        assert "unknown field novel_norm=2" in caplog.text
+    config |= {"moe_routing": "hash"}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UpcyclingError, match=r"moe_routing='hash', which LlamaConfig"):
+        upcycle(tmp_path / "plain", tmp_path / "y", target="sparse", progress=False)
 
 
 HEADS = [

@@ -473,10 +473,12 @@ def test_untied_lm_head_and_embeddings_stay_two(source: Path, tmp_path: Path) ->
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "attention bias": ({"attention_bias": True}, "attention_bias=True.*no biases"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias=True.*no biases"),
-    "unknown field": (
-        {"logit_scale": 2.0},
-        r'logit_scale=2.0.*ignore_config_fields=\["logit_scale',
+    "a field of the MoE": ({"router_jitter_noise": 0.1}, r'=\["router_jitter_noise"\]'),
+    "nearly a known field": (
+        {"rope_thetta": 2.0},
+        r'rope_thetta=2.0.*nearly rope_theta.*\["rope_thetta"\]',
     ),
+    "another masking": ({"is_causal": False}, "field is_causal=False"),
     "sliding window in a Llama": ({"sliding_window": 6}, "sliding_window"),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     "rope type": (

@@ -29,6 +29,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="Cohere 2 MoE",
+        config_class=Cohere2MoeConfig,
         carried={
             "attention_bias",
             "layer_norm_eps",

@@ -1,10 +1,14 @@
 """Config fields: carried, required, without effect, or refused by name; and how to write them."""
 
-import inspect
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.architectures.families import LEFT_OVER
+from fusion_upcycle.architectures.known_fields import (
+    READ_FROM,
+    knows,
+    remove_or_ignore,
+    unknown_fields,
+)
 from fusion_upcycle.errors import UpcyclingError, setting, with_settings
 
 if TYPE_CHECKING:
@@ -17,6 +21,7 @@ def carry_fields(
     source: "PreTrainedConfig",
     *,
     target: str,
+    config_class: Any = None,
     carried: Collection[str] = (),
     required: Mapping[str, tuple[Any, str]] | None = None,
     no_effect: Collection[str] = (),
@@ -26,6 +31,9 @@ def carry_fields(
     """Sort the fields of `source` into carried, required, and without effect; refuse the rest.
 
     Args:
+        target: what errors call the result's family.
+        config_class: of the result, so that fields which neither class knows are let through; None
+            refuses these too.
         carried: fields copied under the same name, beside `CARRIED`.
         required: field -> (the only value that `target` can express, remedy); before `carried`,
             beside `REQUIRED` and `STRAY`.
@@ -52,18 +60,23 @@ def carry_fields(
                 f"config.json of the {family} source: {name}={value!r} cannot be expressed by "
                 f"{target} (only {only!r} can). {with_settings(remedy)}"
             )
-    known = {*required, *CARRIED, *carried, *NO_EFFECT, *no_effect, *ignored}
-    unknown = {
-        name: value
-        for name, value in fields.items()
-        if name not in known and (name not in HARMLESS or HARMLESS[name] != value)
-    }
-    if unknown:
-        named = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+    known = {*required, *CARRIED, *carried, *NO_EFFECT, *no_effect, *ignored, READ_FROM}
+    others = {name: value for name, value in fields.items() if name not in known}
+    if config_class is not None:
+        harmless = unknown_fields(source, config_class, others, ignored)
+        defaults = config_class().to_dict()
+        others = {
+            name: value
+            for name, value in others.items()
+            if name not in harmless
+            # what the target alone has, and says likewise
+            and (knows(type(source), name) or defaults.get(name) != value)
+        }
+    if others:
+        named = ", ".join(f"{name}={value!r}" for name, value in others.items())
         raise UpcyclingError(
-            f"config.json of the {family} source: unknown field {named}; {target} may not express "
-            "what it does. If it changes nothing in the forward pass, remove it or pass "
-            f"{setting('ignore_config_fields', [*ignored, *unknown])}."
+            f"config.json of the {family} source: field {named}; {target} may not express what it "
+            f"does. If it changes nothing in the forward pass, {remove_or_ignore(others, ignored)}."
         )
     result: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     result |= {name: v for name, v in fields.items() if name in CARRIED or name in carried}
@@ -77,35 +90,6 @@ def carry_fields(
             f"shown to be exact in {target}. Supported: {', '.join(rope_types)}."
         )
     return result | {"rope_parameters": rope}
-
-
-def refuse_unknown(source: "PreTrainedConfig", ignored: Collection[str]) -> None:
-    """Refuse fields that the source's own class does not have: its file means something else by it.
-
-    Raises:
-        UpcyclingError: names them.
-    """
-    from transformers import GenerationConfig
-
-    declared = {*type(source)().to_dict(), *type(source).attribute_map, *dir(type(source))}
-    code = inspect.getsource(type(source))  # which reads older names as well
-    known = declared | NO_EFFECT | set(GenerationConfig().to_dict()) | LEGACY | set(ignored)
-    known |= LEFT_OVER.get(source.model_type, frozenset())
-    unknown = {
-        name: value
-        for name, value in source.to_dict().items()
-        if name not in known
-        and f'"{name}"' not in code
-        and value is not None
-        and (name not in HARMLESS or HARMLESS[name] != value)
-    }
-    if unknown:
-        named = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-        raise UpcyclingError(
-            f"config.json of the {source.model_type} source: unknown field {named}; "
-            f"{type(source).__name__} has none of this name. If it changes nothing in the forward "
-            f"pass, remove it or pass {setting('ignore_config_fields', [*ignored, *unknown])}."
-        )
 
 
 def no_window(source: "PreTrainedConfig", target: str) -> None:
@@ -191,42 +175,7 @@ REQUIRED = {
 #: Families whose published checkpoints name the code that later became transformers' own class.
 WITH_CODE = frozenset({"phi3", "ernie4_5", "ernie4_5_moe", "deepseek_v3", "youtu"})
 
-#: Left-overs in published configs, of which transformers' classes know nothing: harmless so.
-HARMLESS: dict[str, Any] = {
-    "is_llama_config": True,  # SmolLM2
-    "mlp_bias": False,
-    "mlp_only_layers": [],
-    "rope_interleaved": False,
-    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
-    "position_embedding_type": "absolute",  # BERT
-    "use_mrope": False,  # Qwen2.5
-}
-
 _LAYER_NORMS = {"rms_norm_eps": (None, "The family has LayerNorms and ignores it: remove it.")}
-
-#: Fields of older versions of transformers' configs, and of tasks, that no class looks at.
-LEGACY = frozenset(
-    {
-        "finetuning_task",
-        "gradient_checkpointing",
-        "is_decoder",
-        "is_encoder_decoder",
-        "n_ctx",
-        "output_past",
-        "prefix",
-        "projection_dim",
-        "pretraining_tp",
-        "pruned_heads",
-        "scale_decoder_outputs",
-        "sep_token_id",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tokenizer_class",
-        "torchscript",
-        "use_bfloat16",
-        "xla_device",
-    }
-)
 
 #: Dense `model_type` -> fields that it ignores itself, but that a target would obey.
 STRAY = {

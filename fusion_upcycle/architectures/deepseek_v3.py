@@ -44,6 +44,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="DeepSeek-V3",
+        config_class=DeepseekV3Config,
         carried=_LATENT_ATTENTION,
         # The first follows from the others; the second is for models that are made anew.
         no_effect={"qk_head_dim", "embedding_initializer_range"},

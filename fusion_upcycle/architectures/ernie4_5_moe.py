@@ -36,6 +36,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="ERNIE 4.5 MoE",
+        config_class=Ernie4_5_MoeConfig,
         required={"use_bias": (False, _NO_BIAS)},
         ignored=shape.ignored,
     )

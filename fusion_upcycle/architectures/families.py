@@ -78,16 +78,3 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "gptj": (r"\.attn\.(bias|masked_bias)$",),
     "roberta": (r"^(roberta\.)?pooler\.", r"embeddings\.position_ids$"),
 }
-
-#: Fields that published configs of a family have and transformers' class of it does not look at.
-LEFT_OVER: dict[str, frozenset[str]] = {
-    "clip_vision_model": frozenset({"dropout"}),
-    "falcon": frozenset({"apply_residual_connection_post_layernorm", "n_head", "n_layer"}),
-    "gemma2": frozenset({"hidden_act"}),  # it goes by hidden_activation
-    "modernbert": frozenset(
-        {"compiled_mlp", "layer_norm_eps", "reference_compile", "repad_logits_with_grad"}
-    ),
-    "opt": frozenset({"activation_dropout"}),
-    "starcoder2": frozenset({"activation_function", "layer_norm_epsilon", "mlp_type", "norm_type"}),
-    "t5": frozenset({"n_positions"}),
-}

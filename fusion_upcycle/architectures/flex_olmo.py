@@ -32,6 +32,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         _without_windows(source) if is_olmo3 else source,
         target="FlexOlmo",
+        config_class=FlexOlmoConfig,
         carried={"attention_bias"},
         no_effect={"layer_types", "sliding_window"} if is_olmo3 else (),
         ignored=shape.ignored,

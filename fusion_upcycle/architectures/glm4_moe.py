@@ -38,6 +38,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="GLM-4.5 MoE",
+        config_class=Glm4MoeConfig,
         required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)},
         no_effect={
             "layer_types",

@@ -36,6 +36,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="GraniteMoe",
+        config_class=GraniteMoeConfig,
         carried=_MULTIPLIERS | {"attention_bias"},
         required={"mlp_bias": (False, _NO_BIAS)},
         no_effect={"pretraining_tp"},

@@ -43,6 +43,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="Hunyuan-MoE",
+        config_class=HunYuanMoEV1Config,
         carried={"attention_bias", "eod_token_id"},
         # In published configs, from before transformers knew the family.
         required={"use_qk_norm": (True, _OTHER_CODE), "use_cla": (False, _OTHER_CODE)},

@@ -32,6 +32,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         plain_config(source),
         target="LFM2-MoE",
+        config_class=Lfm2MoeConfig,
         carried={"conv_L_cache", "conv_bias", "layer_types", "norm_eps"},
         required=_REQUIRED,
         no_effect=_NO_EFFECT,

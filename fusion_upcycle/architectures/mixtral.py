@@ -37,6 +37,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="Mixtral",
+        config_class=MixtralConfig,
         carried={"sliding_window"},
         required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
         | (_PHI3_REQUIRED if is_phi3 else {}),

@@ -65,6 +65,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="Qwen2-MoE",
+        config_class=Qwen2MoeConfig,
         carried={"max_window_layers"},
         required={"attention_bias": (False, _NO_BIAS), "mlp_bias": (False, _NO_BIAS)}
         | (_SEED_OSS if source.model_type == "seed_oss" else {}),

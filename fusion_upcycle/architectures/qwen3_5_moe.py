@@ -37,6 +37,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="Qwen3.5-MoE",
+        config_class=Qwen3_5MoeTextConfig,
         carried=_ATTENTION,
         # Said again in `layer_types` and `rope_parameters`, whose values count.
         no_effect={"full_attention_interval", "partial_rotary_factor"},

@@ -31,6 +31,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="Qwen3-MoE",
+        config_class=Qwen3MoeConfig,
         carried={"attention_bias"},
         # What these say together is one window for all layers, or none: see `one_window`.
         no_effect={"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},

@@ -5,7 +5,7 @@ the meta device, and what files call a tensor is transformers' own answer for th
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from fusion_upcycle.architectures.base import (
     Routing,
     SharedExpert,
 )
-from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE, refuse_unknown
+from fusion_upcycle.architectures.config import REQUIRED, WITH_CODE
 from fusion_upcycle.architectures.families import NORMS, ZERO_CENTRED
 from fusion_upcycle.architectures.introspection import (
     DenseFFNs,
@@ -29,6 +29,7 @@ from fusion_upcycle.architectures.introspection import (
     dense_view,
     file_slots,
 )
+from fusion_upcycle.architectures.known_fields import READ_FROM, knows, unknown_fields
 from fusion_upcycle.architectures.layout import (
     class_name,
     model_class,
@@ -289,7 +290,14 @@ def dense_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     return made
 
 
-_NOT_TAKEN = ("architectures", "auto_map", "dense_model_type", "model_type", "transformers_version")
+_NOT_TAKEN = (
+    "architectures",
+    "auto_map",
+    "dense_model_type",
+    "model_type",
+    "transformers_version",
+    READ_FROM,
+)
 
 
 def _as_sparse(source: "PreTrainedConfig", fields: Mapping[str, Any]) -> "PreTrainedConfig":
@@ -325,7 +333,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
             "(auto_map), which is never run here. Where transformers' own class computes the same, "
             f"pass {setting('ignore_config_fields', [*shape.ignored, 'auto_map'])}."
         )
-    refuse_unknown(source, shape.ignored)
+    _check_unknown(source, fields, shape.ignored)
     if shape.routing == "hash" and takes_images(source):
         raise UpcyclingError(
             f"routing=hash goes by token ids, and a {source.model_type} model is given images. "
@@ -339,6 +347,26 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
         )
     own = {field: getattr(shape, name) for name, field in _FIELDS.items()}
     return _as_sparse(source, own | moe_layers_field(shape.moe_layers, shape.num_layers))
+
+
+def _check_unknown(
+    source: "PreTrainedConfig", fields: Mapping[str, Any], ignored: Collection[str]
+) -> None:
+    """Refuse fields that mean nothing to the source's class, and something to ours.
+
+    Raises:
+        UpcyclingError: names them, and those that are nearly the name of a known field.
+    """
+    from fusion_upcycle.models.modeling_sparse import SPARSE_FIELDS, config_class
+
+    unknown_fields(source, config_class(type(source)), fields, ignored)
+    ours = [name for name in SPARSE_FIELDS if not knows(type(source), name)]
+    if named := [name for name in ours if fields.get(name) is not None]:
+        said = ", ".join(f"{name}={fields[name]!r}" for name in named)
+        raise UpcyclingError(
+            f"config.json of the {source.model_type} source: field {said}, which "
+            f"{type(source).__name__} does not know and an MoE of ours does. Remove it."
+        )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def granite_fields(data: dict[str, Any]) -> dict[str, Any]:
             "architectures": [
                 name.replace("MiniCPM", "Granite") for name in data.get("architectures") or ()
             ],
+            "_read_from": "minicpm",  # `architectures.known_fields.READ_FROM`
             "embedding_multiplier": float(data["scale_emb"]),
             "residual_multiplier": data["scale_depth"] / data["num_hidden_layers"] ** 0.5,
             "logits_scaling": hidden_size / data["dim_model_base"],

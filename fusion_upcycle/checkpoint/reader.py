@@ -25,10 +25,14 @@ from fusion_upcycle.checkpoint.tensors import (
     TensorSpec,
     is_buffer,
 )
+from fusion_upcycle.checkpoint.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    no_weights,
+    stale_index,
+)
 from fusion_upcycle.errors import UpcyclingError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = DTYPES | INTEGERS
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _READ_AHEAD = 16 * 2**20
@@ -201,7 +205,11 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object from a file that may be damaged or hostile."""
+    """A JSON object from a file that may be damaged or hostile.
+
+    Raises:
+        UpcyclingError: no JSON object, or one with a name that stands there twice.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(result := dict(pairs)) < len(pairs):
@@ -254,23 +262,17 @@ def _data_bytes(path: Path, header: dict[str, Any]) -> int:
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file; empty for a single-file checkpoint."""
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index.is_file() and single.is_file():
-        raise UpcyclingError(
-            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; one of them is stale. Remove it."
-        )
-    if single.is_file():
-        return {}
     if not index.is_file():
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise UpcyclingError(
-                f"{folder} holds pickled weights (.bin/.pt), which can run code when opened. If "
-                'you trust them, convert them once: python -c "from transformers import '
-                f"AutoModelForCausalLM as A; A.from_pretrained('{folder}', dtype='auto')"
-                f".save_pretrained('{folder}-safetensors')\" and copy the tokenizer files over."
-            )
-        raise UpcyclingError(
-            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
-        )
+        if not single.is_file():
+            raise no_weights(folder)
+        return {}
+    weight_map = _read_index(index)
+    if single.is_file() and stale_index(folder, {*weight_map.values()}):
+        return {}
+    return weight_map
+
+
+def _read_index(index: Path) -> dict[str, str]:
     contents = parse_json(index, index.read_bytes())
     weight_map = contents.get("weight_map")
     # transformers itself cannot read an index without "metadata".

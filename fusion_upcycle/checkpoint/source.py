@@ -16,24 +16,41 @@ if TYPE_CHECKING:
 
 #: Files that belong to the model as they are: tokenizer, chat templates, generation, licences.
 COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    "tokenizer*",  # .json, .model, .model.v3, ...
+    "*tokenizer*.json",
+    "*_tokens*.json",
+    "*_tokens*.txt",
+    "*vocab*",
+    "*merges*",
+    "*.bpe",
+    "*.model",  # sentencepiece's
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "tekken.json",
+    "spiece.*",
+    "dict.txt",
+    "bpe.codes",
+    "byte_maps.json",
+    "emoji.*",
+    "normalizer.json",
+    "*chat_template*",
+    "*.jinja",
+    "*processor*.json",
     "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
-    "additional_chat_templates/*.jinja",
+    "chat_templates/*",
+    "additional_chat_templates/*",
+)
+
+#: Endings of what is code, weights or a part of training, whatever its name: never carried.
+_NOT_CARRIED = re.compile(
+    r"\.(py|pyc|sh|so|exe|bin|pt|pth|pkl|pickle|ckpt|safetensors|gguf|onnx|h5|msgpack|ot|npz|npy|"
+    r"tflite|mlmodel|joblib|zip|tar|gz|tgz)$|\.(safetensors|bin)\.index\.json$",
+    re.IGNORECASE,
 )
 
 
@@ -97,13 +114,19 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
                 revision=revision,
                 allow_patterns=[
                     "config.json",
+                    "README.md",
                     CONFIG_FILE,
                     "*.safetensors",
                     "*.index.json",
                     *COMPANIONS,
                 ],
                 # Some repositories hold the same weights a second time, in their maker's layout.
-                ignore_patterns=["consolidated*", "*.bin.index.json", "*/*.safetensors"],
+                ignore_patterns=[
+                    "consolidated*",
+                    "*.bin.index.json",
+                    "*/*.safetensors",
+                    *("*.py", "*.bin", "*.pt", "*.onnx"),  # see `_NOT_CARRIED`
+                ],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -141,7 +164,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     _check_values(path, data)
     from transformers import CONFIG_MAPPING, GraniteConfig
 
-    data = {name: value for name, value in data.items() if name not in _NOT_THE_MODEL}
+    data = _without_orders(data)
     _check_labels(path, data)
     import fusion_upcycle.models  # noqa: F401  whose classes are known from here on
 
@@ -165,6 +188,27 @@ def read_config(folder: Path) -> "PreTrainedConfig":
         raise UpcyclingError(
             f"transformers refuses {path} (model_type {model_type}): {error}"
         ) from error
+
+
+def orders_code(folder: Path) -> bool:
+    """Whether a folder's config.json says by which code a model is to be run.
+
+    Raises:
+        UpcyclingError: a damaged one.
+    """
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
+    return bool(_without_orders(data) != data)
+
+
+def _without_orders(data: Any) -> Any:
+    """A config without `_NOT_THE_MODEL`, in itself and in what it consists of."""
+    if isinstance(data, dict):
+        return {k: _without_orders(v) for k, v in data.items() if k not in _NOT_THE_MODEL}
+    return data
 
 
 def _check_labels(path: Path, data: dict[str, Any]) -> None:
@@ -251,5 +295,9 @@ def copy_companions(source: Path, output: Path) -> list[str]:
 
 
 def _companions(source: Path) -> list[Path]:
-    paths = (path for pattern in COMPANIONS for path in sorted(source.glob(pattern)))
-    return [path for path in paths if path.is_file()]
+    paths = {path: None for pattern in COMPANIONS for path in sorted(source.glob(pattern))}
+    return [
+        path
+        for path in paths
+        if path.is_file() and not path.name.startswith(".") and not _NOT_CARRIED.search(path.name)
+    ]

@@ -16,8 +16,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from fusion_upcycle.checkpoint.durable import sync
-from fusion_upcycle.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from fusion_upcycle.checkpoint.tensors import DTYPES, INTEGERS, TensorSpec
+from fusion_upcycle.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from fusion_upcycle.errors import UpcyclingError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}

@@ -219,6 +219,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
         **planning_options(parsed),
     )
@@ -229,7 +230,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
         f"{counts['active'] / 1e9:.3g}B active per token; {converted.record['bytes'] / 1e9:.3g} GB "
         f"written in {write['wall_seconds']:.1f} s"
     )
-    print(f"Output: {converted.output}")
+    print(*converted.notes, f"Output: {converted.output}", sep="\n")
 
 
 def _inspect(parsed: argparse.Namespace) -> None:

@@ -65,6 +65,8 @@ class Conversion(ABC):
 
     #: Of the operation, in records and on cards.
     method: ClassVar[str]
+    #: To its sources, as the Hub calls it (`base_model_relation`).
+    relation: ClassVar[str] = "finetune"
     #: What to do where half precision cannot hold a value.
     _wider: ClassVar[str] = "dtype=float32"
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle import models
 from fusion_upcycle.architectures.layout import model_class
+from fusion_upcycle.checkpoint.source import orders_code, read_config
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _SHOWN = 3  # tensors that an error names
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -45,6 +46,8 @@ def load_folder(
             "or fusion_upcycle has a class for."
         )
     name = getattr(auto_class, "__name__", str(auto_class))
+    if "config" not in kwargs and (config := _own_config(folder, auto_class)) is not None:
+        kwargs["config"] = config
     try:
         model, found = auto_class.from_pretrained(
             _source(folder),
@@ -174,6 +177,27 @@ def _source(folder: str | Path) -> str:
             f"{path.absolute()} is not a folder. Give the one that holds config.json."
         )
     return str(folder)
+
+
+def _own_config(folder: str | Path, auto_class: Any) -> "PreTrainedConfig | None":
+    """The config of a folder that says which code is to run; read without that. None for others."""
+    source = Path(_source(folder))
+    if not source.is_dir():
+        from transformers.utils.hub import cached_file
+
+        try:
+            found = cached_file(str(folder), "config.json")
+        except OSError:  # which is reported when the model itself is asked for
+            return None
+        if found is None:
+            return None
+        source = Path(found).parent
+    if not orders_code(source):
+        return None
+    config, wanted = read_config(source), getattr(auto_class, "config_class", None)
+    # A class may be of a part of what is in the folder.
+    part = getattr(config, getattr(wanted, "base_config_key", ""), None)
+    return part if wanted is not None and isinstance(part, wanted) else config
 
 
 def _unloadable(folder: str | Path, name: str, error: Exception) -> UpcyclingError:

@@ -3,7 +3,7 @@
 `fusion_upcycle.merging.plan` makes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,17 @@ BASE = "_pretrained_"
 
 @dataclass(frozen=True)
 class DenseModel:
-    """One of the models: its config, with `architectures` set, and its tensors."""
+    """One of the models.
+
+    Attributes:
+        config: with `architectures` set.
+        source: its tensors.
+        trained: of an adapter, names of the tensors that it changes; None for a whole model.
+    """
 
     config: "PreTrainedConfig"
     source: TensorSource
+    trained: Collection[str] | None = None
 
 
 @dataclass(kw_only=True)
@@ -48,6 +55,7 @@ class Merging(Upcycling):
         experts: names of the models that give experts, in the order of the experts.
     """
 
+    relation = "merge"
     method = "MoE merging"
 
     asked: MergingOptions

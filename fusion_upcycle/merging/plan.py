@@ -81,11 +81,7 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         _check_dtypes(models)
     frame = plan_frame(models[main].source, source_config, options.for_models(len(experts)))
     kept = _kept_names(frame)
-    adapters = {
-        name: trained
-        for name in experts
-        if (trained := getattr(models[name].source, "trained", None)) is not None
-    }
+    adapters = {name: trained for name in experts if (trained := models[name].trained) is not None}
     models = _alike(models, frame)
     merged = MergeSource(
         {name: model.source for name, model in models.items()},

@@ -17,10 +17,16 @@ from fusion_upcycle.merging.companions import Companions
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models, main_model
-from fusion_upcycle.merging.run import agree_on_files, merge_into_moe, plan_models
+from fusion_upcycle.merging.run import (
+    agree_on_files,
+    base_among_models,
+    merge_into_moe,
+    plan_models,
+)
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder, plain
+from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification.proof import resolve_mode
 
@@ -44,6 +50,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
         options: those of `fusion_upcycle.merging.options.MergingOptions`; the base model is
             `_pretrained_`. Initialisers may also be config nodes with `_target_`, and `dtype` is
             that of the pool before it is the models'.
@@ -67,6 +74,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **options: Any,
     ):
         keys, given = sort_arguments(self, options)
@@ -81,7 +89,13 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         resolve_mode(verify, streaming=False)
         #: What the models' folders have been found to differ in, where they are loaded of such.
         self._files: Companions | None = None
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
+
+    @spelled_by_maker
+    def run(self, modelpool: Any) -> "PreTrainedModel | None":
+        """Merge the models of a pool, or models in memory: as `ConversionAlgorithm.run`."""
+        with base_among_models():
+            return super().run(modelpool)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
         return dict(model)

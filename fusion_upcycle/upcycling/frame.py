@@ -8,6 +8,7 @@ import torch
 
 from fusion_upcycle.architectures import ARCHITECTURES, OWN, architecture_for
 from fusion_upcycle.architectures.base import Architecture, DenseLayout
+from fusion_upcycle.architectures.known_fields import say_unknown
 from fusion_upcycle.architectures.layout import FileLayout, file_layout
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checks import AUTO, parse_dtype
@@ -74,6 +75,7 @@ def plan_frame(
         except UpcyclingError as error:  # of no use to one who is sent here
             raise (error if setting("target", OWN) in str(refused) else refused) from None
         log.warning("target=auto is %s, our own class, as this does not fit: %s", OWN, refused)
+    say_unknown(source_config, type(config), options.ignore_config_fields)
     config.architectures = [architecture.target_class(source_config, config)]
     architecture = architecture.for_config(config)
     config.dtype = dtype = parse_dtype(options.dtype) or source_dtype(source, source_config)

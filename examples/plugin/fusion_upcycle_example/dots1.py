@@ -34,6 +34,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     fields = carry_fields(
         source,
         target="dots.llm1",
+        config_class=Dots1Config,
         carried={"max_window_layers"},
         required={"attention_bias": (False, _NO_BIAS)},
         no_effect={"layer_types", "sliding_window", "use_sliding_window"},
