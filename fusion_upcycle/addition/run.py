@@ -21,8 +21,9 @@ from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.prototypes import Moments
-from fusion_upcycle.merging.run import check_same_tokenizer, opened
+from fusion_upcycle.merging.run import opened, say
 from fusion_upcycle.merging.statistics import STATISTICS_FOLDER, read_statistics
+from fusion_upcycle.merging.tokenizers import compare_tokenizers
 from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.upcycling.run import check_base
 
@@ -93,7 +94,7 @@ def add_expert(
     )
     check_base(folders.at(added), base)
     addition = merged.plan(added, folders.at(added))
-    check_same_tokenizer(folders.local)
+    addition = say(addition, compare_tokenizers(folders.local, MODEL).in_words(MODEL))
     folders.check_tokenizer(addition.config)
     known = merged.statistics(addition)
     texts = {added: load_documents(data, "data")}
