@@ -99,7 +99,7 @@ def merge_into_moe(
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)
-    return to_folder(merging, folders)
+    return to_folder(merging, folders, put=merging.put_beside)
 
 
 def _opened(at: Located) -> DenseModel:

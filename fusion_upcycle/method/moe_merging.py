@@ -23,7 +23,7 @@ from fusion_upcycle.merging.run import (
 )
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
-from fusion_upcycle.method.pool import PooledFolder, plain
+from fusion_upcycle.method.pool import PooledFolder, made_whole, plain
 from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification.proof import resolve_mode
@@ -84,6 +84,11 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
+        if self._options.statistics and save_checkpoint is None:
+            raise UpcyclingError(
+                f"{setting('statistics', True)} keeps them beside the model, and the result stays "
+                f"in memory. Set {setting('save_checkpoint', 'FOLDER')}."
+            )
         resolve_mode(verify, streaming=False)
         self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
@@ -94,7 +99,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             return super().run(modelpool)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
-        return dict(model)
+        return {name: made_whole(each) for name, each in dict(model).items()}
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
@@ -147,7 +152,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             tokenizer_file=tokenizer_file,
             progress=self._writing.progress,
         )
-        return InMemory(moe, merging, proof)
+        return InMemory(moe, merging, proof, put=merging.put_beside)
 
 
 class MixtralForCausalLMMergingAlgorithm(MoEMergingAlgorithm):
