@@ -200,6 +200,24 @@ def _own_config(folder: str | Path, auto_class: Any) -> "PreTrainedConfig | None
     return part if wanted is not None and isinstance(part, wanted) else config
 
 
+def require_findable(folder: Any, where: str) -> None:
+    """Refuse, before others load it, a path that is not here and that cannot be a Hub id.
+
+    Args:
+        folder: what is no text, or another kind of address (`://`), is not looked at.
+        where: the option that names it.
+
+    Raises:
+        UpcyclingError: with the whole path.
+    """
+    if not isinstance(folder, str) or "://" in folder:
+        return
+    try:
+        _source(folder)
+    except UpcyclingError as error:
+        raise UpcyclingError(f"{where}: {error}") from None
+
+
 def _unloadable(folder: str | Path, name: str, error: Exception) -> UpcyclingError:
     said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
     return UpcyclingError(
