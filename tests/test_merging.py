@@ -213,7 +213,14 @@ def test_means_are_computed_in_pieces_and_rounded_once() -> None:
     sources = {str(i): StateDictSource({"x": value}) for i, value in enumerate(values)}
     names = list(sources)
     source = MergeSource(
-        sources, kept=[], experts=names, shared=names, dtypes={}, dtype=torch.float32
+        sources,
+        main="0",
+        vocabularies={},
+        kept=[],
+        experts=names,
+        shared=names,
+        dtypes={},
+        dtype=torch.float32,
     )
     expected = (sum(value.double() for value in values) / 3).float()
     assert [len(chunk) for chunk in source.chunks("x")] == [CHUNK_ELEMENTS, 3]
@@ -487,7 +494,7 @@ def test_moments_do_not_depend_on_the_batches() -> None:
         parts.add(0, part, share=1 / 3)
     assert torch.allclose(whole.means_ND, parts.means_ND)
     assert torch.allclose(whole.second_DD, parts.second_DD)
-    assert torch.allclose(whole.second_DD, inputs.T @ inputs / 12 / 2)
+    assert torch.allclose(whole.second_DD.float(), inputs.T @ inputs / 12 / 2)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,21 @@ Details of the proof, beside the common fields:
 - `sources`: distance of the MoE's outputs from those of each source model.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.merging.agreement import vocabulary_of
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
-from fusion_upcycle.verification.function import Models, Sample, distance, output_of
+from fusion_upcycle.verification.function import Inputs, Models, Sample, distance, output_of
 from fusion_upcycle.verification.proof import Findings, require_exact
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from fusion_upcycle.merging.merging import Merging
 
 
@@ -73,16 +77,34 @@ def _distances(
     merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
-    if models is None:
-        outputs, is_logits = output_of(streamed_moe(merging, result), sample.inputs)
-    else:
-        with evaluating(moe := models.result(), experts="eager"):
-            outputs, is_logits = output_of(moe, sample.inputs)
-    return {
-        name: distance(
-            output_of(streamed_dense(merging, model.source), sample.inputs)[0],
-            outputs.cpu(),
-            logits=is_logits,
+    inputs, common = on_common_ids(sample.inputs, [m.config for m in merging.models.values()])
+    outputs, is_logits = outputs_of(merging, result, inputs, models)
+    rows = common if is_logits else slice(None)
+    found = {}
+    for name, model in merging.models.items():
+        dense = streamed_dense(merging, model.source, model.config)
+        reference = output_of(dense, inputs)[0]
+        found[name] = distance(
+            reference[..., rows], outputs[..., rows].cpu(), logits=is_logits
         ).to_json()
-        for name, model in merging.models.items()
+    return found
+
+
+def on_common_ids(inputs: Inputs, configs: "Iterable[PreTrainedConfig]") -> tuple[Inputs, slice]:
+    """Inputs of token ids that all models have, and the logits that all of them have."""
+    common = min(map(vocabulary_of, configs))
+    found = {
+        name: ids if ids.is_floating_point() else ids.clamp(max=common - 1)
+        for name, ids in inputs.items()
     }
+    return found, slice(common or None)
+
+
+def outputs_of(
+    merging: "Merging", result: TensorSource, inputs: Inputs, models: Models | None
+) -> tuple[torch.Tensor, bool]:
+    """Outputs of the MoE, and whether they are logits: streamed in float32, or as it is loaded."""
+    if models is None:
+        return output_of(streamed_moe(merging, result), inputs)
+    with evaluating(moe := models.result(), experts="eager"):
+        return output_of(moe, inputs)
