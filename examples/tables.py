@@ -135,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
     "readers": partial(of_record, "readers.py", RESULTS / "readers"),
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),
+    "prototypes": partial(of_record, "prototypes.py", RESULTS / "prototypes"),
     "merge": merge,
     "train": train,
     **{f"study {name}": partial(study, name) for name in STUDIES},

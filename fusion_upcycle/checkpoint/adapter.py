@@ -156,9 +156,8 @@ class AdapterSource:
         if pair is None:
             return total
         a_RI, b_OR = self._double(pair.a), self._double(pair.b)
-        if pair.turned:
-            return total + pair.scale * (a_RI[:, first:last].T @ b_OR.T)
-        return total + pair.scale * (b_OR[first:last] @ a_RI)
+        product = a_RI[:, first:last].T @ b_OR.T if pair.turned else b_OR[first:last] @ a_RI
+        return total.add_(product.mul_(pair.scale))
 
     def _row_lengths(self, name: str) -> Tensor:
         """Length of each row [out] of W + scale * B A, in float64."""

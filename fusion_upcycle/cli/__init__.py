@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fusion_upcycle.cli.addition_flags import add_add_expert
 from fusion_upcycle.cli.analysis_flags import add_analyze
 from fusion_upcycle.cli.benchmark_flags import add_benchmark, takes_overrides
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
@@ -28,6 +29,7 @@ examples:
   python -m fusion_upcycle upcycle  ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
   python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
   python -m fusion_upcycle merge    ./moe --model math=./math-1b --model code=./code-1b
+  python -m fusion_upcycle add-expert ./moe ./law-1b ./moe-3 --data ./law.jsonl
   python -m fusion_upcycle expand   ./llama-8x1b ./llama-16x1b --router-extension split --demo
   python -m fusion_upcycle train    ./llama-8x1b ./trained --demo --tokens 1000000
   python -m fusion_upcycle verify   ./llama-8x1b
@@ -174,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.set_defaults(run=_upcycle)
 
     add_merge(commands)
+    add_add_expert(commands)
     add_importance(commands)
     add_expand(commands)
     add_train(commands)

@@ -106,6 +106,11 @@ class Conversion(ABC):
     def total_bytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def bytes_beside(self) -> int:
+        """Of what is put beside the weights, where that is of any size."""
+        return 0
+
     def origin_kind(self, name: str) -> str:
         """What a proof compares this tensor with."""
         rule = self.rules[name]

@@ -110,7 +110,10 @@ def write_output(
     }
     fingerprint = record if resumable else record | {"run": uuid4().hex}
     with staging_folder(
-        output, fingerprint, total_bytes=total, overwrite=options.overwrite
+        output,
+        fingerprint,
+        total_bytes=total + conversion.bytes_beside,
+        overwrite=options.overwrite,
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             hashed = write_shards(staging, shards, conversion.chunks, bar.update)

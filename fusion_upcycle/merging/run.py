@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.source import check_companions
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
+Planned = TypeVar("Planned", bound=Merging)
 
 
 @contextmanager
@@ -97,19 +98,20 @@ def merge_into_moe(
         progress=progress,
         push_to_hub=push_to_hub,
     )
-    merging = plan_merging({name: _opened(folders.at(name)) for name in folders.local}, chosen)
+    merging = plan_merging({name: opened(folders.at(name)) for name in folders.local}, chosen)
     folders = replace(folders, main=merging.main)
     check_companions(folders.source)
     configs = {name: model.config for name, model in merging.models.items()}
     companions = agree_on_files(folders.local, configs, merging.main)
-    merging = _say(merging, companions.notes)
+    merging = say(merging, companions.notes)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)
-    return to_folder(merging, folders, put_last=companions.put)
+    return to_folder(merging, folders, put=merging.put_beside, put_last=companions.put)
 
 
-def _opened(at: Located) -> DenseModel:
+def opened(at: Located) -> DenseModel:
+    """One of the models of a merge."""
     config, source = open_model(at)
     return DenseModel(config, source, getattr(source, "trained", None))
 
@@ -143,7 +145,7 @@ def plan_models(
     }
     merging = plan_merging(dense, options)
     notes = live_notes(models, merging.main) if notes is None else notes
-    return route(_say(merging, notes), texts, tokenizer_file, progress=progress)
+    return route(say(merging, notes), texts, tokenizer_file, progress=progress)
 
 
 def agree_on_files(
@@ -167,7 +169,7 @@ def agree_on_files(
     return replace(found, notes=[*reads.in_words(main), *found.notes])
 
 
-def _say(merging: Merging, notes: Sequence[str]) -> Merging:
+def say(merging: Planned, notes: Sequence[str]) -> Planned:
     """The merge, whose record says these too; and all of it on the screen."""
     merging = replace(merging, notes=notes)
     for line in merging.said:

@@ -62,6 +62,7 @@ class MergeSource:
     ):
         _check_same_tensors(sources, main, vocabularies)
         self._sources, self._kept = sources, frozenset(kept)
+        self.has_data = all(getattr(source, "has_data", True) for source in sources.values())
         #: name of a kept tensor here -> (model, its name there)
         self._owners: dict[str, tuple[str, str]] = {}
         self._stretches: dict[str, Sequence[_Stretch]] = {}

@@ -21,6 +21,7 @@ from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
     load_pooled,
+    made_whole,
     own_folders,
     pooled_folder,
     require_own_tokenizer,
@@ -128,7 +129,7 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
         """Name -> model of what was given in place of a pool."""
-        return {SOURCE: model}
+        return {SOURCE: made_whole(model)}
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         """The models of a pool that are converted."""

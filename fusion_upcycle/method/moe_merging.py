@@ -25,7 +25,7 @@ from fusion_upcycle.merging.run import (
 )
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
-from fusion_upcycle.method.pool import PooledFolder, plain
+from fusion_upcycle.method.pool import PooledFolder, made_whole, plain
 from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification.proof import resolve_mode
@@ -86,6 +86,11 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
+        if self._options.statistics and save_checkpoint is None:
+            raise UpcyclingError(
+                f"{setting('statistics', True)} keeps them beside the model, and the result stays "
+                f"in memory. Set {setting('save_checkpoint', 'FOLDER')}."
+            )
         resolve_mode(verify, streaming=False)
         #: What the models' folders have been found to differ in, where they are loaded of such.
         self._files: Companions | None = None
@@ -98,7 +103,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             return super().run(modelpool)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
-        return dict(model)
+        return {name: made_whole(each) for name, each in dict(model).items()}
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
@@ -154,7 +159,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         )
         if self._files is not None and self._files.generation is not None:
             moe.generation_config.update(**self._files.generation)
-        return InMemory(moe, merging, proof)
+        return InMemory(moe, merging, proof, put=merging.put_beside)
 
 
 class MixtralForCausalLMMergingAlgorithm(MoEMergingAlgorithm):
