@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.architectures.config import WITH_CODE
@@ -70,8 +70,8 @@ class Agreement:
         fields: field in which they differ -> model -> its value, main's first.
     """
 
-    main: str
-    fields: Mapping[str, Mapping[str, Any]]
+    main: str = ""
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def in_words(self) -> list[str]:
         """What was taken from where, for people."""

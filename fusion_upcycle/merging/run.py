@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=Merging)
+Planned = TypeVar("Planned", bound=Merging)
 
 
 @contextmanager
@@ -170,7 +169,7 @@ def agree_on_files(
     return replace(found, notes=[*reads.in_words(main), *found.notes])
 
 
-def say(merging: M, notes: Sequence[str]) -> M:
+def say(merging: Planned, notes: Sequence[str]) -> Planned:
     """The merge, whose record says these too; and all of it on the screen."""
     merging = replace(merging, notes=notes)
     for line in merging.said:
