@@ -181,6 +181,7 @@ def test_the_record_holds_every_option_with_its_default() -> None:
         "dtype": "bfloat16",
         "seed": 0,
         "ignore_config_fields": ["a"],
+        "part": "whole",
     }
 
 

@@ -42,7 +42,7 @@ class MergingOptions:
             and works at once; the others are there to be trained.
         calibration_tokens: of each model's own texts that `prototype` looks at, 256 or more.
         experts_per_token, target, moe_layers, normalize_topk_prob, expert_init, dtype, seed,
-        ignore_config_fields: as in `UpcyclingOptions`.
+        ignore_config_fields, part: as in `UpcyclingOptions`.
 
     Raises:
         UpcyclingError: an option out of range, or an unknown name.
@@ -61,6 +61,7 @@ class MergingOptions:
     dtype: "str | torch.dtype | None" = same_as(UpcyclingOptions, "dtype")
     seed: int = same_as(UpcyclingOptions, "seed")
     ignore_config_fields: Sequence[str] = same_as(UpcyclingOptions, "ignore_config_fields")
+    part: str = same_as(UpcyclingOptions, "part")
 
     def __post_init__(self) -> None:
         from fusion_upcycle.router_init import with_default

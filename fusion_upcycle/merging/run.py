@@ -76,7 +76,8 @@ def merge_into_moe(
         progress=progress,
     )
     merging = plan_merging(
-        {name: DenseModel(*open_model(folders.at(name))) for name in folders.local}, chosen
+        {name: DenseModel(*open_model(folders.at(name), chosen.part)) for name in folders.local},
+        chosen,
     )
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)

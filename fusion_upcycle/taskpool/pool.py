@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.files import by_name
+from fusion_upcycle.live import loading
 from fusion_upcycle.report import write_run_record
 from fusion_upcycle.report.program import prepare
 
@@ -84,9 +85,7 @@ def load_tokenizer(pool: BaseTaskPool, name: str | None) -> "PreTrainedTokenizer
         UpcyclingError: there is neither.
     """
     if name is not None:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
+        return loading.load_tokenizer(name)
     program = pool._program
     if program is None or getattr(program.modelpool, "tokenizer", None) is None:
         raise UpcyclingError(
