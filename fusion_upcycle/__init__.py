@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusion_upcycle.addition.run import add_expert
     from fusion_upcycle.expansion.live import expand_model
     from fusion_upcycle.expansion.options import ExpansionOptions
     from fusion_upcycle.expansion.run import expand
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fusion_upcycle.merging.run import merge_into_moe
     from fusion_upcycle.method import (
         ContinuedPretrainingAlgorithm,
+        ExpertAdditionAlgorithm,
         ExpertUpcyclingAlgorithm,
         MixtralForCausalLMMergingAlgorithm,
         MixtralForCausalLMUpscalingAlgorithm,
@@ -35,6 +37,7 @@ _HOME = {
     "DuplicationPlan": "fusion_upcycle.experts",
     "ExpansionOptions": "fusion_upcycle.expansion.options",
     "Expert": "fusion_upcycle.experts",
+    "ExpertAdditionAlgorithm": "fusion_upcycle.method",
     "ExpertUpcyclingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMMergingAlgorithm": "fusion_upcycle.method",
     "MixtralForCausalLMUpscalingAlgorithm": "fusion_upcycle.method",
@@ -44,6 +47,7 @@ _HOME = {
     "SparseUpcyclingAlgorithm": "fusion_upcycle.method",
     "UpcycleAndTrainAlgorithm": "fusion_upcycle.method",
     "UpcyclingOptions": "fusion_upcycle.upcycling.options",
+    "add_expert": "fusion_upcycle.addition.run",
     "expand": "fusion_upcycle.expansion.run",
     "expand_model": "fusion_upcycle.expansion.live",
     "folder_importance": "fusion_upcycle.importance.run",
@@ -56,6 +60,7 @@ __all__ = [
     "DuplicationPlan",
     "ExpansionOptions",
     "Expert",
+    "ExpertAdditionAlgorithm",
     "ExpertUpcyclingAlgorithm",
     "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",
@@ -65,6 +70,7 @@ __all__ = [
     "SparseUpcyclingAlgorithm",
     "UpcycleAndTrainAlgorithm",
     "UpcyclingOptions",
+    "add_expert",
     "expand",
     "expand_model",
     "folder_importance",

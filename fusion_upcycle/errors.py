@@ -115,6 +115,14 @@ def spelled(how: Callable[[str, Any], str]) -> Iterator[None]:
         _SPELLING.reset(token)
 
 
+@contextmanager
+def spelled_except(**texts: str) -> Iterator[None]:
+    """Have `setting` write some options, whatever their value, by these texts."""
+    others = _SPELLING.get()
+    with spelled(lambda name, value: texts.get(name) or others(name, value)):
+        yield
+
+
 #: Libraries that fail, or are wrong in silence, in other versions; pyproject.toml says why.
 REQUIRED = {"transformers": ">=5.21", "hydra-core": ">=1.3,<1.4", "fusion-bench": ">=0.2.33"}
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusion_upcycle.addition import run as addition
+from fusion_upcycle.addition.addition import Addition
 from fusion_upcycle.checkpoint.digests import check_files
 from fusion_upcycle.checkpoint.located import locate_model
 from fusion_upcycle.checkpoint.staging import RECORDS, TRAINING_RECORD_FILE
@@ -23,7 +25,11 @@ from fusion_upcycle.verification.proof import Proof
 
 #: The method of a record -> the module that plans its conversion again.
 _FILES_ONLY = "verify --quick checks that its files are as they were written."
-_OPERATIONS = {Upcycling.method: upcycling, Expansion.method: expansion}
+_OPERATIONS = {
+    Upcycling.method: upcycling,
+    Expansion.method: expansion,
+    Addition.method: addition,
+}
 
 
 def verify_files(output: str | Path, *, progress: bool = True) -> int:
@@ -65,7 +71,7 @@ def verify(
     """Prove an output folder again: its files, then all of it against the source.
 
     Args:
-        output: folder made by `upcycle` or `expand`.
+        output: folder made by `upcycle`, `expand` or `add_expert`.
         source: where the source is now, if it has moved.
         base: where the base model of an adapter is now, if it has moved.
         mode: `layers`, `logits` or `auto`.

@@ -11,10 +11,11 @@ import pytest
 import torch
 from fusion_bench.modelpool import CausalLMPool
 from helpers import convert, grow, merge
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny import assert_same_bits, dense_folder, files_of, load, logits_of, tensors_of
-from tiny_adapters import PREFIX, WEIGHTS, edit_adapter, lora, merged
+from tiny_adapters import PREFIX, WEIGHTS, edit_adapter, lora, merged, paste
 from torch import Tensor
 
 from fusion_upcycle import MoEMergingAlgorithm, SparseUpcyclingAlgorithm
@@ -79,7 +80,7 @@ def test_the_record_names_adapter_and_base_and_verify_proves_it_again(
 
 
 def test_a_base_for_what_is_no_adapter_is_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcyclingError, match=r"is no adapter.*Leave base out"):
+    with pytest.raises(UpcyclingError, match=r"is no adapter.*Leave out base"):
         convert(made / "base", tmp_path / "moe", base=made / "base")
 
 
@@ -90,8 +91,12 @@ def test_the_output_must_not_hold_the_adapter(made: Path, tmp_path: Path) -> Non
 
 
 def test_what_takes_no_adapter_says_how_to_merge_it(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcyclingError, match=r"PEFT adapter.*merge it: python -c .*code-merged"):
-        grow(made / "code", tmp_path / "moe", num_experts=4)
+    adapter = shutil.copytree(made / "code", tmp_path / "code")
+    with pytest.raises(UpcyclingError, match=r"PEFT adapter.*code-merged") as caught:
+        grow(adapter, tmp_path / "moe", num_experts=4)
+    paste(caught.value)
+    expected = merged(made / "base", adapter).state_dict()[UP]
+    assert torch.equal(tensors_of(tmp_path / "code-merged")[UP], expected)
 
 
 # --- merge -------------------------------------------------------------------------------------
@@ -144,12 +149,17 @@ def test_adapters_and_whole_models_mix(made: Path, tmp_path: Path) -> None:
     assert (expert(files, 1, 0)["up_proj"] - expected).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("live", [False, True])
 def test_what_of_an_adapter_is_not_in_the_result_is_said(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    live: bool, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = models(made, "base", "math", "code", "chat")
     with caplog.at_level(logging.WARNING):
-        merge(given, tmp_path / "moe", shared="base")
+        if live:
+            method = MoEMergingAlgorithm(2, shared="base", dtype="float64", verify="none")
+            method.run(pool(**given)).save_pretrained(tmp_path / "moe")
+        else:
+            merge(given, tmp_path / "moe", shared="base")
     said = [record.getMessage() for record in caplog.records if "adapter" in record.getMessage()]
     assert [("chat trains nothing" in m, "trains outside" in m) for m in said] == [
         (False, True),
@@ -157,8 +167,28 @@ def test_what_of_an_adapter_is_not_in_the_result_is_said(
         (False, True),
     ]
     assert "(q_proj)" in said[0]
-    files = tensors_of(tmp_path / "moe")
-    assert torch.equal(expert(files, 1, 2)["up_proj"], tensors_of(made / "base")[UP])
+    found = expert(tensors_of(tmp_path / "moe"), 1, 2)["up_proj"]
+    assert torch.equal(found.float(), tensors_of(made / "base")[UP].float())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("by_config", [False, True])
+def test_the_remedy_names_the_base_as_a_merge_is_given_it(
+    by_config: bool, streaming: bool, made: Path, tmp_path: Path
+) -> None:
+    lost = shutil.copytree(made / "code", tmp_path / "lost")
+    edit_adapter(lost, base_model_name_or_path=None)
+    options: dict[str, Any] = {"save_checkpoint": str(tmp_path / "moe")} if streaming else {}
+    if by_config:
+        target = "fusion_upcycle.method.MoEMergingAlgorithm"
+        method = instantiate({"_target_": target, "experts_per_token": 1, **options})
+    else:
+        method = MoEMergingAlgorithm(1, **options)
+    wanted = "modelpool.models._pretrained_=FOLDER" if by_config else '"_pretrained_": "FOLDER"'
+    with pytest.raises(UpcyclingError, match=f"Give it: {wanted}"):
+        method.run(pool(lost=lost, math=made / "math"))
+    with pytest.raises(UpcyclingError, match='Give it: "_pretrained_": "FOLDER" among'):
+        merge({"lost": lost, "math": made / "math"}, tmp_path / "out")
 
 
 # --- FusionBench -------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -255,7 +257,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "a module that the base has not": (
         lambda t: t.update({A.replace("1.mlp", "7.mlp"): t[A], B.replace("1.mlp", "7.mlp"): t[B]}),
-        r"layers\.7\.mlp\.up_proj, which the base does not have.*base=FOLDER",
+        r"layers\.7\.mlp\.up_proj, which the base does not have.*base=\"FOLDER\"",
     ),
     "another width": (lambda t: t.update({A: torch.ones(4, 48)}), r"calls for \[4, 32\].*another"),
     "another rank": (
@@ -318,9 +320,15 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no regular expression": ({"alpha_pattern": {"(": 2}}, "no regular expression"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules=.*names of modules"),
     "layers of text": ({"layers_to_transform": "1"}, "layers_to_transform=1 must be whole"),
-    "no base": ({"base_model_name_or_path": None}, "does not name the model.*--base FOLDER"),
+    "no base": (
+        {"base_model_name_or_path": None},
+        "does not name the model.*: base=",
+    ),
     "a base of numbers": ({"base_model_name_or_path": 7}, "base_model_name_or_path=7"),
-    "a base that is gone": ({"base_model_name_or_path": "./gone"}, "not to be had.*--base FOLDER"),
+    "a base that is gone": (
+        {"base_model_name_or_path": "./gone"},
+        "not to be had.*: base=",
+    ),
 }
 
 
@@ -380,6 +388,13 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(
 
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, shared: Path) -> None:
     refused(adapter, "is an adapter itself. Merge it first", base=shared / "adapter")
+
+
+def test_an_adapter_of_an_moe_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=67, num_attention_heads=4, **sizes))
+    model.save_pretrained(tmp_path / "moe")
+    refused(lora(tmp_path / "moe", tmp_path / "adapter", "q_proj"), "'mixtral' model, which cannot")
 
 
 def test_values_beyond_the_bases_dtype_are_refused(tmp_path: Path) -> None:

@@ -106,6 +106,17 @@ def test_images_are_those_of_the_folder_that_was_named(name: str) -> None:
     assert [image.getpixel((0, 0)) for image in files] == [0, 1]
 
 
+def test_an_image_that_cannot_be_read_is_named() -> None:
+    for label in ("a", "b"):
+        Path("pets", label).mkdir(parents=True)
+        Image.new("L", (1, 1)).save(Path("pets", label, "good.png"))
+    Path("pets/b/good.png").write_bytes(b"no image")
+    images = load_images("pets", "data.pets", splits=["train"])
+    assert images.item(0)[1] == 0
+    with pytest.raises(UpcyclingError, match=r"^data\.pets: image 1 cannot be read: .*pets/b/good"):
+        images.item(1)
+
+
 def test_home_is_taken_where_there_is_no_such_path_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
+from test_training_method import cli_run, pool_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
@@ -90,6 +92,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
 
 def pool(moe: Path, tasks: Path, names: list[str], **options: Any) -> LMEvalTaskPool:
@@ -125,6 +128,24 @@ def test_ours_agrees_with_lm_evals_own_command_to_the_digit(
     assert report["tiny_rolling"]["bits_per_byte"] == results["tiny_rolling"]["bits_per_byte,none"]
     assert 0 < report["tiny_choice"]["acc"] < 1
     json.dumps(report, allow_nan=False)
+
+
+def test_fusion_bench_asks_local_tasks_and_writes_the_report(
+    moe: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """Where its own `LMEvalHarnessTaskPool` ends in an ImportError."""
+    result = cli_run(
+        tmp_path / "run",
+        "method=dummy",
+        *pool_of(moe),
+        "taskpool=LMEvalTaskPool/lm_eval",
+        "taskpool.tasks=[tiny_choice]",
+        f"taskpool.include_path={tasks}",
+        "report_save_path=report.json",
+    )
+    expected = pool(moe, tasks, ["tiny_choice"]).evaluate(AutoModelForCausalLM.from_pretrained(moe))
+    assert result["report"]["tiny_choice"] == expected["tiny_choice"]
+    assert json.loads((tmp_path / "report.json").read_text()) == result["report"]
 
 
 def test_groups_and_averages_are_in_the_report(moe: Path, tasks: Path) -> None:

@@ -77,6 +77,31 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def test_make_is_never_silent_while_pip_is(tmp_path: Path) -> None:
+    """What is being installed is said before, and every 10 seconds, which are made short here."""
+    packages = tmp_path / "venv" / "lib" / "python3" / "site-packages"
+    (packages / "one-1.0.dist-info").mkdir(parents=True)
+    for name, seconds in (("venv/bin/python", 0.6), ("tools/sleep", 0.1)):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/sh\nexec /bin/sleep {seconds}\n")
+        file.chmod(0o755)
+    makefile = tmp_path / "Makefile"
+    makefile.write_text(f"include {REPOSITORY}/Makefile\nprobe:\n\t@$(call install,things,-e .)\n")
+    done = subprocess.run(
+        ["make", "-s", "-f", makefile, "probe", f"VENV={tmp_path / 'venv'}"],
+        env={**environ, "PATH": f"{tmp_path / 'tools'}:{environ['PATH']}"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = done.stdout.splitlines()
+    assert said[0] == "venv: installing things"
+    assert said[1] == "venv: ... 10 s, 1 packages"
+    assert len(said) > 3
+
+
 def test_wheel_holds_every_file(wheel: Path) -> None:
     expected = {
         str(path.relative_to(REPOSITORY))

@@ -40,6 +40,9 @@ PUBLISHED: dict[str, tuple[str | None, str | None]] = {
     "qwen2_57b_a14b": ("57B", "14B"),
     "skywork_moe": ("146B", "22B"),  # without embeddings; with them 146B and 23B
     "nemotron_e8g8t8": (None, None),
+    "llama_3_e8t2": (None, None),
+    "llm_jp_3_8x1_8b": ("9.27B", "2.92B"),  # model card
+    "innovator_7b": (None, "13.3B"),  # arXiv 2507.18671; its 53.3B in all come out as 53.2B
     **{f"sparse_upcycling_t5_{size}": (None, None) for size in ("base", "large", "xl")},
     **{f"sparse_upcycling_vit_{size}": (None, None) for size in ("b16", "l16")},
 }
@@ -144,9 +147,34 @@ def test_a_recipe_takes_overrides_like_any_method(
     assert (method.seed, method.num_experts) == (3, 64)
 
 
+def test_drop_upcycling_s_model_counts_to_the_parameter() -> None:
+    """But for embeddings, of which the published count leaves out those of no token."""
+    total, active, embeddings = parameters_of_transformers(planned("llm_jp_3_8x1_8b"))
+    assert total - embeddings == 8_858_863_616
+    assert active - embeddings == 2_924_279_808 - 407_498_752
+    assert planned("llm_jp_3_8x1_8b").options.to_json()["expert_init"]["drop_ratio"] == 0.5
+
+
+def test_llama_3_has_eight_whole_ffns_of_which_two_are_used() -> None:
+    counts, ffn = planned("llama_3_e8t2").parameters, 32 * 3 * 4096 * 14336
+    assert counts["dense"] == 8_030_261_248  # as its model card has it
+    routers = 32 * 8 * 4096
+    assert counts["total"] == counts["dense"] + 7 * ffn + routers
+    assert counts["active"] == counts["dense"] + ffn + routers
+
+
+def test_innovator_cuts_the_ffn_into_eighths_beside_a_shared_one() -> None:
+    plan, ffn = planned("innovator_7b"), 28 * 3 * 3584 * 18944
+    assert plan.resolved.expert_size * 8 == 18944
+    routers = 28 * 3584 * (64 + 1)  # and the gate of the shared expert
+    assert plan.parameters["total"] == plan.parameters["dense"] + 8 * ffn + routers
+    assert f"{plan.parameters['total'] / 1e9:.1f}" == "53.2"
+
+
 @every_recipe
 def test_a_recipe_is_exact_unless_it_draws_neurons_anew(name: str) -> None:
-    assert planned(name).claims_exact == ("qwen" not in name and name not in PAPER)
+    drawn = "qwen" in name or name in PAPER or name == "llm_jp_3_8x1_8b"
+    assert planned(name).claims_exact == (not drawn)
 
 
 def test_virtual_groups_hold_one_of_each_shard() -> None:

@@ -79,7 +79,8 @@ def one_process(strategy: str, folder: Path) -> Trained:
 def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, as what two processes make is looked at from all sides."""
     family, fields, options = CASES["fsdp"]
-    run(moe_model(family, **fields), tmp_path / "before", 2, output=tmp_path / "moments")
+    kept = {"output": tmp_path / "moments", "save_moments": True}
+    run(moe_model(family, **fields), tmp_path / "before", 2, **kept)
     monkeypatch.setitem(options, "optimizer_state", str(tmp_path / "moments"))
     for strategy in CASES:
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):

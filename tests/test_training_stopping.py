@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_training_run import losses
 from tiny import assert_same_bits, dense_model, load
 from tiny_training import TOKENIZER, moe_model, run
 
+from fusion_upcycle.benchmark import perform
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.cli import main
 from fusion_upcycle.errors import Stopped, UpcyclingError
@@ -84,6 +86,14 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(
     for row in (row for rows in logs for row in rows):
         del row["tokens_per_second"]
     assert logs[0] == logs[1]  # loads of steps before the signal too
+
+
+def test_a_run_that_was_to_start_over_says_how_to_go_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with signalled(monkeypatch, 0, signal.SIGTERM).context(), pytest.raises(Stopped):
+        run(dense_model(vocab_size=257), tmp_path, 3, resume=False)
+    assert "; the same command, without resume=False goes on from" in capsys.readouterr().err
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +211,19 @@ def test_fusion_bench_ends_without_a_trace(
     assert not caplog.records
 
 
+def test_a_run_of_a_benchmark_that_was_stopped_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped(signal.SIGTERM, "")
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("runpy.run_module", stopped)
+    with pytest.raises(Stopped):
+        perform._fusion_bench([])
+
+
 # --- the clock ------------------------------------------------------------------------------------
 
 
@@ -268,10 +291,8 @@ def test_a_tokenizer_without_an_end_names_the_token_that_works(
     command = ["train", str(source), "out", "--data", "a=a.txt", "--tokens", "64", *flags]
     with pytest.raises(SystemExit):
         main([*command, "--quiet"])
-    (remedy,) = re.findall(
-        r"as in (?:--separator[ =]|separator=)(\S+?)\.$", capsys.readouterr().err, re.M
-    )
-    main([*command, "--quiet", "--separator", remedy])
+    (remedy,) = re.findall(r"as in (--separator .+)\.$", capsys.readouterr().err, re.M)
+    main([*command, "--quiet", *shlex.split(remedy)])
     assert (tmp_path / "out" / "config.json").is_file()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_upcycle.benchmark.request import CONSOLE_NAME, read_request
+from fusion_upcycle.errors import Stopped
 from fusion_upcycle.report import Measured
 
 
@@ -64,6 +65,8 @@ def _fusion_bench(arguments: list[str]) -> str | None:
     print("$ fusion_bench", *arguments, flush=True)
     try:
         runpy.run_module("fusion_bench.scripts.cli", run_name="__main__")
+    except Stopped:
+        raise  # as if the signal had ended it: it is no failure of the run
     except SystemExit as end:
         return None if end.code in (0, None) else f"fusion_bench ended with status {end.code}."
     except BaseException as error:

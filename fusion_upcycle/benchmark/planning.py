@@ -8,10 +8,10 @@ from typing import Any
 
 from fusion_upcycle.benchmark.experiment import Choice, Experiment, Method, TaskPool
 from fusion_upcycle.benchmark.overrides import override
+from fusion_upcycle.comparison.rows import REFERENCES
 from fusion_upcycle.errors import UpcyclingError
 
 PRETRAINED = "_pretrained_"
-REFERENCES = "Reference Results"
 #: Groups of model pools with a config `folders`: what is named beside the models.
 _BESIDE = {
     "CausalLMPool": "tokenizer",

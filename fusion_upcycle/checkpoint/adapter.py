@@ -156,9 +156,8 @@ class AdapterSource:
         if pair is None:
             return total
         a_RI, b_OR = self._double(pair.a), self._double(pair.b)
-        if pair.turned:
-            return total + pair.scale * (a_RI[:, first:last].T @ b_OR.T)
-        return total + pair.scale * (b_OR[first:last] @ a_RI)
+        product = a_RI[:, first:last].T @ b_OR.T if pair.turned else b_OR[first:last] @ a_RI
+        return total.add_(product.mul_(pair.scale))
 
     def _row_lengths(self, name: str) -> Tensor:
         """Length of each row [out] of W + scale * B A, in float64."""
@@ -166,13 +165,11 @@ class AdapterSource:
             pair = self._pairs[name]
             assert isinstance(pair, Pair)
             blocks = range(-(-self.specs[name].shape[0] // self._rows(name)))
-            squares = [self._sum(name, index).square() for index in blocks]
-            found = (
-                torch.stack([square.sum(0) for square in squares]).sum(0)
-                if pair.turned
-                else torch.cat([square.sum(1) for square in squares])
-            )
-            self._lengths = name, found.sqrt()
+            sums = [
+                self._sum(name, block).square().sum(0 if pair.turned else 1) for block in blocks
+            ]
+            found_O = torch.stack(sums).sum(0) if pair.turned else torch.cat(sums)
+            self._lengths = name, found_O.sqrt()
         return self._lengths[1]
 
     def _double(self, name: str) -> Tensor:

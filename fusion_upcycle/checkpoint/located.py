@@ -9,7 +9,7 @@ from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
 from fusion_upcycle.checkpoint.reader import parse_json
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def locate_model(source: str | Path, base: str | Path | None = None) -> Located:
     if named is None:
         raise UpcyclingError(
             f"{folder / CONFIG_FILE} does not name the model that the adapter was trained on "
-            "(base_model_name_or_path). Give it: base=FOLDER, on the command line --base FOLDER."
+            f"(base_model_name_or_path). Give it: {setting('base', 'FOLDER')}."
         )
     if base is not None and config.base and Path(config.base).name != Path(base).name:
         log.warning(
@@ -67,7 +67,7 @@ def locate_model(source: str | Path, base: str | Path | None = None) -> Located:
             raise
         raise UpcyclingError(
             f"The adapter {source} names its base model {named}, which is not to be had: {error} "
-            "Say where it is: base=FOLDER, on the command line --base FOLDER."
+            f"Say where it is: {setting('base', 'FOLDER')}."
         ) from error
     if is_adapter(at):
         raise UpcyclingError(
@@ -88,13 +88,12 @@ def _compare_tokenizers(adapter: Path, base: Path) -> None:
     """
     own, others = _tokens(adapter), _tokens(base)
     if own and others:
-        for token in own.keys() & others.keys():
+        for token in sorted(own.keys() & others.keys()):
             if own[token] != others[token]:
                 raise UpcyclingError(
                     f"{adapter / 'tokenizer.json'} gives the token {token!r} the id {own[token]}, "
                     f"and the base's ({base}) {others[token]}: the adapter is of another model. "
-                    "Give the one that it was trained on: base=FOLDER, on the command line --base "
-                    "FOLDER."
+                    f"Give the one that it was trained on: {setting('base', 'FOLDER')}."
                 )
         if more := sorted(own.keys() - others.keys(), key=own.__getitem__):
             log.warning(

@@ -64,7 +64,8 @@ def moments_reader(folder: Path) -> CheckpointReader:
     if not path.is_file():
         raise UpcyclingError(
             f"optimizer_state={folder} has no {MOMENTS_FILE}: give the folder of a model that was "
-            f"trained with save_moments=true, or pass {setting('optimizer_state', None)}."
+            f"trained with {setting('save_moments', True)}, or pass "
+            f"{setting('optimizer_state', None)}."
         )
     reader = CheckpointReader(path.parent, file=path.name)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -205,7 +205,11 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object from a file that may be damaged or hostile."""
+    """A JSON object from a file that may be damaged or hostile.
+
+    Raises:
+        UpcyclingError: no JSON object, or one with a name that stands there twice.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(result := dict(pairs)) < len(pairs):

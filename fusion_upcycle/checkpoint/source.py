@@ -114,6 +114,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
                 revision=revision,
                 allow_patterns=[
                     "config.json",
+                    "README.md",
                     CONFIG_FILE,
                     "*.safetensors",
                     "*.index.json",

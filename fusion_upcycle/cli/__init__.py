@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fusion_upcycle.cli.addition_flags import add_add_expert
 from fusion_upcycle.cli.analysis_flags import add_analyze
 from fusion_upcycle.cli.benchmark_flags import add_benchmark, takes_overrides
 from fusion_upcycle.cli.expansion_flags import add_expand, add_importance
@@ -163,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.set_defaults(run=_upcycle)
 
     add_merge(commands)
+    add_add_expert(commands)
     add_importance(commands)
     add_expand(commands)
     add_train(commands)
@@ -208,6 +210,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
         **planning_options(parsed),
     )
@@ -218,7 +221,7 @@ def _upcycle(parsed: argparse.Namespace) -> None:
         f"{counts['active'] / 1e9:.3g}B active per token; {converted.record['bytes'] / 1e9:.3g} GB "
         f"written in {write['wall_seconds']:.1f} s"
     )
-    print(f"Output: {converted.output}")
+    print(*converted.notes, f"Output: {converted.output}", sep="\n")
 
 
 def _inspect(parsed: argparse.Namespace) -> None:

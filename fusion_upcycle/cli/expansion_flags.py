@@ -161,6 +161,7 @@ def _expand(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
         **vars(options),
     )
@@ -180,4 +181,4 @@ def _expand(parsed: argparse.Namespace) -> None:
         print(f"Importance: {scores}")
     if (advice := options.advice) is not None:
         print(advice)
-    print(f"Output: {made.output}")
+    print(*made.notes, f"Output: {made.output}", sep="\n")

@@ -35,8 +35,17 @@ def add_merge(commands: "argparse._SubParsersAction[Command]") -> None:
     )
     merge.add_argument("output", help="folder to make; appears only when complete and proven")
     pair = partial(merge.add_argument, action="append", default=[])
-    pair("--model", metavar="NAME=PATH", help="folder or Hub id (safetensors); once for each model")
-    merge.add_argument("--base", metavar="PATH", help="the model that they were trained from")
+    pair(
+        "--model",
+        metavar="NAME=PATH",
+        help="folder or Hub id of a model or LoRA adapter; once for each",
+    )
+    merge.add_argument(
+        "--base",
+        metavar="PATH",
+        help="the model that they were trained from, which adapters are put on (default: each on "
+        "the one that it names)",
+    )
     pair(
         "--calibration",
         metavar="NAME=PATH",
@@ -60,10 +69,11 @@ def _merge(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
         **given_options(parsed),
     )
-    print(f"{made.proof}\nOutput: {made.output}")
+    print(made.proof, *made.notes, f"Output: {made.output}", sep="\n")
 
 
 def pairs(flag: str, texts: list[str]) -> dict[str, str]:

@@ -100,6 +100,11 @@ def add_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of the files (default: 5GB)"
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload the proven folder to the Hugging Face Hub; made private if it is not there",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 

@@ -14,8 +14,10 @@ from fusion_upcycle.comparison.metrics import (
 )
 from fusion_upcycle.comparison.results import NOT_TASKS, Result
 
+#: Of models as they are, and of bounds; their rows do not compete.
+REFERENCES = "Reference Results"
 #: As FusionBench's documentation orders them; others come after.
-GROUPS = ("Reference Results", "Model Ensemble", "Model Merging", "Model Mixing")
+GROUPS = (REFERENCES, "Model Ensemble", "Model Merging", "Model Mixing")
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Row:
 
     @property
     def reference(self) -> bool:
-        """Whether it is a model as it is, and does not compete."""
-        return self.results[0].reference is not None
+        """Whether it is a model as it is, or a bound, and does not compete."""
+        return self.results[0].reference is not None or self.group == REFERENCES
 
     @property
     def experiment(self) -> str:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.architectures import architecture_for
 from fusion_upcycle.architectures.introspection import as_renamed, dense_view
 from fusion_upcycle.architectures.layout import one_class
 from fusion_upcycle.architectures.text_part import text_config, text_tensors, text_type
@@ -11,11 +12,16 @@ from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import TensorSource
+from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.matching import Matching
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+#: Where a live model keeps what an adapter changed in it.
+_ADAPTED = "adapted_by_fusion_upcycle"
 
 
 def open_tensors(at: Located, config: "PreTrainedConfig") -> TensorSource:
@@ -31,6 +37,7 @@ def open_tensors(at: Located, config: "PreTrainedConfig") -> TensorSource:
     reader = CheckpointReader(at.folder)
     if at.adapter is None:
         return as_renamed(reader, config)
+    architecture_for(config.model_type, AUTO)  # an MoE's files are not what PEFT's names are of
     one_class(config)
     adapter = read_adapter_config(at.adapter, at.folder)
     return Matching(at, adapter, dense_view(reader, config), config).source()
@@ -64,3 +71,10 @@ def put_on(model: "PreTrainedModel", source: TensorSource) -> None:
     for name in sorted(source.trained):
         places[name].data.copy_(source.tensor(name))
         source.release([name])
+    vars(model)[_ADAPTED] = source.trained
+
+
+def adapted_tensors(model: "PreTrainedModel") -> frozenset[str] | None:
+    """Names of the tensors of a live model that `put_on` changed; None for others."""
+    found: frozenset[str] | None = vars(model).get(_ADAPTED)
+    return found

@@ -63,6 +63,11 @@ def model_card(conversion: "Conversion", record: Mapping[str, Any]) -> str:
     caveat = words.caveat
     if record["proof"]["mode"] == "none":
         caveat = "The conversion was **not verified** (`verify=none`)."
+    taken = dict(record.get("inherited", {}))
+    notes = "".join(f"\n\n{note}" for note in taken.pop("notes", ()))
+    tags = ["moe", record["method"].lower().replace(" ", "-"), "fusion_upcycle"]
+    if conversion.relation == "merge":
+        tags.append("merge")
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return card_text(
         f"""# {record["name"]}
@@ -73,12 +78,13 @@ def model_card(conversion: "Conversion", record: Mapping[str, Any]) -> str:
 |---|---|
 {table}
 
-{caveat}{_loading(conversion)}
+{caveat}{notes}{_loading(conversion)}{_balance(conversion)}
 
 `upcycling.json` holds the duplication plan, all options and the proof.""",
-        pipeline_tag=_pipeline(record["class"]),
-        tags=["moe", record["method"].lower().replace(" ", "-"), "fusion_upcycle"],
+        **{"pipeline_tag": _pipeline(record["class"])} | taken,
+        tags=tags,
         base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
+        base_model_relation=conversion.relation if on_hub else None,
     )
 
 
@@ -117,6 +123,20 @@ model = {auto}.from_pretrained("FOLDER")
 
 Without it, and with trust in the code of this folder:
 `{auto}.from_pretrained("FOLDER", trust_remote_code=True)`."""
+
+
+def _balance(conversion: "Conversion") -> str:
+    """What training with transformers' own loss leaves out, unless it is told otherwise."""
+    config = conversion.config
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", None) is not False or weight is None:
+        return ""  # the class has no such loss
+    return f"""
+
+To train it with transformers' own loss, set `output_router_logits` to true, as in
+`from_pretrained("FOLDER", output_router_logits=True)`: it is false in `config.json`, and without it
+nothing keeps the experts in balance. The loss of balance counts {weight:g} times
+(`router_aux_loss_coef`). `python -m fusion_upcycle train` has a loss of balance of its own."""
 
 
 def public_name(source: Mapping[str, Any]) -> str:

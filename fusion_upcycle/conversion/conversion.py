@@ -65,6 +65,8 @@ class Conversion(ABC):
 
     #: Of the operation, in records and on cards.
     method: ClassVar[str]
+    #: To its sources, as the Hub calls it (`base_model_relation`).
+    relation: ClassVar[str] = "finetune"
     #: What to do where half precision cannot hold a value.
     _wider: ClassVar[str] = "dtype=float32"
 
@@ -103,6 +105,11 @@ class Conversion(ABC):
     @property
     def total_bytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def bytes_beside(self) -> int:
+        """Of what is put beside the weights, where that is of any size."""
+        return 0
 
     def origin_kind(self, name: str) -> str:
         """What a proof compares this tensor with."""

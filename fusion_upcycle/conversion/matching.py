@@ -19,7 +19,7 @@ from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.peft import merge_command
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -247,7 +247,7 @@ class Matching:
     def _another_base(self) -> str:
         return (
             f"The adapter is of another model than {self.at.folder}. Give the one that it was "
-            "trained on: base=FOLDER, on the command line --base FOLDER."
+            f"trained on: {setting('base', 'FOLDER')}."
         )
 
     @property

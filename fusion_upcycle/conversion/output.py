@@ -15,6 +15,8 @@ from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shar
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.hub import check_upload, upload
+from fusion_upcycle.conversion.inherited import inherited
 from fusion_upcycle.errors import without_braces
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.report.record import Measured, versions
@@ -29,16 +31,19 @@ class OutputOptions:
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to.
     """
 
     overwrite: bool = False
     max_shard_size: int | str = "5GB"
     progress: bool = True
+    push_to_hub: str | None = None
 
     def check(self, output: Path) -> None:
         """Fail before any work when the output cannot be written."""
         require_flag("overwrite", self.overwrite)
         parse_size(self.max_shard_size)
+        check_upload(self.push_to_hub)
         check_output(output, overwrite=self.overwrite)
 
 
@@ -51,12 +56,20 @@ class Converted:
         proof: what was proven.
         record: contents of the folder's `upcycling.json`.
         costs: wall and CPU seconds of writing and proving, peak memory.
+        uploaded: address of the folder on the Hugging Face Hub.
     """
 
     output: Path
     proof: Proof
     record: dict[str, Any]
     costs: dict[str, dict[str, float | int]]
+    uploaded: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its maker should know beside the proof, in sentences."""
+        notes = self.record.get("inherited", {}).get("notes", ())
+        return (*notes, f"Uploaded: {self.uploaded}") if self.uploaded else tuple(notes)
 
 
 def write_output(
@@ -68,6 +81,7 @@ def write_output(
     companions: Callable[[Path], list[str]],
     prove: Callable[[Path], Proof],
     options: OutputOptions,
+    cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
@@ -79,6 +93,7 @@ def write_output(
         companions: puts tokenizer, template, generation and licence files into the staged folder
             and returns their names.
         prove: staged folder -> proof; an error leaves no output.
+        cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
     """
@@ -95,7 +110,10 @@ def write_output(
     }
     fingerprint = record if resumable else record | {"run": uuid4().hex}
     with staging_folder(
-        output, fingerprint, total_bytes=total, overwrite=options.overwrite
+        output,
+        fingerprint,
+        total_bytes=total + conversion.bytes_beside,
+        overwrite=options.overwrite,
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             hashed = write_shards(staging, shards, conversion.chunks, bar.update)
@@ -103,6 +121,8 @@ def write_output(
             if conversion.architecture.ships is not None:
                 shutil.copy(conversion.architecture.ships, staging)
             record["copied_files"] = companions(staging)
+            if cards and (found := inherited(cards)):
+                record["inherited"] = found
         with Measured() as proving:
             proof = prove(staging)
         record |= {"proof": proof.to_json(), "proof_in_words": without_braces(proof.words)}
@@ -113,8 +133,9 @@ def write_output(
             _write_json(staging / RECORD_FILE, record)
 
         seal(staging, RECORD_FILE, write_record, hashed)
+    uploaded = options.push_to_hub and upload(output, options.push_to_hub)
     costs = {"write": writing.as_record(), "prove": proving.as_record()}
-    return Converted(output, proof, record, costs)
+    return Converted(output, proof, record, costs, uploaded)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

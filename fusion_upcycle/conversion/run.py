@@ -97,6 +97,7 @@ def open_folders(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
 ) -> Folders:
     """Locate the source models, and refuse what stands in the way of the output.
 
@@ -111,7 +112,7 @@ def open_folders(
             there already or holds a source, options that are none.
     """
     resolve_mode(verify, streaming=True)
-    writing = OutputOptions(overwrite, max_shard_size, progress)
+    writing = OutputOptions(overwrite, max_shard_size, progress, push_to_hub)
     output = Path(output).expanduser().resolve()
     located = {
         name: Located(locate(source)) if bases is None else locate_model(source, bases.get(name))
@@ -165,6 +166,7 @@ def to_folder(
         companions=companions,
         prove=prove,
         options=folders.writing,
+        cards=dict(folders.local) | dict(folders.adapters),
         resumable=resumable,
     )
 

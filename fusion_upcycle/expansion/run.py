@@ -49,6 +49,7 @@ def expand(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> Converted:
     """Grow an MoE checkpoint folder from E to M experts, top-k fixed (arXiv 2604.19835).
@@ -80,6 +81,8 @@ def expand(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
         options: fields of `ExpansionOptions`: num_experts or multiplier, selection, metric,
             max_copies, expert_init, router_extension, experts_per_token, seed.
 
@@ -100,6 +103,7 @@ def expand(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
     folder = folders.source
     config = checked_config(read_config(folder))

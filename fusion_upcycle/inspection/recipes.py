@@ -46,6 +46,11 @@ RECIPES: dict[str, Recipe] = {
     "qwen2_57b_a14b": Recipe("qwen2_7b", "57B", "14B", "arXiv 2407.10671"),
     "skywork_moe": Recipe("skywork_13b", "146B", "22B", "arXiv 2406.06563", with_embeddings=False),
     "nemotron_e8g8t8": Recipe("nemotron_4_15b", None, None, "arXiv 2410.07524"),
+    "llama_3_e8t2": Recipe("llama_3_8b", None, None, "arXiv 2412.09952"),
+    "llm_jp_3_8x1_8b": Recipe(
+        "llm_jp_3_1_8b", "9.27B", "2.92B", "model card of llm-jp/llm-jp-3-8x1.8b, arXiv 2502.19261"
+    ),
+    "innovator_7b": Recipe("qwen2_7b", None, "13.3B", "arXiv 2507.18671"),
     "sparse_upcycling_t5_base": Recipe("t5_v1_1_base", None, None, "arXiv 2212.05055"),
     "sparse_upcycling_t5_large": Recipe("t5_v1_1_large", None, None, "arXiv 2212.05055"),
     "sparse_upcycling_t5_xl": Recipe("t5_v1_1_xl", None, None, "arXiv 2212.05055"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ from fusion_upcycle.live.inputs import logits_of_last, positions_of
 from fusion_upcycle.live.routers import hearing_inputs
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.prototypes import Moments
+from fusion_upcycle.merging.statistics import statistics_bytes
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.texts.reading import read
 from fusion_upcycle.texts.tokens import check_vocabulary
 from fusion_upcycle.texts.windows import Sequences, calibration_sequences
 from fusion_upcycle.upcycling.proof import streamed_dense
+
+Made = TypeVar("Made", bound=Merging)
 
 #: Tokens of one window, less where the model has fewer positions.
 WINDOW_TOKENS = 256
@@ -41,7 +45,7 @@ def calibration_windows(
 
     Args:
         texts: model -> documents.
-        merging: says which models need texts, and how many tokens.
+        merging: says which models need texts, and how many tokens of each.
         tokenizer_file: `tokenizer.json` of all models.
 
     Raises:
@@ -54,7 +58,7 @@ def calibration_windows(
             f"{merging.source_config.model_type} models are given images. Choose "
             f"{setting('router_init', 'normal')}, and train on."
         )
-    for model in merging.experts:
+    for model in merging.calibrated:
         if model not in texts:
             raise UpcyclingError(
                 f"router_init=prototype needs texts of every model that gives experts, and there "
@@ -62,16 +66,16 @@ def calibration_windows(
                 f"{setting('calibration', dict.fromkeys(merging.experts, 'FILE'))}, or choose "
                 f"{setting('router_init', 'normal')}."
             )
-    if unused := texts.keys() - set(merging.experts):
+    if unused := texts.keys() - set(merging.calibrated):
         raise UpcyclingError(
             f"calibration names {sorted(unused)}, which give no experts. The models that do: "
-            f"{', '.join(merging.experts)}."
+            f"{', '.join(merging.calibrated)}."
         )
     config = merging.source_config
     windows = calibration_sequences(
-        {model: texts[model] for model in merging.experts},
+        {model: texts[model] for model in merging.calibrated},
         tokenizer_file,
-        tokens=merging.asked.calibration_tokens * len(merging.experts),
+        tokens=merging.asked.calibration_tokens * len(merging.calibrated),
         context_length=min(WINDOW_TOKENS, positions_of(config) or WINDOW_TOKENS),
         starts=_from_end_to_end,
     )
@@ -90,17 +94,25 @@ def _from_end_to_end(characters: int, span: int, count: int) -> list[int]:
 
 @torch.inference_mode()
 def router_moments(
-    merging: Merging, windows: Sequences, *, progress: bool = False
+    merging: Merging,
+    windows: Sequences,
+    *,
+    known: Mapping[int, Moments] | None = None,
+    progress: bool = False,
 ) -> dict[int, Moments]:
     """MoE layer -> what its router sees when each model runs on its own texts.
 
     Model i runs as the merge would if only its experts were chosen: shared weights with its FFNs.
+
+    Args:
+        known: what it sees of the models that are not run again, with room for those that are.
     """
     layers, size = merging.resolved.moe_layers, merging.resolved.hidden_size
-    moments = {layer: Moments.empty(len(merging.experts), size) for layer in layers}
+    moments = dict(known or {x: Moments.empty(len(merging.experts), size) for x in layers})
     total = sum(len(ids_WT) for ids_WT in windows.ids.values())
     with progress_bar("Calibrating the router", total, progress, unit="window") as bar:
-        for index, model in enumerate(merging.experts):
+        for model in merging.calibrated:
+            index = merging.experts.index(model)
             dense = streamed_dense(merging, merging.as_dense(model))
             blocks = merging.architecture.ffn_layers(dense)
             ffns = {layer: merging.architecture.ffn_entry(blocks[layer]) for layer in layers}
@@ -122,13 +134,17 @@ def _add(
 
 
 def route(
-    merging: Merging,
+    merging: Made,
     texts: Mapping[str, Sequence[str]],
     tokenizer_file: Path | None,
     *,
+    known: Mapping[int, Moments] | None = None,
     progress: bool = False,
-) -> Merging:
+) -> Made:
     """The merge with the router that its options call for; its details say of which texts.
+
+    Args:
+        known: as `router_moments` takes it.
 
     Raises:
         UpcyclingError: texts or tokenizer that are missing, too short, or not asked for.
@@ -142,10 +158,11 @@ def route(
         return merging
     windows = calibration_windows(texts, merging, tokenizer_file)
     assert callable(merging.asked.router_init)
-    rows = {
-        layer: merging.asked.router_init(moments)
-        for layer, moments in router_moments(merging, windows, progress=progress).items()
-    }
+    if merging.asked.statistics and progress:
+        size = statistics_bytes(merging) / 1e6
+        print(f"Router statistics, beside the model's weights: {size:,.1f} MB.", flush=True)
+    moments = router_moments(merging, windows, known=known, progress=progress)
+    rows = {layer: merging.asked.router_init(seen) for layer, seen in moments.items()}
     digest = sha256(b"".join(row.numpy().tobytes() for row in rows.values())).hexdigest()
     about = {
         model: {
@@ -155,4 +172,5 @@ def route(
         for model, text in windows.to_json()["texts"].items()
     }
     details = {"calibration": about, "router_rows_sha256": digest}
-    return merging.with_router(rows, details)
+    made = merging.with_router(rows, details)
+    return made.with_statistics(moments) if merging.asked.statistics else made

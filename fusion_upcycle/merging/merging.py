@@ -3,9 +3,10 @@
 `fusion_upcycle.merging.plan` makes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.proof import prove_merging
+from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.merging.source import DenseView, MergeSource
+from fusion_upcycle.merging.statistics import digest, statistics_bytes, write_statistics
 from fusion_upcycle.upcycling.upcycling import Upcycling
 from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.proof import Findings
@@ -27,10 +30,17 @@ BASE = "_pretrained_"
 
 @dataclass(frozen=True)
 class DenseModel:
-    """One of the models: its config, with `architectures` set, and its tensors."""
+    """One of the models.
+
+    Attributes:
+        config: with `architectures` set.
+        source: its tensors.
+        trained: of an adapter, names of the tensors that it changes; None for a whole model.
+    """
 
     config: "PreTrainedConfig"
     source: TensorSource
+    trained: Collection[str] | None = None
 
 
 @dataclass(kw_only=True)
@@ -42,14 +52,17 @@ class Merging(Upcycling):
         merged: the models as one source.
         models: all of them, the base under the name `BASE`.
         experts: names of the models that give experts, in the order of the experts.
+        statistics: MoE layer -> what its router was made of, to be kept beside the model.
     """
 
+    relation = "merge"
     method = "MoE merging"
 
     asked: MergingOptions
     merged: MergeSource
     models: Mapping[str, DenseModel]
     experts: Sequence[str]
+    statistics: Mapping[int, Moments] | None = None
 
     @property
     def claims_exact(self) -> bool:
@@ -64,7 +77,7 @@ class Merging(Upcycling):
         """Index of the first of the experts that `model` gives to each layer."""
         return self.experts.index(model) * self.asked.experts_per_model
 
-    def with_router(self, rows: Mapping[int, Tensor], details: Mapping[str, Any]) -> "Merging":
+    def with_router(self, rows: Mapping[int, Tensor], details: Mapping[str, Any]) -> Self:
         """The same merge with these router rows [models, D] for each MoE layer.
 
         The experts of one model share its row.
@@ -76,7 +89,28 @@ class Merging(Upcycling):
             layer: row.repeat_interleave(self.asked.experts_per_model, dim=0)
             for layer, row in rows.items()
         }
-        return replace(self, router_rows=repeated, details=details)
+        return replace(self, router_rows=repeated, details=details, _last_expert=None)
+
+    @property
+    def calibrated(self) -> Sequence[str]:
+        """Names of the models that are run on their own texts, for the router."""
+        return self.experts
+
+    def with_statistics(self, statistics: Mapping[int, Moments]) -> Self:
+        """The same merge, which keeps these beside the model."""
+        said = {"sha256": digest(statistics), "bytes": statistics_bytes(self)}
+        details = {**self.details, "statistics": said}
+        return replace(self, statistics=statistics, details=details, _last_expert=None)
+
+    @property
+    def bytes_beside(self) -> int:
+        """Of the router statistics."""
+        return 0 if self.statistics is None else statistics_bytes(self)
+
+    def put_beside(self, folder: Path) -> None:
+        """Write the router statistics, if there are any, into the folder of the model."""
+        if self.statistics is not None:
+            write_statistics(self.statistics, self.source_config, folder)
 
     def about(self, sources: Mapping[str, Any]) -> dict[str, Any]:
         """All source models, and who gave which experts."""

@@ -13,7 +13,7 @@ from fusion_upcycle.checks import (
     require_flag,
     require_whole,
 )
-from fusion_upcycle.errors import unknown
+from fusion_upcycle.errors import UpcyclingError, setting, unknown
 from fusion_upcycle.options import choice, config_group, make, same_as
 from fusion_upcycle.registry import Registry
 from fusion_upcycle.upcycling.options import PRESET_ROUTERS, UpcyclingOptions
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHARED = ("average", "base")
 #: Options that a conversion does not know.
-_OWN = ("shared", "base_expert", "experts_per_model", "calibration_tokens")
+_OWN = ("shared", "base_expert", "experts_per_model", "calibration_tokens", "statistics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class MergingOptions:
         router_init: initialiser of the router's rows. `prototype` looks at each model's own texts,
             and works at once; the others are there to be trained.
         calibration_tokens: of each model's own texts that `prototype` looks at, 256 or more.
+        statistics: keep what the prototype router was made of, a D x D matrix per MoE layer, beside
+            the model, for `add-expert`.
         experts_per_token, target, moe_layers, normalize_topk_prob, expert_init, dtype, seed,
         ignore_config_fields, part: as in `UpcyclingOptions`.
 
@@ -54,6 +56,7 @@ class MergingOptions:
     experts_per_token: int = same_as(UpcyclingOptions, "experts_per_token")
     router_init: InitSpec = choice("normal", config_group("router_init", PRESET_ROUTERS))
     calibration_tokens: int = 4096
+    statistics: bool = False
     target: str = same_as(UpcyclingOptions, "target")
     moe_layers: str | Sequence[int] = same_as(UpcyclingOptions, "moe_layers")
     normalize_topk_prob: bool = same_as(UpcyclingOptions, "normalize_topk_prob")
@@ -69,6 +72,7 @@ class MergingOptions:
         if self.shared not in SHARED:
             raise unknown("shared", str(self.shared), SHARED)
         require_flag("base_expert", self.base_expert)
+        require_flag("statistics", self.statistics)
         require_whole("experts_per_model", self.experts_per_model, at_least=1)
         require_whole("calibration_tokens", self.calibration_tokens, at_least=256)
         require_whole("experts_per_token", self.experts_per_token, at_least=1)
@@ -83,6 +87,8 @@ class MergingOptions:
             toy = Moments(torch.eye(2, dtype=torch.float64), torch.eye(2))
             self.router_init(toy)  # type: ignore[operator]
         self.for_models(max(2, self.experts_per_token))  # the others, before any model is loaded
+        if self.statistics:
+            self._check_statistics()
 
     @property
     def prototype_router(self) -> bool:
@@ -90,6 +96,23 @@ class MergingOptions:
         from fusion_upcycle.merging.prototypes import prototype
 
         return bare_function(self.router_init) is prototype  # type: ignore[arg-type]
+
+    def _check_statistics(self) -> None:
+        """An expert can be added where the model's experts are its source models' FFNs."""
+        from fusion_upcycle.expert_init import copy
+
+        conversion = self.for_models(max(2, self.experts_per_token))
+        needed = [
+            ("router_init", "prototype", self.prototype_router),
+            ("experts_per_model", 1, self.experts_per_model == 1),
+            ("expert_init", "copy", conversion.expert_init is copy),
+            ("normalize_topk_prob", True, self.normalize_topk_prob),
+        ]
+        if lacking := [setting(name, value) for name, value, there in needed if not there]:
+            raise UpcyclingError(
+                f"{setting('statistics', True)} keeps what an expert can be added with later, "
+                f"which takes {' '.join(lacking)}. Give that, or leave statistics out."
+            )
 
     def for_models(self, count: int) -> UpcyclingOptions:
         """The options of the conversion that merges `count` models that give experts."""

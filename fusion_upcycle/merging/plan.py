@@ -5,10 +5,10 @@ everything after the plan is what sparse upcycling does.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.checkpoint.view import TURNED
 from fusion_upcycle.checks import dtype_name
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
+
+
+Made = TypeVar("Made", bound=Merging)
 
 
 def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
@@ -66,24 +69,42 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
     first = next(iter(models.values()))
     frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
     kept = _kept_names(frame)
-    adapters = {
-        name: trained
-        for name in experts
-        if (trained := getattr(models[name].source, "trained", None)) is not None
-    }
+    adapters = {name: trained for name in experts if (trained := models[name].trained) is not None}
     models = {
         name: replace(model, source=frame.architecture.view(model.source, model.config))
         for name, model in models.items()
     }
+    shared = [BASE] if options.shared == "base" else experts
+    make = partial(Merging, models=models)
+    merging = merged_tensors(frame, models, experts, shared, options, make)
+    _tell_adapters(adapters, kept, options)
+    return merging
+
+
+def merged_tensors(
+    frame: Frame,
+    models: Mapping[str, DenseModel],
+    experts: Sequence[str],
+    shared: Sequence[str],
+    options: MergingOptions,
+    make: Callable[..., Made],
+) -> Made:
+    """Decide every tensor of a merge, of models that are known to fit together.
+
+    Args:
+        models: with their tensors under the names that the family goes by.
+        experts: those that give experts, in their order.
+        shared: those whose mean all else is.
+        make: of the fields of a `Merging` but its models.
+    """
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
-        kept=kept,
+        kept=_kept_names(frame),
         experts=experts,
-        shared=[BASE] if options.shared == "base" else experts,
+        shared=shared,
         dtypes={name: spec.dtype for name, spec in frame.layout.specs.items()},
         dtype=frame.dtype,
     )
-    _tell_adapters(adapters, kept, options)
     order = tuple(i for i in range(len(experts)) for _ in range(options.experts_per_model))
     plan = DuplicationPlan(dict.fromkeys(frame.resolved.moe_layers, order))
     return plan_tensors(
@@ -92,10 +113,9 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         plan,
         lambda name: [own_name(model, name) for model in experts],
         partial(
-            Merging,
+            make,
             averaged=merged.averaged,
             merged=merged,
-            models=models,
             experts=experts,
             asked=options,
         ),

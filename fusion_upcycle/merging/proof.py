@@ -73,11 +73,7 @@ def _distances(
     merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
-    if models is None:
-        outputs, is_logits = output_of(streamed_moe(merging, result), sample.inputs)
-    else:
-        with evaluating(moe := models.result(), experts="eager"):
-            outputs, is_logits = output_of(moe, sample.inputs)
+    outputs, is_logits = outputs_of(merging, result, sample, models)
     return {
         name: distance(
             output_of(streamed_dense(merging, model.source), sample.inputs)[0],
@@ -86,3 +82,13 @@ def _distances(
         ).to_json()
         for name, model in merging.models.items()
     }
+
+
+def outputs_of(
+    merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
+) -> tuple[torch.Tensor, bool]:
+    """Outputs of the MoE, and whether they are logits: streamed in float32, or as it is loaded."""
+    if models is None:
+        return output_of(streamed_moe(merging, result), sample.inputs)
+    with evaluating(moe := models.result(), experts="eager"):
+        return output_of(moe, sample.inputs)

@@ -1,16 +1,18 @@
 """MoE merging from folders to a folder and from models to a model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.tensors import StateDictSource
-from fusion_upcycle.conversion.adapted import open_model
+from fusion_upcycle.conversion.adapted import adapted_tensors, open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting, spelled_except
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
@@ -24,6 +26,19 @@ if TYPE_CHECKING:
 _TOKENIZER_FIELDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
 
 
+@contextmanager
+def base_among_models() -> Iterator[None]:
+    """Within the block, errors say how the base is given to a merge: as one of its models."""
+    places = {
+        "base=": f'"{BASE}": "FOLDER" among the models',
+        "method.base=": f"modelpool.models.{BASE}=FOLDER",
+    }
+    here = setting("base", "FOLDER")  # as it is on the command line, and where it was said before
+    with spelled_except(base=next((places[p] for p in places if here.startswith(p)), here)):
+        yield
+
+
+@base_among_models()
 def merge_into_moe(
     models: Mapping[str, str | Path],
     output: str | Path,
@@ -33,6 +48,7 @@ def merge_into_moe(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> Converted:
     """Merge dense models of one shape into a Mixture-of-Experts folder.
@@ -53,6 +69,8 @@ def merge_into_moe(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
         options: fields of `MergingOptions`: shared, base_expert, experts_per_model,
             experts_per_token, router_init, dtype, seed, ...
 
@@ -74,16 +92,20 @@ def merge_into_moe(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
-    merging = plan_merging(
-        {name: DenseModel(*open_model(folders.at(name), chosen.part)) for name in folders.local},
-        chosen,
-    )
+    opened = {name: _opened(folders.at(name), chosen.part) for name in folders.local}
+    merging = plan_merging(opened, chosen)
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)
-    return to_folder(merging, folders)
+    return to_folder(merging, folders, put=merging.put_beside)
+
+
+def _opened(at: Located, part: str) -> DenseModel:
+    config, source = open_model(at, part)
+    return DenseModel(config, source, getattr(source, "trained", None))
 
 
 def plan_models(
@@ -106,7 +128,9 @@ def plan_models(
         UpcyclingError: models, texts or options that do not fit.
     """
     dense = {
-        name: DenseModel(live_config(model), StateDictSource(model.state_dict()))
+        name: DenseModel(
+            live_config(model), StateDictSource(model.state_dict()), adapted_tensors(model)
+        )
         for name, model in models.items()
     }
     return route(plan_merging(dense, options), texts, tokenizer_file, progress=progress)

@@ -44,6 +44,7 @@ class MergeSource:
     ):
         _check_same_tensors(sources)
         self._sources, self._shared = sources, shared
+        self.has_data = all(getattr(source, "has_data", True) for source in sources.values())
         self._kept = frozenset(kept)
         #: name of a kept tensor here -> (model, its name there)
         self._owners: dict[str, tuple[str, str]] = {}

@@ -8,6 +8,7 @@ from fusion_upcycle.method.continued_pretraining import (
     ContinuedPretrainingAlgorithm,
     UpcycleAndTrainAlgorithm,
 )
+from fusion_upcycle.method.expert_addition import ExpertAdditionAlgorithm
 from fusion_upcycle.method.expert_upcycling import ExpertUpcyclingAlgorithm
 from fusion_upcycle.method.moe_merging import (
     MixtralForCausalLMMergingAlgorithm,
@@ -22,6 +23,7 @@ from fusion_upcycle.method.sparse_upcycling import (
 
 __all__ = [
     "ContinuedPretrainingAlgorithm",
+    "ExpertAdditionAlgorithm",
     "ExpertUpcyclingAlgorithm",
     "MixtralForCausalLMMergingAlgorithm",
     "MixtralForCausalLMUpscalingAlgorithm",

@@ -17,6 +17,7 @@ from fusion_upcycle.live.loading import as_folder, load_tokenizer
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
     FUSION_BENCH_KEYS,
+    load_eagerly,
     named_texts,
     plain,
     require_pretrained,
@@ -123,7 +124,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         require_pretrained(modelpool)
         found = as_folder(plain(modelpool._models["_pretrained_"]))
         name = "in memory" if found is None else found[1]
-        model = modelpool.load_model("_pretrained_")
+        model = load_eagerly(modelpool, "_pretrained_")
         # Only a state of the dense model has to be carried over to the experts.
         made = None if self._state is None else upcycling_of(name)
         return self.train(model, processor, Origin(name, made))

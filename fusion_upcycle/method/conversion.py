@@ -21,6 +21,7 @@ from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
     load_pooled,
+    made_whole,
     own_folders,
     pooled_folder,
     require_own_tokenizer,
@@ -60,7 +61,9 @@ class ConversionAlgorithm(BaseAlgorithm):
         if target not in self._targets:
             raise unknown(f"target of {type(self).__name__}:", str(target), self._targets)
 
-    def _output_options(self, overwrite: bool, max_shard_size: int | str) -> OutputOptions:
+    def _output_options(
+        self, overwrite: bool, max_shard_size: int | str, push_to_hub: str | None
+    ) -> OutputOptions:
         require_flag("return_model", self.return_model)
         require_flag("overwrite", overwrite)
         if not self.return_model and self.save_checkpoint is None:
@@ -68,7 +71,12 @@ class ConversionAlgorithm(BaseAlgorithm):
                 "return_model=false without save_checkpoint would throw the result away. Pass "
                 f"{setting('save_checkpoint', 'FOLDER')}."
             )
-        return OutputOptions(overwrite, max_shard_size)
+        if push_to_hub is not None and self.save_checkpoint is None:
+            raise UpcyclingError(
+                f"push_to_hub={push_to_hub} uploads the folder of the result, and there is none. "
+                f"Pass {setting('save_checkpoint', 'FOLDER')}, or {setting('push_to_hub', None)}."
+            )
+        return OutputOptions(overwrite, max_shard_size, push_to_hub=push_to_hub)
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -77,6 +85,7 @@ class ConversionAlgorithm(BaseAlgorithm):
             "verify": self.verify,
             "overwrite": self._writing.overwrite,
             "max_shard_size": self._writing.max_shard_size,
+            "push_to_hub": self._writing.push_to_hub,
         }
 
     def _check_class(self, name: str) -> None:
@@ -120,7 +129,7 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
         """Name -> model of what was given in place of a pool."""
-        return {SOURCE: model}
+        return {SOURCE: made_whole(model)}
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         """The models of a pool that are converted."""
@@ -193,6 +202,8 @@ class ConversionAlgorithm(BaseAlgorithm):
 
     def _report(self, converted: "Converted") -> None:
         log.info("Written to %s; %s", converted.output, converted.proof)
+        for note in converted.notes:
+            log.info(note)
         has_saved(self._program, converted.output)
         # What of the folder's record is of the run, and not of its files.
         folders_own = ("name", "shards", "versions", "copied_files", "proof_in_words")

@@ -59,6 +59,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
         options: those of `fusion_upcycle.ExpansionOptions`; initialisers may also be config nodes
             with `_target_`.
 
@@ -94,6 +95,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **options: Any,
     ):
         keys, given = sort_arguments(self, options)
@@ -118,7 +120,7 @@ class ExpertUpcyclingAlgorithm(ConversionAlgorithm):
                 f"{setting('optimizer_state', None)}."
             )
         resolve_mode(verify, streaming=False)
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
         (found,) = folders.values()

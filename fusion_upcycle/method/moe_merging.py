@@ -15,10 +15,16 @@ from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models
-from fusion_upcycle.merging.run import check_same_tokenizer, merge_into_moe, plan_models
+from fusion_upcycle.merging.run import (
+    base_among_models,
+    check_same_tokenizer,
+    merge_into_moe,
+    plan_models,
+)
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
-from fusion_upcycle.method.pool import PooledFolder, plain
+from fusion_upcycle.method.pool import PooledFolder, made_whole, plain
+from fusion_upcycle.method.spelling import spelled_by_maker
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.verification.proof import resolve_mode
 
@@ -42,6 +48,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
         options: those of `fusion_upcycle.merging.options.MergingOptions`; the base model is
             `_pretrained_`. Initialisers may also be config nodes with `_target_`, and `dtype` is
             that of the pool before it is the models'.
@@ -65,6 +72,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **options: Any,
     ):
         keys, given = sort_arguments(self, options)
@@ -76,11 +84,22 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             raise UpcyclingError(
                 f"method.calibration={calibration!r} must be a mapping, {{model: texts}}."
             )
+        if self._options.statistics and save_checkpoint is None:
+            raise UpcyclingError(
+                f"{setting('statistics', True)} keeps them beside the model, and the result stays "
+                f"in memory. Set {setting('save_checkpoint', 'FOLDER')}."
+            )
         resolve_mode(verify, streaming=False)
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
+
+    @spelled_by_maker
+    def run(self, modelpool: Any) -> "PreTrainedModel | None":
+        """Merge the models of a pool, or models in memory: as `ConversionAlgorithm.run`."""
+        with base_among_models():
+            return super().run(modelpool)
 
     def _named(self, model: Any) -> "Mapping[str, PreTrainedModel]":
-        return dict(model)
+        return {name: made_whole(each) for name, each in dict(model).items()}
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         return [*([BASE] if pool.has_pretrained else []), *pool.model_names]
@@ -133,7 +152,7 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             tokenizer_file=tokenizer_file,
             progress=self._writing.progress,
         )
-        return InMemory(moe, merging, proof)
+        return InMemory(moe, merging, proof, put=merging.put_beside)
 
 
 class MixtralForCausalLMMergingAlgorithm(MoEMergingAlgorithm):

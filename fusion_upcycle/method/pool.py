@@ -7,6 +7,7 @@ from typing import Any
 
 from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CausalLMPool
+from fusion_bench.utils import LazyStateDict
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -94,7 +95,7 @@ def load_pooled(
         model = load_by_config(at.folder, **found.options)
         put_on(model, open_model(at)[1])
         return model
-    model = pool.load_model(name)
+    model = load_eagerly(pool, name)
     if any(".lora_" in tensor for tensor in getattr(model, "state_dict", dict)()):
         raise UpcyclingError(
             f"modelpool.models.{name} is a model with an adapter that is not merged into its "
@@ -102,6 +103,37 @@ def load_pooled(
             "merge it (merge_and_unload)."
         )
     return model
+
+
+def load_eagerly(pool: BaseModelPool, name: str) -> Any:
+    """A model of a pool, also of one that would give a mapping of lazy tensors in its place.
+
+    Raises:
+        UpcyclingError: a lazy mapping of a folder that cannot be loaded.
+    """
+    # A flag of FusionBench's own configs. Such a pool takes its entries apart: they load once.
+    if getattr(pool, "enable_lazy_loading", False):
+        found = pooled_folder(pool, name, streaming=False)
+        if found is not None:
+            return load_by_config(found.source, **found.options)
+    return made_whole(pool.load_model(name))
+
+
+def made_whole(model: Any) -> Any:
+    """The model of FusionBench's mapping of lazy tensors; any other as it is.
+
+    Tensors that were set in the mapping count before those of its folder.
+
+    Raises:
+        UpcyclingError: a folder that cannot be loaded.
+    """
+    if not isinstance(model, LazyStateDict):
+        return model
+    dtype = model._torch_dtype
+    made = load_by_config(model._local_path, **({} if dtype is None else {"dtype": dtype}))
+    if model._state_dict_cache:
+        made.load_state_dict(model._state_dict_cache, strict=False)
+    return made
 
 
 def own_folders(folders: Mapping[str, PooledFolder], bases: Mapping[str, str]) -> list[str]:

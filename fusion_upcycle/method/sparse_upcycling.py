@@ -9,6 +9,7 @@ from fusion_bench.mixins import auto_register_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
 from fusion_upcycle.method.pool import PooledFolder
@@ -34,6 +35,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         return_model: False skips loading a streamed result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
         options: those of `fusion_upcycle.UpcyclingOptions`; initialisers may also be config nodes
             with `_target_`, and `dtype` is that of the pool before it is the source's.
 
@@ -59,6 +61,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **options: Any,
     ):
         keys, given = sort_arguments(self, options)
@@ -66,9 +69,11 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         self._options = make_options(
             num_experts=num_experts, experts_per_token=experts_per_token, **given
         )
+        if not isinstance(base, str | None):
+            raise UpcyclingError(f"base={base!r} must be a folder or Hub id.")
         self._check_target(self._options.target)
         resolve_mode(verify, streaming=False)
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
     def _bases(self, folders: Mapping[str, PooledFolder]) -> Mapping[str, str]:
         return {} if self.base is None else dict.fromkeys(folders, self.base)

@@ -14,6 +14,7 @@ def card_text(body: str, **metadata: Any) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    data = ModelCardData(library_name="transformers", **metadata)
+    known = {name: value for name, value in metadata.items() if value is not None}
+    data = ModelCardData(library_name="transformers", **known)
     card = ModelCard.from_template(data, template_str=_TEMPLATE, body=body)
     return f"{card.content}\n"

@@ -58,8 +58,18 @@ class Images:
         return len(self.table)
 
     def item(self, index: int) -> tuple[Any, int]:
-        """An image, and its label as a whole number."""
-        row = self.table[index]
+        """An image, and its label as a whole number.
+
+        Raises:
+            UpcyclingError: a file that is no image.
+        """
+        try:
+            row = self.table[index]
+        except (OSError, SyntaxError) as error:  # of PIL; a broken PNG is a SyntaxError
+            raise UpcyclingError(
+                f"{self.where}: image {index} cannot be read: {error}. Leave it out or get "
+                "it again."
+            ) from error
         image, label = (row[c] for c in self.columns) if isinstance(row, Mapping) else row
         return image, int(label)
 

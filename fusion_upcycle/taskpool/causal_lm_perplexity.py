@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fusion_bench import BaseTaskPool, auto_register_config
@@ -10,13 +11,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import max_positions
+from fusion_upcycle.live.sending import sending
 from fusion_upcycle.report import Measured
 from fusion_upcycle.taskpool.pool import (
     check_options,
     leave_record,
     load_tokenizer,
     named_texts,
+    plain,
     to_device,
 )
 from fusion_upcycle.texts.documents import load_documents
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 _LONGEST_DEFAULT_CONTEXT = 1024  # tokens
 _HALF_INTERVAL = 1.96  # standard errors: 95 % of a normal distribution
+RANDOM = "random"
 _METRICS = ("loss_nats_per_token", "perplexity", "bits_per_byte")
 
 
@@ -40,6 +45,9 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         context_length: tokens per window; None for the model's positions, 1024 at most.
         stride: tokens from one window to the next; None for half the context.
         batch_size: windows per forward pass.
+        experts: of an MoE, for bounds of what its routing could give: name of each text -> index of
+            the expert that all its tokens go to, or ``random``: each token goes to as many experts
+            as ever, drawn anew in each layer. None leaves it to the routers.
 
     ``evaluate`` returns ``{name: metrics, "average": ..., "model_info": ...}`` and adds its report
     to the section ``taskpool`` of the run record, one entry in ``evaluations`` for each model that
@@ -58,11 +66,13 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         context_length: int | None = None,
         stride: int | None = None,
         batch_size: int = 8,
+        experts: Mapping[str, int] | str | None = None,
         **kwargs: Any,
     ) -> None:
         check_options(self, kwargs)
         super().__init__(**kwargs)
         self.texts: dict[str, Any] = named_texts(texts)
+        self.experts = _checked_experts(plain(experts), self.texts)
         self._evaluations: list[dict[str, Any]] = []
 
     def evaluate(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -78,20 +88,28 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
         report: dict[str, Any] = {}
         with Measured() as cost:
             for name, specification in self.texts.items():
-                report[name] = perplexity(
-                    model,
-                    tokenizer,
-                    load_documents(specification, f"taskpool.texts.{name}"),
-                    context_length=context_length,
-                    stride=stride,
-                    batch_size=self.batch_size,
-                    progress=True,
-                )
+                documents = load_documents(specification, f"taskpool.texts.{name}")
+                with self._routed(model, name):
+                    report[name] = perplexity(
+                        model,
+                        tokenizer,
+                        documents,
+                        context_length=context_length,
+                        stride=stride,
+                        batch_size=self.batch_size,
+                        progress=True,
+                    )
         report["average"] = _average([report[name] for name in self.texts])
         report.update(get_model_summary(model))
         self._evaluations.append({"report": report, **cost.as_record()})
         self._leave(report, context_length, stride)
         return report
+
+    def _routed(self, model: "PreTrainedModel", text: str) -> AbstractContextManager[None]:
+        """In which the tokens of a text go where ``experts`` says."""
+        if self.experts is None:
+            return nullcontext()
+        return sending(model, None if self.experts == RANDOM else self.experts[text])
 
     @rank_zero_only
     def _leave(self, report: dict[str, Any], context_length: int, stride: int) -> None:
@@ -109,8 +127,30 @@ class CausalLMPerplexityTaskPool(BaseTaskPool):
             "context_length": context_length,
             "stride": stride,
             "batch_size": self.batch_size,
+            "experts": self.experts,
         }
         leave_record(self, settings, self._evaluations)
+
+
+def _checked_experts(experts: Any, texts: Mapping[str, Any]) -> Any:
+    """What ``experts`` may be.
+
+    Raises:
+        UpcyclingError: neither ``random`` nor an expert of each text.
+    """
+    if experts is None or experts == RANDOM:
+        return experts
+    if (
+        not isinstance(experts, Mapping)
+        or experts.keys() != texts.keys()
+        or any(type(expert) is not int for expert in experts.values())
+    ):
+        wanted = ", ".join(f"{text}: {index}" for index, text in enumerate(texts))
+        raise UpcyclingError(
+            f"taskpool.experts={experts!r} must be {RANDOM}, or the expert of each text, as in "
+            f"{{{wanted}}}."
+        )
+    return dict(experts)
 
 
 def _with_error(scores: dict[str, Any], metric: str) -> str:

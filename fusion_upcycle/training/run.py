@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.errors import setting
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.training.checkpoints import (
@@ -196,7 +197,7 @@ def _train(
         with kept_pages() if on_cpu else nullcontext():
             trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
     module.routers.close()
-    stopping.after_fit(_stand(trainer, options, checkpoints))
+    stopping.after_fit(_stand(trainer, options, checkpoints, places.resume))
     saved = load_checkpoint(checkpoints_in(checkpoints)[-1])
     trainer.strategy.barrier()  # all have opened it, and it may be removed
     model = before.restored(model, saved["state_dict"], sharded=options.strategy == "fsdp")
@@ -237,13 +238,14 @@ def _train(
     return Trained(model, record)
 
 
-def _stand(trainer: Trainer, options: TrainingOptions, checkpoints: Path) -> str:
+def _stand(trainer: Trainer, options: TrainingOptions, checkpoints: Path, resume: bool) -> str:
     """Of a run that stops: where it is, said by one process."""
     if not trainer.is_global_zero:
         return ""
+    but = "" if resume else f", without {setting('resume', False)}"
     return (
         f"after step {trainer.global_step:,} of {options.steps:,}, saved in {checkpoints}; the "
-        "same command goes on from there"
+        f"same command{but} goes on from there"
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.errors import setting
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def moments_in_words(model: "PreTrainedModel", options: TrainingOptions, output:
     if options.save_moments:
         return f"AdamW's moments: {size}, kept in {output}."
     return (
-        f"AdamW's moments: {size}, not kept in {output}; save_moments=true keeps them, for runs "
-        "that go on from there."
+        f"AdamW's moments: {size}, not kept in {output}; {setting('save_moments', True)} keeps "
+        "them, for runs that go on from there."
     )
 
 

@@ -86,7 +86,8 @@ def plan_tensors(
     """
     config, dense, family = frame.source_config, frame.dense, frame.architecture
     source = _as_ffns(source, frame, plan)
-    if dense.zeroed_padding and config.pad_token_id is not None:
+    known = getattr(source, "has_data", True)
+    if dense.zeroed_padding and config.pad_token_id is not None and known:
         _check_padding(source, config.pad_token_id)
     ffn_names: dict[int, list[dict[str, str]]] = {}
     rules: dict[str, Rule] = {}

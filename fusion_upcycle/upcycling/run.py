@@ -11,7 +11,7 @@ from fusion_upcycle.conversion.live import live_config, require_folder_for_part
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.recorded import without_gone
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 from fusion_upcycle.upcycling.plan import plan_upcycling
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -29,6 +29,7 @@ def upcycle(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> Converted:
     """Turn a dense checkpoint folder into a Mixture-of-Experts folder.
@@ -49,6 +50,8 @@ def upcycle(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
         options: fields of `UpcyclingOptions`: num_experts, experts_per_token, expert_init,
             router_init, dtype, seed, ignore_config_fields.
 
@@ -68,6 +71,7 @@ def upcycle(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
     check_base(folders.at(SOURCE), base)
     return to_folder(plan_folder(folders.at(SOURCE), chosen), folders)
@@ -88,8 +92,8 @@ def check_base(at: Located, base: str | Path | None) -> None:
     """
     if base is not None and at.adapter is None:
         raise UpcyclingError(
-            f"base={base} is given, and {at.folder} is no adapter (it has weights of its own). "
-            "Leave base out."
+            f"{setting('base', str(base))} is given, and {at.folder} is no adapter (it has weights "
+            f"of its own). Leave out {setting('base')}."
         )
 
 

@@ -12,8 +12,8 @@ VerifyMode = Literal["auto", "layers", "logits", "none"]
 
 #: From these on the function of the source is lost: more than half of what its answers say beyond
 #: one answer for all inputs is gone, and not only because they hardly say anything (there 0.1
-#: nats). Of SmolLM2-135M, noise of 0.02 loses 0.2 %, and drop_ratio=0.5 or kept_energy=0.9 more
-#: than all.
+#: nats). Of SmolLM2-135M (2 experts, 128 tokens, where all of it is 2.6 nats) noise of 0.02 loses
+#: 0.3 %, of 0.2 34 %, drop_ratio=0.1 44 %, and 0.5 four times all of it.
 LOST_SHARE, LOST_KL = 0.5, 0.1
 
 

@@ -47,7 +47,7 @@ def check_tensors(
             if result.specs[name] != spec:
                 raise ProofError(f"Tensor {name} is {result.specs[name]}, not {spec}.")
             for made, found in aligned(conversion.chunks(name), result.chunks(name)):
-                if not _same_bits(made, found):
+                if not same_bits(made, found):
                     raise ProofError(
                         f"Tensor {name} differs from its origin: the output is damaged."
                     )
@@ -57,7 +57,7 @@ def check_tensors(
     return counts
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality of bytes: unlike ==, true for equal NaNs and false for 0.0 against -0.0."""
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

@@ -78,8 +78,8 @@ def separator_of(
 def _suggested(vocabulary: Mapping[str, int]) -> str:
     named = next((name for name in _SEPARATORS if name in vocabulary), None)
     if named is None:
-        return "Name one of its vocabulary that stands for it: separator=TOKEN."
-    return f"Name one, as in separator={named}."
+        return f"Name one of its vocabulary that stands for it: {setting('separator', 'TOKEN')}."
+    return f"Name one, as in {setting('separator', named)}."
 
 
 def check_length(options: TrainingOptions, limit: int | None) -> None:
