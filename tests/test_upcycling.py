@@ -478,6 +478,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_thetta": 2.0},
         r'rope_thetta=2.0.*nearly rope_theta.*\["rope_thetta"\]',
     ),
+    "quantised by MLX": ({"quantization": {"bits": 4}}, "quantization=.*quantised"),
     "another masking": ({"is_causal": False}, "field is_causal=False"),
     "sliding window in a Llama": ({"sliding_window": 6}, "sliding_window"),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),

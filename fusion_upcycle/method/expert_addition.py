@@ -40,6 +40,7 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
     """
 
     @spelled_by_maker
+    @spelled_by_maker
     def __init__(
         self,
         data: Any,
