@@ -94,8 +94,8 @@ def merge_into_moe(
         progress=progress,
         push_to_hub=push_to_hub,
     )
-    opened = {name: _opened(folders.at(name), chosen.part) for name in folders.local}
-    merging = plan_merging(opened, chosen)
+    models_of = {name: opened(folders.at(name), chosen.part) for name in folders.local}
+    merging = plan_merging(models_of, chosen)
     check_same_tokenizer(folders.local)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
@@ -103,7 +103,8 @@ def merge_into_moe(
     return to_folder(merging, folders, put=merging.put_beside)
 
 
-def _opened(at: Located, part: str) -> DenseModel:
+def opened(at: Located, part: str = "whole") -> DenseModel:
+    """One of the models of a merge; `part` as in `open_model`."""
     config, source = open_model(at, part)
     return DenseModel(config, source, getattr(source, "trained", None))
 
