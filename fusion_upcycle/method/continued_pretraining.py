@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checks import require_flag
 from fusion_upcycle.errors import UpcyclingError, setting, spelled, unknown
-from fusion_upcycle.live.loading import as_folder, require_findable
+from fusion_upcycle.live.loading import as_folder, load_tokenizer, require_findable
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
     FUSION_BENCH_KEYS,
@@ -148,9 +148,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
 
             return AutoImageProcessor.from_pretrained(self.processor)
         if self.tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            return load_tokenizer(self.tokenizer)
         if getattr(modelpool, "_processor", None) is not None:
             return modelpool.load_processor()
         if pooled is None:
