@@ -426,8 +426,8 @@ def test_a_base_on_the_hub_is_fetched_in_the_revision_that_the_adapter_names(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     edit_adapter(adapter, base_model_name_or_path="someone/llama", revision="v2")
-    for given in (None, "someone/llama", "someone/else"):
-        assert locate_model(adapter, given).folder == base
+    for named in (None, "someone/llama", "someone/else"):
+        assert locate_model(adapter, named).folder == base
     assert asked == [("someone/llama", "v2"), ("someone/llama", "v2"), ("someone/else", None)]
 
 
