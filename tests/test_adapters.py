@@ -415,6 +415,22 @@ def test_another_base_than_the_adapter_names_is_said(
     assert "trained on meta-llama/Llama-3.2-1B; it is put on" in caplog.text
 
 
+def test_a_base_on_the_hub_is_fetched_in_the_revision_that_the_adapter_names(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot(name: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    edit_adapter(adapter, base_model_name_or_path="someone/llama", revision="v2")
+    for named in (None, "someone/llama", "someone/else"):
+        assert locate_model(adapter, named).folder == base
+    assert asked == [("someone/llama", "v2"), ("someone/llama", "v2"), ("someone/else", None)]
+
+
 @pytest.mark.parametrize(
     ("own", "match"),
     [({"a": 1, "b": 0}, "gives the token 'a' the id 1"), ({"a": 0, "b": 1, "<pad>": 2}, None)],

@@ -152,7 +152,10 @@ def _check_files(folder: Path, remedy: str) -> None:
             f"weights_only=True, map_location='cpu').items()}}, '{weights}')\""
         )
     else:
-        raise UpcyclingError(f"{folder} is an adapter without weights: it has no {WEIGHTS_FILE}.")
+        raise UpcyclingError(
+            f"{folder} is an adapter without weights: it has no {WEIGHTS_FILE}. Pickled ones are "
+            "not fetched from the Hub: save it again as safetensors (PEFT's save_pretrained)."
+        )
 
 
 def _check_inside(path: Path, folder: Path) -> None:
