@@ -122,9 +122,9 @@ def agree(
                 "one architecture and shape can be merged. If the difference is none, take the "
                 f"value of {main}: {setting('ignore_config_fields', [*names])}."
             )
-        for field in differing:
-            values = found.setdefault(field, {main: reference.get(field)})
-            values[name] = fields.get(field)
+        for key in differing:
+            values = found.setdefault(key, {main: reference.get(key)})
+            values[name] = fields.get(key)
     return Agreement(main, dict(sorted(found.items())))
 
 
