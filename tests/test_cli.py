@@ -1,6 +1,7 @@
 """The command line: what it prints, what it leaves, and its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -421,3 +422,28 @@ def test_verify_accepts_a_home_folder(
     main(["upcycle", "~/dense", "~/out", "--quiet", "--verify", "none"])
     assert (tmp_path / "out").is_dir()
     main(["verify", "~/out", "--quiet"])
+
+
+@pytest.mark.parametrize("flag", ["--num_experts=2", "--num_experts 2"])
+def test_a_flag_may_be_spelled_as_in_python(flag: str, source: Path, tmp_path: Path) -> None:
+    main(["upcycle", str(source), str(tmp_path / "out"), *flag.split(), "--verify=none", "--quiet"])
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_local_experts"] == 2
+
+
+def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails("upcycle", "a", "b", "--num-exprets", "2") == 2
+    assert "--num-exprets: did you mean --num-experts?" in capsys.readouterr().err
+
+
+def test_the_help_lists_every_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails("--help") == 0
+    said = capsys.readouterr().out
+    for command in ("inspect", "upcycle", "merge", "expand", "train", "verify", "analyze"):
+        assert len(re.findall(rf"^ +{command}\b|fusion_upcycle {command}\b", said, re.M)) == 1
+
+
+def test_lists_are_read_with_brackets_too(source: Path, tmp_path: Path) -> None:
+    edit_config(source, auto_map={"AutoConfig": "configuration_x.XConfig"}, rope_thetta=2.0)
+    run = ["upcycle", str(source), str(tmp_path / "out"), "--verify=none", "--quiet"]
+    main([*run, "--ignore-config-fields", "[auto_map, rope_thetta]"])
+    assert (tmp_path / "out" / "config.json").is_file()

@@ -1,6 +1,8 @@
 """The FusionBench classes: models, pools, streaming; and a whole run of FusionBench's program."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from fusion_bench import BaseModelPool
 from fusion_bench.modelpool import CausalLMPool
+from fusion_bench.utils import instantiate
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from test_plugin import compose
 from tiny import (
     assert_same_bits,
     dense_folder,
@@ -31,6 +35,7 @@ from fusion_upcycle import (
 )
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.options import config_tree
 
 
 def algorithm(output: Path | None = None, **options: Any) -> MixtralForCausalLMUpscalingAlgorithm:
@@ -377,3 +382,19 @@ def test_a_mistyped_method_option_on_the_command_line_is_named(
             "modelpool.tokenizer=null",
             "+method.expert_per_token=2",
         )
+
+
+@pytest.mark.parametrize("name", ["sparse_upcycling", "mixtral_moe_upscaling"])
+def test_the_example_at_the_top_of_the_config_works_as_written(
+    name: str, source: Path, tmp_path: Path
+) -> None:
+    text = (config_tree() / "method" / f"{name}.yaml").read_text()
+    command = re.search(r"#   (fusion_bench (?:.*\\\n# +)*.*)", text)
+    assert command is not None
+    words = shlex.split(command[1].replace("\\\n#", ""))[1:]
+    out = tmp_path / "out"
+    words = [w.replace("PATH_OR_HUB_NAME", str(source)).replace("=OUT", f"={out}") for w in words]
+    cfg = compose(*words)
+    made = instantiate(cfg.method, _recursive_=False)
+    made.run(instantiate(cfg.modelpool, _recursive_=False))
+    assert tensors_of(out)

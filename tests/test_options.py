@@ -49,7 +49,7 @@ def test_the_defaults_are_four_exact_copies_of_which_two_are_used() -> None:
         ({"expert_init": {"name": "drop", "drop_ratio": "half"}}, "drop_ratio"),
         ({"expert_init": {"name": "drop", "paired": "no"}}, "paired"),
         ({"router_init": {"name": "normal", "std": "small"}}, "std"),
-        ({"router_init": {"name": "normal", "std": 0}}, "router_init=zeros"),
+        ({"router_init": {"name": "normal", "std": 0}}, "router_init=.zeros"),
         ({"granularity": 0}, "granularity=0"),
         ({"granularity": 3}, "granularity=3.*divide num_experts=4"),
         ({"expert_intermediate_size": 0}, "expert_intermediate_size=0.*1 or more"),
@@ -181,6 +181,7 @@ def test_the_record_holds_every_option_with_its_default() -> None:
         "dtype": "bfloat16",
         "seed": 0,
         "ignore_config_fields": ["a"],
+        "part": "whole",
     }
 
 

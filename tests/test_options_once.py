@@ -226,11 +226,11 @@ def sparse_upcycling(
     capacity_factor=2.0, routing_group="batch", normalize_topk_prob=True, shared_expert="auto",
     shared_expert_intermediate_size=None, expert_init="copy", router_init="normal", dtype=None,
     seed=0, verify="auto", return_model=True, overwrite=False, max_shard_size="5GB",
-    ignore_config_fields=(), base=None, push_to_hub=None, **kwargs,
+    ignore_config_fields=(), part="whole", base=None, push_to_hub=None, **kwargs,
 ):  # fmt: skip
     """The signature before options had one home; `routing` and the three behind it are new.
 
-    So are `base` and `push_to_hub`.
+    So are `part`, `base` and `push_to_hub`.
     """
 
 
@@ -240,9 +240,9 @@ def moe_merging(
     router_init="normal",
     target="auto", moe_layers="all", normalize_topk_prob=True, expert_init="copy", dtype=None,
     seed=0, verify="auto", return_model=True, overwrite=False, max_shard_size="5GB",
-    ignore_config_fields=(), push_to_hub=None, **kwargs,
+    ignore_config_fields=(), part="whole", push_to_hub=None, **kwargs,
 ):  # fmt: skip
-    """Likewise; `normalize_topk_prob` and `statistics` are new."""
+    """Likewise; `normalize_topk_prob`, `statistics` and `part` are new."""
 
 
 def expert_upcycling(

@@ -108,6 +108,30 @@ def test_a_prototype_router_in_memory_shows_that_it_is_being_made(
     assert "Calibrating the router" in capsys.readouterr().err
 
 
+TRAINING = [
+    *("method=continued_pretraining", "method.tokens=8192"),
+    "method.data={a: {_target_: tiny_training.documents}}",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["method=sparse_upcycling", "modelpool.models._pretrained_=./no"], "models._pretrained_"),
+        ([*TRAINING, "modelpool.models._pretrained_=./no"], "models._pretrained_"),
+        ([*TRAINING, "modelpool.tokenizer=./no"], "tokenizer"),
+        (["method=dummy", "modelpool.tokenizer=./no", *SCORED], "tokenizer"),
+    ],
+    ids=["conversion", "training", "tokenizer", "taskpool"],
+)
+def test_transformers_is_not_asked_for_a_folder_that_is_missing(
+    overrides: list[str], named: str, source: Path, tmp_path: Path
+) -> None:
+    """It would say that `./no` is no name of the Hub, in 100 lines."""
+    with pytest.raises(UpcyclingError, match=rf"modelpool\.{named}: {tmp_path}/no is not a folder"):
+        cli_run(tmp_path / "run", *pool_of(source), "taskpool=dummy", *overrides)
+
+
 @pytest.mark.parametrize("read", [locate, load_by_config])
 def test_a_missing_folder_is_named_whole(read: Any, tmp_path: Path) -> None:
     """As with `hydra.job.chdir`, where it is sought in the folder of the run."""

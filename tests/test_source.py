@@ -114,7 +114,8 @@ def test_all_of_tokenizer_and_processor_is_carried_and_nothing_else(
     )
     assert locate("someone/model") == source
     names = [*CARRIED.split(), *LEFT.split(), "onnx/model.onnx"]
-    fetched = {*filter_repo_objects(names, **asked)}
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    fetched = {*filter_repo_objects(names, **patterns)}
     assert {*CARRIED.split(), "config.json"} <= fetched
     assert not [name for name in fetched if name.endswith((".py", ".bin", ".pt", ".onnx"))]
 

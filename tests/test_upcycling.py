@@ -478,6 +478,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_thetta": 2.0},
         r'rope_thetta=2.0.*nearly rope_theta.*\["rope_thetta"\]',
     ),
+    "quantised by MLX": ({"quantization": {"bits": 4}}, "quantization=.*quantised"),
     "another masking": ({"is_causal": False}, "field is_causal=False"),
     "sliding window in a Llama": ({"sliding_window": 6}, "sliding_window"),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -572,6 +573,35 @@ def test_an_unknown_field_is_accepted_when_declared_without_effect(
     assert convert(
         source, tmp_path / "out", ignore_config_fields=["my_note"], verify="auto"
     ).proof.holds
+
+
+#: What is in config.json of models that people have, and in none of transformers' classes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SmolLM2": {
+        "_model_name_or_path": "x",
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "max_sequence_length": 8192,
+        "unk_token_id": 0,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}, "use_external_data": 1},
+    },
+    "Falcon3": {"activation": "swiglu", "mlp_bias": False, "head_dim": 8},
+    "unsloth": {"unsloth_version": "2026.1", "unsloth_fixed": True, "torch_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("target", ["auto", "sparse"])
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_configs_need_no_ignored_field(
+    model: str, target: str, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_config(source, **PUBLISHED[model])
+    made = convert(source, tmp_path / "moe", target=target, verify="layers")
+    assert made.proof.holds
+    (said,) = [record.getMessage() for record in caplog.records if "unknown" in record.message]
+    known = ("mlp_bias", "head_dim", "torch_dtype")
+    for name, value in PUBLISHED[model].items():
+        assert (f"{name}={value!r}" in said) == (name not in known)
 
 
 @pytest.mark.parametrize("field", ["attention_bias", "sliding_window"])

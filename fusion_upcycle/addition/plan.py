@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fusion_upcycle.addition.addition import MODEL, Addition
+from fusion_upcycle.addition.addition import Addition
 from fusion_upcycle.addition.within import DenseWithin, WithFFNs
 from fusion_upcycle.architectures.layout import file_layout
 from fusion_upcycle.architectures.weightless import WeightlessSource
@@ -69,8 +69,7 @@ def plan_addition(
             moe_config=moe_config,
             added=added,
             models={added: checked.models[added]},
-            main=MODEL,
-            agreement=checked.agreement,
+            agreement=replace(checked.agreement, main="the merged model"),
         ),
         main=experts[0],
     )
@@ -99,7 +98,7 @@ def _as_merged(like: DenseModel, experts: Sequence[str], options: MergingOptions
     """The merge that made the model, of models without data."""
     return plan_merging(
         dict.fromkeys(experts if BASE in experts else [BASE, *experts], like),
-        replace(options, shared="base", vocabulary="base", base_expert=BASE in experts),
+        replace(options, shared="base", base_expert=BASE in experts),
     )
 
 
@@ -124,5 +123,4 @@ def _check_model(moe: TensorSource, config: "PreTrainedConfig", merging: Merging
 
 def _checked(like: DenseModel, added: str, new: DenseModel, options: MergingOptions) -> Merging:
     """The merge of the new model alone with its like: what stands in its way is said as there."""
-    options = replace(options, shared="base", vocabulary="base", base_expert=True)
-    return plan_merging({BASE: like, added: new}, options)
+    return plan_merging({BASE: like, added: new}, replace(options, shared="base", base_expert=True))

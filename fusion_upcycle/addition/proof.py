@@ -14,7 +14,7 @@ import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
-from fusion_upcycle.merging.proof import on_common_ids, outputs_of
+from fusion_upcycle.merging.proof import inputs_of_all, outputs_of
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense
 from fusion_upcycle.verification.function import Models, Sample, distance, output_of
@@ -104,9 +104,9 @@ def _distances(
     """How far the result's outputs are from those of the model, and of the new model itself."""
     compute = torch.promote_types(addition.dtype, torch.float32)
     new = addition.models[addition.added]
-    inputs, common = on_common_ids(sample.inputs, [addition.config, new.config])
+    inputs, common = inputs_of_all([addition.config, new.config], sample.inputs)
     outputs, is_logits = outputs_of(addition, result, inputs, models)
-    rows = common if is_logits else slice(None)
+    rows = slice(common) if is_logits and common else slice(None)
     family = addition.architecture.for_config(addition.moe_config)
     before = {
         "model": streamed_model(addition.moe_config, addition.moe, family, None, compute),

@@ -21,9 +21,8 @@ from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.prototypes import Moments
-from fusion_upcycle.merging.run import opened, say
+from fusion_upcycle.merging.run import agree_on_files, opened, say
 from fusion_upcycle.merging.statistics import STATISTICS_FOLDER, read_statistics
-from fusion_upcycle.merging.tokenizers import compare_tokenizers
 from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.upcycling.run import check_base
 
@@ -94,7 +93,9 @@ def add_expert(
     )
     check_base(folders.at(added), base)
     addition = merged.plan(added, folders.at(added))
-    addition = say(addition, compare_tokenizers(folders.local, MODEL).in_words(MODEL))
+    configs = {MODEL: addition.config, added: addition.models[added].config}
+    companions = agree_on_files(folders.local, configs, MODEL)
+    addition = say(addition, companions.notes)
     folders.check_tokenizer(addition.config)
     known = merged.statistics(addition)
     texts = {added: load_documents(data, "data")}
@@ -102,7 +103,7 @@ def add_expert(
         print(addition.shared_in_words, flush=True)
     larger = {layer: seen.with_one_more() for layer, seen in known.items()}
     addition = route(addition, texts, folders.tokenizer_file, known=larger, progress=progress)
-    return to_folder(addition, folders, put=addition.put_beside)
+    return to_folder(addition, folders, put=addition.put_beside, put_last=companions.put)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,12 @@ def architecture_for(dense_type: str, target: str = AUTO) -> Architecture:
             f"T.from_pretrained('FOLDER').save_pretrained('FOLDER-vision')\", or use "
             "modelpool=CLIPVisionModelPool/folders inside FusionBench, which takes the tower."
         )
+    if dense_type in MOE_FAMILIES or dense_type.startswith("sparse_"):
+        raise UpcyclingError(
+            f"The source is a {dense_type!r} model, an MoE already. Give it more experts with "
+            "expand: python -m fusion_upcycle expand SOURCE OUTPUT, fusion_upcycle.expand, or "
+            "method=expert_upcycling inside FusionBench."
+        )
     supported = ", ".join(sorted(taken))
     raise UpcyclingError(
         f"The source is a {dense_type!r} model, which cannot be upcycled"

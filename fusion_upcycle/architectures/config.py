@@ -160,15 +160,19 @@ NO_EFFECT = frozenset(
     }
 )
 
+_QUANTISED = (
+    "The checkpoint is quantised: upcycle the unquantised one, or dequantise it first "
+    "(model.dequantize() and save_pretrained in transformers)."
+)
+
 #: Fields that no conversion of ours can honour, whatever the family.
 REQUIRED = {
     "chunk_size_feed_forward": (0, "Set it to 0."),
     "is_encoder_decoder": (False, "Only decoder models can be upcycled."),
-    "quantization_config": (
-        None,
-        "The checkpoint is quantised: upcycle the unquantised one, or dequantise it first "
-        "(model.dequantize() and save_pretrained in transformers).",
-    ),
+    "quantization_config": (None, _QUANTISED),
+    # of other software: compressed-tensors' older name, MLX
+    "compression_config": (None, _QUANTISED),
+    "quantization": (None, _QUANTISED),
 }
 
 

@@ -185,6 +185,28 @@ def _file_slots(_: str, held: _Held) -> dict[str, LiveSlot]:
     return {name: slots[int(number)] for name, number in saved.items()}
 
 
+def as_renamed(source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
+    """A checkpoint whose names transformers changes as it loads them, by the names it gives them.
+
+    Such as the text half of a Qwen3.5, which is saved under the names of the whole.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_checkpoint_conversion_mapping(config.model_type) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    if not renamings or len(config.architectures or ()) != 1:
+        return source
+    model = empty_model(config)
+    state = model.state_dict()
+    names = {name: name for name in source.specs}
+    for name in source.specs.keys() - state.keys():
+        live, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+        if live in state and live not in names:
+            names[live] = names.pop(name)
+    return RenamedSource(source, names) if any(n != own for n, own in names.items()) else source
+
+
 def dense_view(source: TensorSource, config: "PreTrainedConfig") -> TensorSource:
     """A dense checkpoint under the names that transformers gives its tensors in the live model.
 

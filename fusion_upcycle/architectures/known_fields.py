@@ -78,6 +78,8 @@ def unknown_fields(
         UpcyclingError: one that is nearly the name of a known field, or one of a model that is read
             in another family's words.
     """
+    from transformers import PreTrainedConfig
+
     kinds: tuple[Any, Any] = (type(source), target)
     found = [
         name
@@ -85,6 +87,7 @@ def unknown_fields(
         if value is not None and not any(knows(kind, name) for kind in kinds)
     ]
     own = getattr(source, READ_FROM, None)
+    meant = (_known(kinds[0]) | _known(kinds[1])) - {*dir(PreTrainedConfig)}
     for name in found:
         if own is not None and name != READ_FROM and name not in ignored:
             raise UpcyclingError(
@@ -92,7 +95,7 @@ def unknown_fields(
                 "may mean something to code of the model's own. If it changes nothing in the "
                 f"forward pass, {remove_or_ignore([name], ignored)}."
             )
-        near = get_close_matches(name, _known(kinds[0]) | _known(kinds[1]), 1, _NEARLY)
+        near = get_close_matches(name, meant, 1, _NEARLY)
         if near and name not in ignored and not name.endswith(("_token_id", "_token_ids")):
             raise UpcyclingError(
                 f"config.json of the {source.model_type} source: unknown field "

@@ -319,7 +319,7 @@ def convert_config(source: "PreTrainedConfig", shape: "MoEShape") -> "PreTrained
     from fusion_upcycle.models.modeling_sparse import BIDIRECTIONAL
 
     fields = source.to_dict()
-    for name in ("chunk_size_feed_forward", "quantization_config"):
+    for name in (field for field in REQUIRED if field != "is_encoder_decoder"):
         only, remedy = REQUIRED[name]
         if (value := fields.get(name, only)) != only:
             raise UpcyclingError(

@@ -23,19 +23,7 @@ prove what came out. COMMAND --help explains a command, with examples.
 """
 
 EXAMPLES = """\
-examples:
-  python -m fusion_upcycle inspect  --recipe mixtral_8x7b
-  python -m fusion_upcycle inspect  ./llama-1b --num-experts 8
-  python -m fusion_upcycle upcycle  ./llama-1b ./llama-8x1b --num-experts 8 --experts-per-token 2
-  python -m fusion_upcycle upcycle  ./llama-1b ./out --expert-init noise,noise_std=0.02
-  python -m fusion_upcycle merge    ./moe --model math=./math-1b --model code=./code-1b
-  python -m fusion_upcycle add-expert ./moe ./law-1b ./moe-3 --data ./law.jsonl
-  python -m fusion_upcycle expand   ./llama-8x1b ./llama-16x1b --router-extension split --demo
-  python -m fusion_upcycle train    ./llama-8x1b ./trained --demo --tokens 1000000
-  python -m fusion_upcycle verify   ./llama-8x1b
-  python -m fusion_upcycle analyze  ./llama-8x1b --demo
-  python -m fusion_upcycle benchmark experiment=three_domains jobs=2
-  python -m fusion_upcycle report   outputs/benchmark/three_domains -o ./report
+examples: python -m fusion_upcycle COMMAND --help
 
 Task pools are FusionBench's: fusion_bench method=dummy taskpool=...
 (docs/fusionbench.md).

@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+import sys
+from difflib import get_close_matches
 from pkgutil import resolve_name
 from typing import Any
 
@@ -45,7 +47,22 @@ class Command(argparse.ArgumentParser):
             options = resolve_name(late)
             _add_flags(self.add_argument_group("what decides the result"), options)
             self.set_defaults(options=names(options))
-        return super().parse_known_args(*args, **kwargs)
+        given = args[0] if args and args[0] is not None else kwargs.pop("args", None)
+        given = [self._as_flag(word) for word in (sys.argv[1:] if given is None else given)]
+        parsed, left = super().parse_known_args(given, *args[1:], **kwargs)
+        for word in left:
+            flag = word.partition("=")[0]
+            near = get_close_matches(flag, self._option_string_actions, 1, 0.7)
+            if flag.startswith("--") and near:
+                self.error(f"unrecognized argument {flag}: did you mean {near[0]}?")
+        return parsed, left
+
+    def _as_flag(self, word: str) -> str:
+        """A flag in the spelling of Python and YAML, `--num_experts=8`, with hyphens."""
+        flag, equals, value = word.partition("=")
+        hyphened = flag.replace("_", "-")
+        is_one = flag.startswith("--") and hyphened in self._option_string_actions
+        return f"{hyphened}{equals}{value}" if is_one else word
 
 
 def _add_flags(group: "argparse._ArgumentGroup", options: type) -> None:

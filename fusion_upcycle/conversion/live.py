@@ -8,8 +8,10 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from fusion_upcycle.architectures.layout import class_name, model_class
+from fusion_upcycle.architectures.text_part import text_type
 from fusion_upcycle.checkpoint.tensors import aligned
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.tensors import LiveTensors
 
 if TYPE_CHECKING:
@@ -22,6 +24,19 @@ def live_config(model: "PreTrainedModel") -> "PreTrainedConfig":
     config.architectures = [type(model).__name__]
     config.dtype = None
     return config
+
+
+def require_folder_for_part(config: "PreTrainedConfig", part: str) -> None:
+    """Refuse the text part of a model in memory, which is made from folder to folder.
+
+    Raises:
+        UpcyclingError: it is asked for.
+    """
+    if part == "text" and text_type(config) is not None:
+        raise UpcyclingError(
+            "part=text goes from folder to folder, without the rest in memory: pass "
+            f"{setting('save_checkpoint', 'FOLDER')}, or use fusion_upcycle.upcycle."
+        )
 
 
 def fill_live(conversion: Conversion, source: "PreTrainedModel") -> "PreTrainedModel":

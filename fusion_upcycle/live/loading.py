@@ -6,6 +6,7 @@ the folder of an MoE would so lose its FFNs in silence.
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,33 @@ def load_processor(folder: str | Path, model: "PreTrainedModel") -> Any:
     Raises:
         UpcyclingError: there is none.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor
 
-    takes_images = model.main_input_name == "pixel_values"
-    kind: Any = AutoImageProcessor if takes_images else AutoTokenizer
+    if model.main_input_name != "pixel_values":
+        return load_tokenizer(folder)
+    return _made(AutoImageProcessor, folder)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder or Hub id.
+
+    Raises:
+        UpcyclingError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(folder).expanduser()
+    pieces = sorted(path.glob("*.model")) if path.is_dir() else []
+    needs = pieces and not (path / "tokenizer.json").is_file()
+    if needs and find_spec("sentencepiece") is None:  # transformers asks for another package
+        raise UpcyclingError(
+            f"{path} has its tokenizer in {pieces[0].name} alone, which the package sentencepiece "
+            "reads: pip install sentencepiece"
+        )
+    return _made(AutoTokenizer, folder)
+
+
+def _made(kind: Any, folder: str | Path) -> Any:
     try:
         return kind.from_pretrained(_source(folder))
     except UpcyclingError:
@@ -198,6 +222,24 @@ def _own_config(folder: str | Path, auto_class: Any) -> "PreTrainedConfig | None
     # A class may be of a part of what is in the folder.
     part = getattr(config, getattr(wanted, "base_config_key", ""), None)
     return part if wanted is not None and isinstance(part, wanted) else config
+
+
+def require_findable(folder: Any, where: str) -> None:
+    """Refuse, before others load it, a path that is not here and that cannot be a Hub id.
+
+    Args:
+        folder: what is no text, or another kind of address (`://`), is not looked at.
+        where: the option that names it.
+
+    Raises:
+        UpcyclingError: with the whole path.
+    """
+    if not isinstance(folder, str) or "://" in folder:
+        return
+    try:
+        _source(folder)
+    except UpcyclingError as error:
+        raise UpcyclingError(f"{where}: {error}") from None
 
 
 def _unloadable(folder: str | Path, name: str, error: Exception) -> UpcyclingError:

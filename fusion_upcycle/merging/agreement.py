@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.architectures.config import WITH_CODE
@@ -70,8 +70,8 @@ class Agreement:
         fields: field in which they differ -> model -> its value, main's first.
     """
 
-    main: str
-    fields: Mapping[str, Mapping[str, Any]]
+    main: str = ""
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def in_words(self) -> list[str]:
         """What was taken from where, for people."""
@@ -122,9 +122,9 @@ def agree(
                 "one architecture and shape can be merged. If the difference is none, take the "
                 f"value of {main}: {setting('ignore_config_fields', [*names])}."
             )
-        for field in differing:
-            values = found.setdefault(field, {main: reference.get(field)})
-            values[name] = fields.get(field)
+        for key in differing:
+            values = found.setdefault(key, {main: reference.get(key)})
+            values[name] = fields.get(key)
     return Agreement(main, dict(sorted(found.items())))
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -66,7 +66,7 @@ class Merging(Upcycling):
     merged: MergeSource
     models: Mapping[str, DenseModel]
     main: str
-    agreement: Agreement
+    agreement: Agreement = field(default_factory=Agreement)
     notes: Sequence[str] = ()
     experts: Sequence[str]
     statistics: Mapping[int, Moments] | None = None
@@ -139,7 +139,6 @@ class Merging(Upcycling):
                 for model in self.experts
             },
             "sources": dict(sources),
-            "main": self.main,
             "differences": {"config": self.agreement.fields, "notes": self.said},
         }
 

@@ -55,7 +55,7 @@ class MergingOptions:
         statistics: keep what the prototype router was made of, a D x D matrix per MoE layer, beside
             the model, for `add-expert`.
         experts_per_token, target, moe_layers, normalize_topk_prob, expert_init, dtype, seed,
-        ignore_config_fields: as in `UpcyclingOptions`.
+        ignore_config_fields, part: as in `UpcyclingOptions`.
 
     Raises:
         UpcyclingError: an option out of range, or an unknown name.
@@ -76,6 +76,7 @@ class MergingOptions:
     dtype: "str | torch.dtype | None" = same_as(UpcyclingOptions, "dtype")
     seed: int = same_as(UpcyclingOptions, "seed")
     ignore_config_fields: Sequence[str] = same_as(UpcyclingOptions, "ignore_config_fields")
+    part: str = same_as(UpcyclingOptions, "part")
 
     def __post_init__(self) -> None:
         from fusion_upcycle.router_init import with_default

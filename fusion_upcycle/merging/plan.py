@@ -87,7 +87,7 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
     adapters = {name: trained for name in experts if (trained := models[name].trained) is not None}
     models = _alike(models, frame)
     shared = [BASE] if options.shared == "base" else experts
-    make = partial(Merging, models=models, main=main, agreement=agreement)
+    make = partial(Merging, models=models, agreement=agreement)
     merging = merged_tensors(frame, models, experts, shared, options, make, main=main)
     _tell_adapters(adapters, kept, options)
     return merging
@@ -109,8 +109,8 @@ def merged_tensors(
         models: with their tensors under the names that the family goes by.
         experts: those that give experts, in their order.
         shared: those whose mean all else is.
-        make: of the fields of a `Merging` but its models and how they agree.
-        main: the model whose vocabulary the result has.
+        make: of the fields of a `Merging` but its models.
+        main: the model whose config and vocabulary the result has.
     """
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
@@ -133,6 +133,7 @@ def merged_tensors(
             make,
             averaged=merged.averaged,
             merged=merged,
+            main=main,
             experts=experts,
             asked=options,
         ),

@@ -7,7 +7,7 @@ Details of the proof, beside the common fields:
 - `sources`: distance of the MoE's outputs from those of each source model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,11 +77,13 @@ def _distances(
     merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
-    inputs, common = on_common_ids(sample.inputs, [m.config for m in merging.models.values()])
+    names = list(merging.models)
+    inputs, common = inputs_of_all([merging.models[name].config for name in names], sample.inputs)
     outputs, is_logits = outputs_of(merging, result, inputs, models)
-    rows = common if is_logits else slice(None)
+    rows = slice(common) if is_logits and common else slice(None)
     found = {}
-    for name, model in merging.models.items():
+    for name in names:
+        model = merging.models[name]
         dense = streamed_dense(merging, model.source, model.config)
         reference = output_of(dense, inputs)[0]
         found[name] = distance(
@@ -90,14 +92,15 @@ def _distances(
     return found
 
 
-def on_common_ids(inputs: Inputs, configs: "Iterable[PreTrainedConfig]") -> tuple[Inputs, slice]:
-    """Inputs of token ids that all models have, and the logits that all of them have."""
-    common = min(map(vocabulary_of, configs))
-    found = {
+def inputs_of_all(
+    configs: "Sequence[PreTrainedConfig]", inputs: Inputs
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Inputs with ids that all models have, and the number of these; 0 for images."""
+    common = min(vocabulary_of(config) for config in configs)
+    return {
         name: ids if ids.is_floating_point() else ids.clamp(max=common - 1)
         for name, ids in inputs.items()
-    }
-    return found, slice(common or None)
+    }, common
 
 
 def outputs_of(

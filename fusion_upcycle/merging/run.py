@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=Merging)
+Planned = TypeVar("Planned", bound=Merging)
 
 
 @contextmanager
@@ -99,7 +98,8 @@ def merge_into_moe(
         progress=progress,
         push_to_hub=push_to_hub,
     )
-    merging = plan_merging({name: opened(folders.at(name)) for name in folders.local}, chosen)
+    models_of = {name: opened(folders.at(name), chosen.part) for name in folders.local}
+    merging = plan_merging(models_of, chosen)
     folders = replace(folders, main=merging.main)
     check_companions(folders.source)
     configs = {name: model.config for name, model in merging.models.items()}
@@ -111,9 +111,9 @@ def merge_into_moe(
     return to_folder(merging, folders, put=merging.put_beside, put_last=companions.put)
 
 
-def opened(at: Located) -> DenseModel:
-    """One of the models of a merge."""
-    config, source = open_model(at)
+def opened(at: Located, part: str = "whole") -> DenseModel:
+    """One of the models of a merge; `part` as in `open_model`."""
+    config, source = open_model(at, part)
     return DenseModel(config, source, getattr(source, "trained", None))
 
 
@@ -170,7 +170,7 @@ def agree_on_files(
     return replace(found, notes=[*reads.in_words(main), *found.notes])
 
 
-def say(merging: M, notes: Sequence[str]) -> M:
+def say(merging: Planned, notes: Sequence[str]) -> Planned:
     """The merge, whose record says these too; and all of it on the screen."""
     merging = replace(merging, notes=notes)
     for line in merging.said:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fusion_upcycle.checks import require_flag
 from fusion_upcycle.errors import UpcyclingError, setting, spelled, unknown
-from fusion_upcycle.live.loading import as_folder
+from fusion_upcycle.live.loading import as_folder, load_tokenizer, require_findable
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.pool import (
     FUSION_BENCH_KEYS,
@@ -124,6 +124,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         require_pretrained(modelpool)
         found = as_folder(plain(modelpool._models["_pretrained_"]))
         name = "in memory" if found is None else found[1]
+        require_findable(None if found is None else name, "modelpool.models._pretrained_")
         model = load_eagerly(modelpool, "_pretrained_")
         # Only a state of the dense model has to be carried over to the experts.
         made = None if self._state is None else upcycling_of(name)
@@ -133,19 +134,24 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """The tokenizer or image processor that was asked for, else the pool's.
 
         Raises:
-            UpcyclingError: there is neither.
+            UpcyclingError: there is neither, or no such folder.
         """
+        pooled = getattr(modelpool, "tokenizer", None)
+        for given, where in (
+            (self.processor, "method.processor"),
+            (self.tokenizer, "method.tokenizer"),
+            (pooled, "modelpool.tokenizer"),
+        ):
+            require_findable(given, where)
         if self.processor is not None:
             from transformers import AutoImageProcessor
 
             return AutoImageProcessor.from_pretrained(self.processor)
         if self.tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            return load_tokenizer(self.tokenizer)
         if getattr(modelpool, "_processor", None) is not None:
             return modelpool.load_processor()
-        if getattr(modelpool, "tokenizer", None) is None:
+        if pooled is None:
             raise UpcyclingError(
                 "There is no tokenizer and no image processor: set method.tokenizer or "
                 "method.processor (path or Hub id), or run with a model pool that has one "

@@ -41,6 +41,7 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
     """
 
     @spelled_by_maker
+    @spelled_by_maker
     def __init__(
         self,
         data: Any,

@@ -17,7 +17,7 @@ from fusion_upcycle.conversion.adapted import open_model, put_on
 from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.files import by_name
-from fusion_upcycle.live.loading import load_by_config
+from fusion_upcycle.live.loading import load_by_config, require_findable
 
 #: Keywords that FusionBench gives to every class of its configs.
 FUSION_BENCH_KEYS = ("_recursive_", "_usage_", "_version_")
@@ -59,9 +59,12 @@ def pooled_folder(
     """The folder or Hub id of a model; None where the pool makes the model otherwise.
 
     Raises:
-        UpcyclingError: a loading option that streaming cannot honour, by name.
+        UpcyclingError: a folder that is not there; a loading option that streaming cannot honour,
+            by name.
     """
     found = _causal(pool, name) if isinstance(pool, CausalLMPool) else None
+    if found is not None:
+        require_findable(found[0], f"modelpool.models.{name}")
     if hasattr(pool, "named_folder"):  # ours
         found = pool.named_folder(name)
     if found is None:

@@ -77,7 +77,7 @@ def spelled_by_maker(method: Callable[..., Result]) -> Callable[..., Result]:
         if method.__name__ == "__init__":
             self._by_config = made_by_config()
         # Where it is a part of another one, that one has said so.
-        if not (self._by_config and spelled_in_python()):
+        if not (getattr(self, "_by_config", False) and spelled_in_python()):
             return method(self, *args, **kwargs)
         with spelled(overrides_at("method", getattr(self, "option_places", None))):
             return method(self, *args, **kwargs)

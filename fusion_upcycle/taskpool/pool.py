@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.files import by_name
+from fusion_upcycle.live import loading
 from fusion_upcycle.report import write_run_record
 from fusion_upcycle.report.program import prepare
 
@@ -81,18 +82,18 @@ def load_tokenizer(pool: BaseTaskPool, name: str | None) -> "PreTrainedTokenizer
     """The tokenizer that was named, else that of the program's model pool.
 
     Raises:
-        UpcyclingError: there is neither.
+        UpcyclingError: there is neither, or no such folder.
     """
     if name is not None:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
+        loading.require_findable(name, "taskpool.tokenizer")
+        return loading.load_tokenizer(name)
     program = pool._program
     if program is None or getattr(program.modelpool, "tokenizer", None) is None:
         raise UpcyclingError(
             "There is no tokenizer: set taskpool.tokenizer (path or Hub name), or run with a "
             "model pool that has one (modelpool.tokenizer)."
         )
+    loading.require_findable(program.modelpool.tokenizer, "modelpool.tokenizer")
     return program.modelpool.load_tokenizer()
 
 

@@ -3,6 +3,7 @@
 Shapes: W sequences, T tokens of each.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -122,9 +123,15 @@ def calibration_sequences(
             "that has it (tokenizer)."
         )
     if not tokenizer_file.is_file():
+        folder = str(tokenizer_file.parent)
+        code = (
+            "from transformers import AutoTokenizer as T; "
+            f"T.from_pretrained({folder!r}).save_pretrained({folder!r})"
+        )
         raise UpcyclingError(
             "Calibration text needs the model's tokenizer.json, and there is none at "
-            f"{tokenizer_file}: put it there."
+            f"{tokenizer_file}: put it there, or have transformers make it of the one there is "
+            f"(pip install sentencepiece): python -c {shlex.quote(code)}"
         )
     tokenizer = read_tokenizer(tokenizer_file)
     count = -(-tokens // (context_length * len(texts)))

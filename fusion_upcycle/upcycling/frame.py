@@ -10,6 +10,7 @@ from fusion_upcycle.architectures import ARCHITECTURES, OWN, architecture_for
 from fusion_upcycle.architectures.base import Architecture, DenseLayout
 from fusion_upcycle.architectures.known_fields import say_unknown
 from fusion_upcycle.architectures.layout import FileLayout, file_layout
+from fusion_upcycle.architectures.text_part import refuse_whole
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checks import AUTO, parse_dtype
 from fusion_upcycle.errors import UpcyclingError, setting
@@ -59,6 +60,7 @@ def plan_frame(
     Raises:
         UpcyclingError: unsupported family, option, config field or mix of dtypes.
     """
+    refuse_whole(source_config, {d for a in ARCHITECTURES.values() for d in a.dense})
     family = architecture_for(source_config.model_type, options.target)
     try:
         architecture, source_config, resolved, config = _expressed(family, source_config, options)

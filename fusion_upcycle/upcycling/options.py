@@ -34,6 +34,7 @@ SHARED_EXPERTS = (AUTO, "copy", "zero", "none")
 ROUTINGS = ("token_choice", "expert_choice", "hash")
 ROUTER_SCORES = (AUTO, "softmax", "sigmoid")
 ROUTING_GROUPS = ("batch", "sequence")
+PARTS = ("whole", "text")
 CALIBRATED_ROUTERS = ("prototype",)
 #: Files of `config/method/router_init/` that are another one's with options, for recipes.
 PRESET_ROUTERS = ("normal_0_02",)
@@ -88,8 +89,12 @@ class UpcyclingOptions:
             logits at step 0; `zeros` is a good check of a conversion, and a poor start.
         dtype: of the result; by default the source's.
         seed: of every random draw.
-        ignore_config_fields: unknown fields of the source's config.json that you know to be without
-            effect; others are refused.
+        ignore_config_fields: fields of the source's config.json that you know to be without effect,
+            where they are refused. Fields that no class of transformers knows are said and left
+            out; refused are those that one knows and the result cannot express, and those that are
+            nearly the name of a known one.
+        part: of a model of text and images: the `whole`, or its `text` model alone, the rest of
+            which is left out. Other models are whole.
 
     Raises:
         UpcyclingError: an option out of range, or an unknown name.
@@ -113,6 +118,7 @@ class UpcyclingOptions:
     dtype: "str | torch.dtype | None" = choice(None, DTYPES)
     seed: int = 0
     ignore_config_fields: Sequence[str] = ()
+    part: str = choice("whole", PARTS)
 
     def __post_init__(self) -> None:
         from fusion_upcycle.expert_init import EXPERT_INITS
@@ -144,6 +150,7 @@ class UpcyclingOptions:
             ("routing", ROUTINGS),
             ("router_scores", ROUTER_SCORES),
             ("routing_group", ROUTING_GROUPS),
+            ("part", PARTS),
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.checkpoint.located import Located
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.adapted import open_model
-from fusion_upcycle.conversion.live import live_config
+from fusion_upcycle.conversion.live import live_config, require_folder_for_part
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.recorded import without_gone
 from fusion_upcycle.conversion.run import SOURCE, open_folders, to_folder
@@ -79,7 +79,8 @@ def upcycle(
 
 def plan_folder(source: Located | Path, options: UpcyclingOptions) -> Upcycling:
     """Plan the conversion of a local model, reading its headers and config only."""
-    config, tensors = open_model(Located(source) if isinstance(source, Path) else source)
+    at = Located(source) if isinstance(source, Path) else source
+    config, tensors = open_model(at, options.part)
     return plan_upcycling(tensors, config, options)
 
 
@@ -98,7 +99,9 @@ def check_base(at: Located, base: str | Path | None) -> None:
 
 def plan_model(dense: "PreTrainedModel", options: UpcyclingOptions) -> Upcycling:
     """Plan the conversion of a live model, for `fusion_upcycle.conversion.run.to_model`."""
-    return plan_upcycling(StateDictSource(dense.state_dict()), live_config(dense), options)
+    config = live_config(dense)
+    require_folder_for_part(config, options.part)
+    return plan_upcycling(StateDictSource(dense.state_dict()), config, options)
 
 
 def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:

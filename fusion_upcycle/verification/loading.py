@@ -1,12 +1,15 @@
 """What transformers makes of a folder: all of it in memory, or which of its tensors it finds."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusion_upcycle.architectures.layout import class_name, model_class
+from fusion_upcycle.architectures.text_part import key_mapping, text_type
+from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.errors import ProofError
 from fusion_upcycle.report.progress import loading_bars, without_load_report
@@ -60,7 +63,12 @@ def load_model(
     """Load a folder with transformers' own class for a config, which it may not be of itself."""
     with loading_bars(progress):
         kind: Any = model_class(class_name(config))
-        model: PreTrainedModel = kind.from_pretrained(
-            folder, config=copy.deepcopy(config), dtype=dtype
-        )
+        whole, more = read_config(folder), {}
+        is_part = text_type(whole) is not None and whole.model_type != config.model_type
+        if is_part:
+            more = {"key_mapping": key_mapping(CheckpointReader(folder), config)}
+        with without_load_report() if is_part else nullcontext():  # of all that is no part of it
+            model: PreTrainedModel = kind.from_pretrained(
+                folder, config=copy.deepcopy(config), dtype=dtype, **more
+            )
     return model
