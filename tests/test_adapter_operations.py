@@ -68,6 +68,7 @@ def test_the_record_names_adapter_and_base_and_verify_proves_it_again(
     assert source["files"].keys() == {"adapter_model.safetensors"}
     assert source["base"]["name"] == str(tmp_path / "base")
     assert source["base"]["files"].keys() == {"model.safetensors"}
+    assert "`code, a LoRA adapter of base`" in (tmp_path / "moe" / "README.md").read_text()
     assert verify(tmp_path / "moe", progress=False).holds
 
     for name in ("base", "code"):

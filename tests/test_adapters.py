@@ -447,13 +447,35 @@ FIELDS = (
 )
 
 
-@settings(
-    max_examples=30,
+fuzz = settings(
+    max_examples=20,
     deadline=None,
     database=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@fuzz
+@given(
+    name=st.sampled_from([A, B, f"{PREFIX}lm_head.weight", f"{PREFIX}model.norm.weight", PREFIX]),
+    ending=st.sampled_from(["", ".weight", ".base_layer.weight", ".lora_embedding_A", "."]),
+    shape=st.lists(st.sampled_from([0, 1, 4, 32, 48, 67]), max_size=3),
+)
+def test_any_tensor_is_read_or_refused(
+    name: str, ending: str, shape: list[int], adapter: Path, shared: Path
+) -> None:
+    shutil.copy(shared / "adapter" / WEIGHTS, adapter / WEIGHTS)
+    edit_adapter(adapter, lambda t: t.update({name + ending: torch.ones(shape)}))
+    try:
+        source = opened(adapter)
+        for own in source.trained:
+            assert source.tensor(own).isfinite().all()
+    except UpcyclingError as error:
+        assert len(str(error)) > 20
+
+
+@fuzz
 @given(field=st.sampled_from(FIELDS.split()), value=anything)
 def test_any_field_is_read_or_refused(
     field: str, value: Any, adapter: Path, base: Path, shared: Path

@@ -8,15 +8,18 @@ import pytest
 import tiny_adapters
 import tiny_sparse
 import torch
+from fusion_bench.modelpool import CausalLMPool
 from helpers import merge
+from omegaconf import OmegaConf
 from test_families import MATRIX
 from test_method import run
 from test_plugin import compose
 from tiny import assert_same_bits, edit_tensors, load, logits_of, tensors_of
 from tiny_adapters import lora
 from tiny_merges import STATISTICS, TEXTS, add, merged, speakers, statistics_of, text_of, with_merge
+from transformers import PreTrainedModel
 
-from fusion_upcycle import ExpertAdditionAlgorithm
+from fusion_upcycle import ExpertAdditionAlgorithm, MoEMergingAlgorithm
 from fusion_upcycle.cli import main
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError
@@ -227,3 +230,31 @@ def test_a_run_of_fusion_bench_adds_an_expert(
         ExpertAdditionAlgorithm("x.txt", str(tmp_path / "live")).run(models)
     with pytest.raises(UpcyclingError, match=r"set data=\"PATH\""):
         ExpertAdditionAlgorithm(None, str(tmp_path / "live"))
+
+
+def test_a_merge_in_memory_keeps_them_beside_what_it_saves(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = {name: text_of(made, name) for name in ("one", "two")}
+    options = {"shared": "base", "calibration": texts, "verify": "none", **STATISTICS}
+    pool = CausalLMPool(
+        OmegaConf.create(
+            {name: {"_target_": f"{__name__}.loaded", "folder": str(made[name])} for name in WHOLE}
+        ),
+        tokenizer=str(made[BASE]),
+    )
+    MoEMergingAlgorithm(2, str(tmp_path / "moe"), **options).run(pool)
+    moments = "moments.safetensors"
+    assert statistics_of(tmp_path / "moe")[moments] == statistics_of(made["moe"])[moments]
+    assert str(made["one"].parent).encode() not in statistics_of(tmp_path / "moe")["config.json"]
+    add(tmp_path / "moe", made["three"], tmp_path / "out", data=text_of(made, "three"))
+    with pytest.raises(UpcyclingError, match=r"statistics=True keeps them.*save_checkpoint="):
+        MoEMergingAlgorithm(2, **options)
+
+
+WHOLE = (BASE, "one", "two")
+
+
+def loaded(folder: str) -> PreTrainedModel:
+    """A model that a pool makes by a function, so that it cannot be streamed."""
+    return load(Path(folder))

@@ -82,6 +82,13 @@ def test_equals_as_written_share_a_mark(tmp_path: Path) -> None:
     assert marks(tables_of(tmp_path)["scores"], "t") == {"a": "best", "b": "best", "c": "second"}
 
 
+def test_bounds_among_the_references_do_not_compete(tmp_path: Path) -> None:
+    for name, value in (("a", 0.5), ("b", 0.6)):
+        record(tmp_path / name, name, {"t": value})
+    record(tmp_path / "bound", "bound", {"t": 0.1}, group="Reference Results")
+    assert marks(tables_of(tmp_path)["scores"], "t") == {"a": "best", "b": "second"}
+
+
 def test_relative_scores_turn_round_where_lower_is_better(tables: dict[str, Table]) -> None:
     shown = texts(tables["normalised"])
     assert shown["Fine-tuned (source)"][1] == "1.000"

@@ -108,6 +108,23 @@ def test_encoders_and_images_lose_it_too(name: str, tmp_path: Path) -> None:
     assert kept["function"]["share_lost"] < 0.1
 
 
+@pytest.mark.parametrize(("capacity", "lost"), [(0.1, True), (1.0, False)])
+def test_tokens_that_no_expert_takes_are_a_loss(
+    capacity: float, lost: bool, tmp_path: Path
+) -> None:
+    tiny_sparse.dense_folder(tmp_path / "dense", "clip_vision_model")
+    proof = convert(
+        tmp_path / "dense",
+        tmp_path / "moe",
+        verify="auto",
+        target="sparse",
+        routing="expert_choice",
+        capacity_factor=capacity,
+        num_experts=8,
+    ).record["proof"]
+    assert proof.get("lost") == (f"{LOST}, or choose a larger capacity_factor" if lost else None)
+
+
 def test_an_expansion_loses_it_too(tmp_path: Path) -> None:
     init = {"name": "noise", "noise_std": 3.0}
     made = grow(demo_model("moe"), tmp_path / "grown", verify="auto", expert_init=init)

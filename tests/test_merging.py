@@ -213,7 +213,14 @@ def test_means_are_computed_in_pieces_and_rounded_once() -> None:
     sources = {str(i): StateDictSource({"x": value}) for i, value in enumerate(values)}
     names = list(sources)
     source = MergeSource(
-        sources, kept=[], experts=names, shared=names, dtypes={}, dtype=torch.float32
+        sources,
+        main="0",
+        vocabularies={},
+        kept=[],
+        experts=names,
+        shared=names,
+        dtypes={},
+        dtype=torch.float32,
     )
     expected = (sum(value.double() for value in values) / 3).float()
     assert [len(chunk) for chunk in source.chunks("x")] == [CHUNK_ELEMENTS, 3]

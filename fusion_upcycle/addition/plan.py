@@ -69,7 +69,9 @@ def plan_addition(
             moe_config=moe_config,
             added=added,
             models={added: checked.models[added]},
+            agreement=replace(checked.agreement, main="the merged model"),
         ),
+        main=experts[0],
     )
 
 

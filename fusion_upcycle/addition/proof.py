@@ -14,7 +14,7 @@ import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
-from fusion_upcycle.merging.proof import outputs_of
+from fusion_upcycle.merging.proof import inputs_of_all, outputs_of
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense
 from fusion_upcycle.verification.function import Models, Sample, distance, output_of
@@ -103,15 +103,18 @@ def _distances(
 ) -> dict[str, dict[str, float]]:
     """How far the result's outputs are from those of the model, and of the new model itself."""
     compute = torch.promote_types(addition.dtype, torch.float32)
-    outputs, is_logits = outputs_of(addition, result, sample, models)
+    new = addition.models[addition.added]
+    inputs, common = inputs_of_all([addition.config, new.config], sample.inputs)
+    outputs, is_logits = outputs_of(addition, result, inputs, models)
+    rows = slice(common) if is_logits and common else slice(None)
     family = addition.architecture.for_config(addition.moe_config)
     before = {
         "model": streamed_model(addition.moe_config, addition.moe, family, None, compute),
-        addition.added: streamed_dense(addition, addition.models[addition.added].source),
+        addition.added: streamed_dense(addition, new.source, new.config),
     }
     return {
         name: distance(
-            output_of(model, sample.inputs)[0], outputs.cpu(), logits=is_logits
+            output_of(model, inputs)[0][..., rows], outputs[..., rows].cpu(), logits=is_logits
         ).to_json()
         for name, model in before.items()
     }

@@ -14,15 +14,14 @@ from fusion_upcycle.checkpoint.located import Located, locate_model
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.staging import RECORD_FILE
-from fusion_upcycle.conversion.adapted import open_model
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
 from fusion_upcycle.errors import ProofError, UpcyclingError, setting
 from fusion_upcycle.merging.calibration import route
-from fusion_upcycle.merging.merging import DenseModel, Merging
+from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.prototypes import Moments
-from fusion_upcycle.merging.run import check_same_tokenizer
+from fusion_upcycle.merging.run import agree_on_files, opened, say
 from fusion_upcycle.merging.statistics import STATISTICS_FOLDER, read_statistics
 from fusion_upcycle.texts.documents import load_documents
 from fusion_upcycle.upcycling.run import check_base
@@ -47,6 +46,7 @@ def add_expert(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    push_to_hub: str | None = None,
 ) -> Converted:
     """Add one expert to a model that was merged with `statistics=true`.
 
@@ -67,6 +67,8 @@ def add_expert(
         overwrite: replace an earlier output of ours.
         max_shard_size: of the files, as in "5GB".
         progress: show progress bars.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload the finished folder to; made
+            private if it is not there. Name and token are checked before any work.
 
     Returns:
         What was made and proven.
@@ -87,10 +89,13 @@ def add_expert(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         progress=progress,
+        push_to_hub=push_to_hub,
     )
     check_base(folders.at(added), base)
     addition = merged.plan(added, folders.at(added))
-    check_same_tokenizer(folders.local)
+    configs = {MODEL: addition.config, added: addition.models[added].config}
+    companions = agree_on_files(folders.local, configs, MODEL)
+    addition = say(addition, companions.notes)
     folders.check_tokenizer(addition.config)
     known = merged.statistics(addition)
     texts = {added: load_documents(data, "data")}
@@ -98,7 +103,7 @@ def add_expert(
         print(addition.shared_in_words, flush=True)
     larger = {layer: seen.with_one_more() for layer, seen in known.items()}
     addition = route(addition, texts, folders.tokenizer_file, known=larger, progress=progress)
-    return to_folder(addition, folders, put=addition.put_beside)
+    return to_folder(addition, folders, put=addition.put_beside, put_last=companions.put)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Merged:
             self._dense_config(),
             self.experts,
             added,
-            DenseModel(*open_model(fine_tune)),
+            opened(fine_tune),
             self.options,
         )
 

@@ -147,8 +147,8 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     if not path.is_file():
         if (folder / CONFIG_FILE).is_file():
             raise UpcyclingError(
-                f"{folder} is a PEFT adapter (no config.json), which upcycle, merge, inspect and "
-                f"verify take as it is. For others, merge it: {merge_command(folder)}."
+                f"{folder} is a PEFT adapter (no config.json), which upcycle, merge, add-expert, "
+                f"inspect and verify take as it is. For others, merge it: {merge_command(folder)}."
             )
         raise UpcyclingError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     if (beside := folder / "adapter_config.json").is_file():

@@ -66,6 +66,8 @@ def _add_expert(parsed: argparse.Namespace) -> None:
         verify=parsed.verify,
         overwrite=parsed.overwrite,
         max_shard_size=parsed.max_shard_size,
+        push_to_hub=parsed.push_to_hub,
         progress=not parsed.quiet,
     )
-    print(f"{made.proof}\n{made.record['shared_weights']}\nOutput: {made.output}")
+    said = made.record["shared_weights"]
+    print(made.proof, said, *made.notes, f"Output: {made.output}", sep="\n")

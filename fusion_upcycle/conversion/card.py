@@ -48,7 +48,8 @@ def model_card(conversion: "Conversion", record: Mapping[str, Any]) -> str:
     counts, options = record["parameters"], record["options"]
     # Only a Hub id is a valid base_model; a local path means nothing to others.
     sources = record.get("sources", {"": record["source"]}).values()
-    on_hub = [source["name"] for source in sources if source["from_hub"]]
+    adapted = [source["base"] for source in sources if "base" in source]
+    on_hub = list(dict.fromkeys(s["name"] for s in [*sources, *adapted] if s["from_hub"]))
     rows = [
         ("class", record["class"]),
         ("parameters, total", f"{counts['total']:,}"),
@@ -140,9 +141,10 @@ nothing keeps the experts in balance. The loss of balance counts {weight:g} time
 
 
 def public_name(source: Mapping[str, Any]) -> str:
-    """The name of a source model as others may read it."""
+    """The name of a source model as others may read it; of an adapter with its base's."""
     # Where it lies on this machine is nobody else's business.
-    return str(source["name"]) if source["from_hub"] else Path(source["name"]).name
+    name = str(source["name"]) if source["from_hub"] else Path(source["name"]).name
+    return f"{name}, a LoRA adapter of {public_name(source['base'])}" if "base" in source else name
 
 
 def _initialisers(options: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

@@ -138,12 +138,14 @@ def to_folder(
     folders: Folders,
     *,
     put: Callable[[Path], object] | None = None,
+    put_last: Callable[[Path], list[str]] | None = None,
     resumable: bool = True,
 ) -> Converted:
     """Stream a planned conversion to its folder; neither model is ever in memory.
 
     Args:
         put: puts what this conversion has beside its weights into the staged folder.
+        put_last: puts files beside those of the main model, or in their place; returns their names.
         resumable: whether the record tells exactly what is converted.
 
     Raises:
@@ -156,7 +158,12 @@ def to_folder(
     def companions(staging: Path) -> list[str]:
         if put is not None:
             put(staging)
-        return copy_companions(folders.source, staging)
+        copied = copy_companions(folders.source, staging)
+        return copied + [
+            name
+            for name in (put_last(staging) if put_last is not None else [])
+            if name not in copied
+        ]
 
     return write_output(
         conversion,

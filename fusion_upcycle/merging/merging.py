@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.conversion.card import CardWords, public_name
+from fusion_upcycle.merging.agreement import Agreement, vocabulary_of
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.proof import prove_merging
 from fusion_upcycle.merging.prototypes import Moments
@@ -51,6 +52,9 @@ class Merging(Upcycling):
         asked: what was asked for; `options` is what the upcycling makes of it.
         merged: the models as one source.
         models: all of them, the base under the name `BASE`.
+        main: the one whose config, vocabulary and files the result has.
+        agreement: in what their configs differ.
+        notes: what else differs, what was carried and dropped, in words.
         experts: names of the models that give experts, in the order of the experts.
         statistics: MoE layer -> what its router was made of, to be kept beside the model.
     """
@@ -61,6 +65,9 @@ class Merging(Upcycling):
     asked: MergingOptions
     merged: MergeSource
     models: Mapping[str, DenseModel]
+    main: str
+    agreement: Agreement = field(default_factory=Agreement)
+    notes: Sequence[str] = ()
     experts: Sequence[str]
     statistics: Mapping[int, Moments] | None = None
 
@@ -68,6 +75,16 @@ class Merging(Upcycling):
     def claims_exact(self) -> bool:
         """False: a merge computes no one model's function."""
         return False
+
+    @property
+    def said(self) -> list[str]:
+        """In what the models differ, and what of that the result has, a line each."""
+        rows = {name: vocabulary_of(model.config) for name, model in self.models.items()}
+        lines = self.agreement.in_words()
+        if len({*rows.values()}) > 1:
+            counts = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+            lines.append(f"vocabularies differ ({counts}): the rows are those of {self.main}")
+        return [*lines, *self.notes]
 
     def as_dense(self, model: str) -> DenseView:
         """The dense model that is left if only the experts of `model` are ever chosen."""
@@ -122,6 +139,7 @@ class Merging(Upcycling):
                 for model in self.experts
             },
             "sources": dict(sources),
+            "differences": {"config": self.agreement.fields, "notes": self.said},
         }
 
     def in_words(self, record: Mapping[str, Any]) -> CardWords:
@@ -132,6 +150,9 @@ class Merging(Upcycling):
             + (f", experts {places}" if (places := record["experts"].get(name)) else "")
             for name, source in record["sources"].items()
         )
+        said = record.get("differences", {}).get("notes", [])
+        differences = "These models differ:\n\n" + "\n".join(f"- {line}" for line in said) + "\n\n"
+        differences = differences if said else ""
         rest = "the base model's" if options["shared"] == "base" else "the mean over these models"
         return CardWords(
             f"""A sparse Mixture-of-Experts model merged from several dense models of one shape with
@@ -139,7 +160,7 @@ fusion_upcycle {version}:
 
 {models}
 
-The experts of each layer are these models' FFNs; all else is {rest}. The router picks
+{differences}The experts of each layer are these models' FFNs; all else is {rest}. The router picks
 {options["experts_per_token"]} experts for each token. It has not been trained since.""",
             {"parameters of each dense source": record["parameters"]["dense"]},
             "proof",

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 SHARED = ("average", "base")
+VOCABULARY = ("base", "largest")
 #: Options that a conversion does not know.
-_OWN = ("shared", "base_expert", "experts_per_model", "calibration_tokens", "statistics")
+_OWN = (
+    "shared",
+    "vocabulary",
+    "base_expert",
+    "experts_per_model",
+    "calibration_tokens",
+    "statistics",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,9 @@ class MergingOptions:
     Attributes:
         shared: where all that is not an FFN of an MoE layer comes from: `average` over the models
             that give experts, or `base`.
+        vocabulary: of models with different numbers of token ids, whose the result has, and whose
+            tokenizer and chat template: those of the `base` model (of the first model where there
+            is no base), or the `largest`. Rows that only some models have are the mean over these.
         base_expert: the base model gives experts too, and so counts in the average.
         experts_per_model: copies of each model's FFN, 1 or more. More than one is for training;
             with `router_init=prototype` the copies share a row.
@@ -51,6 +62,7 @@ class MergingOptions:
     """
 
     shared: str = choice("average", SHARED)
+    vocabulary: str = choice("base", VOCABULARY)
     base_expert: bool = False
     experts_per_model: int = 1
     experts_per_token: int = same_as(UpcyclingOptions, "experts_per_token")
@@ -70,6 +82,8 @@ class MergingOptions:
 
         if self.shared not in SHARED:
             raise unknown("shared", str(self.shared), SHARED)
+        if self.vocabulary not in VOCABULARY:
+            raise unknown("vocabulary", str(self.vocabulary), VOCABULARY)
         require_flag("base_expert", self.base_expert)
         require_flag("statistics", self.statistics)
         require_whole("experts_per_model", self.experts_per_model, at_least=1)

@@ -4,22 +4,25 @@ Branch-Train-MiX (arXiv 2403.07816), planned as a duplication plan with several 
 everything after the plan is what sparse upcycling does.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from fusion_upcycle.checkpoint.view import TURNED
+from fusion_upcycle.architectures.layout import empty_model, tied_names
+from fusion_upcycle.checkpoint.view import TURNED, RenamedSource
 from fusion_upcycle.checks import dtype_name
+from fusion_upcycle.conversion.completeness import held_twice
 from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.experts import DuplicationPlan
+from fusion_upcycle.merging.agreement import agree, vocabulary_of
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions
 from fusion_upcycle.merging.source import MergeSource, own_name
 from fusion_upcycle.upcycling.frame import Frame, plan_frame, source_dtype
 from fusion_upcycle.upcycling.plan import plan_tensors
-from fusion_upcycle.verification.names import differences, meaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,6 +54,15 @@ def expert_models(models: Iterable[str], options: MergingOptions) -> list[str]:
     return experts
 
 
+def main_model(configs: "Mapping[str, PreTrainedConfig]", options: MergingOptions) -> str:
+    """The model whose config, vocabulary, tokenizer and other files the result has."""
+    first = BASE if BASE in configs else next(iter(configs))
+    if options.vocabulary == "base":
+        return first
+    rows = {name: vocabulary_of(config) for name, config in configs.items()}
+    return max([first, *configs], key=lambda name: rows[name])
+
+
 def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> Merging:
     """Decide every tensor of the merged MoE; refuse, by name, models that do not fit together.
 
@@ -59,24 +71,24 @@ def plan_merging(models: Mapping[str, DenseModel], options: MergingOptions) -> M
         options: what to make of them.
 
     Raises:
-        UpcyclingError: fewer than two experts, a missing base, or models that differ in a config
-            field, a tensor or a shape; and whatever sparse upcycling refuses.
+        UpcyclingError: fewer than two experts, a missing base, or models that differ in what their
+            forward pass needs, a tensor or a shape; and whatever sparse upcycling refuses.
     """
     experts = expert_models(models, options)
-    _check_alike(models)
+    models = _with_classes(models)
+    configs = {name: model.config for name, model in models.items()}
+    main = main_model(configs, options)
+    agreement = agree(configs, main, options.ignore_config_fields)
+    source_config = _with_stop_tokens(configs, main)
     if options.dtype is None:
         _check_dtypes(models)
-    first = next(iter(models.values()))
-    frame = plan_frame(first.source, first.config, options.for_models(len(experts)))
+    frame = plan_frame(models[main].source, source_config, options.for_models(len(experts)))
     kept = _kept_names(frame)
     adapters = {name: trained for name in experts if (trained := models[name].trained) is not None}
-    models = {
-        name: replace(model, source=frame.architecture.view(model.source, model.config))
-        for name, model in models.items()
-    }
+    models = _alike(models, frame)
     shared = [BASE] if options.shared == "base" else experts
-    make = partial(Merging, models=models)
-    merging = merged_tensors(frame, models, experts, shared, options, make)
+    make = partial(Merging, models=models, agreement=agreement)
+    merging = merged_tensors(frame, models, experts, shared, options, make, main=main)
     _tell_adapters(adapters, kept, options)
     return merging
 
@@ -88,6 +100,8 @@ def merged_tensors(
     shared: Sequence[str],
     options: MergingOptions,
     make: Callable[..., Made],
+    *,
+    main: str,
 ) -> Made:
     """Decide every tensor of a merge, of models that are known to fit together.
 
@@ -96,9 +110,12 @@ def merged_tensors(
         experts: those that give experts, in their order.
         shared: those whose mean all else is.
         make: of the fields of a `Merging` but its models.
+        main: the model whose config and vocabulary the result has.
     """
     merged = MergeSource(
         {name: model.source for name, model in models.items()},
+        main=main,
+        vocabularies={name: vocabulary_of(model.config) for name, model in models.items()},
         kept=_kept_names(frame),
         experts=experts,
         shared=shared,
@@ -116,10 +133,56 @@ def merged_tensors(
             make,
             averaged=merged.averaged,
             merged=merged,
+            main=main,
             experts=experts,
             asked=options,
         ),
     )
+
+
+def _with_classes(models: Mapping[str, DenseModel]) -> dict[str, DenseModel]:
+    """The models, those whose config does not say a class with that of the first that does."""
+    said = next((m.config.architectures for m in models.values() if m.config.architectures), None)
+    found = {}
+    for name, model in models.items():
+        config = model.config
+        if not config.architectures and said is not None:
+            config = copy.deepcopy(config)
+            config.architectures = said
+        found[name] = replace(model, config=config)
+    return found
+
+
+def _with_stop_tokens(configs: "Mapping[str, PreTrainedConfig]", main: str) -> "PreTrainedConfig":
+    """Main's config; where it says no stop token, with those that all others agree on."""
+    found = [ids for c in configs.values() if (ids := getattr(c, "eos_token_id", None)) is not None]
+    config = configs[main]
+    if getattr(config, "eos_token_id", None) is not None or not found:
+        return config
+    numbers = found[0] if isinstance(found[0], list) else [found[0]]
+    if any(ids != found[0] for ids in found) or max(numbers) >= vocabulary_of(config):
+        return config
+    config = copy.deepcopy(config)
+    config.eos_token_id = found[0]
+    return config
+
+
+def _alike(models: Mapping[str, DenseModel], frame: Frame) -> dict[str, DenseModel]:
+    """The models' tensors under the family's names, without what only some have and none needs."""
+    family = frame.architecture
+    seen = {name: family.view(model.source, model.config) for name, model in models.items()}
+    in_all = set.intersection(*({*source.specs} for source in seen.values()))
+    found = {}
+    for name, source in seen.items():
+        extra = source.specs.keys() - in_all
+        left_out = {tensor for tensor in extra if tensor.endswith(frame.dense.derived)}
+        if extra:  # second names of tied tensors
+            tied = tied_names(empty_model(frame.source_config))
+            left_out |= held_twice(source, tied)[0] & extra
+        names = {tensor: tensor for tensor in source.specs if tensor not in left_out}
+        source = RenamedSource(source, names) if left_out else source
+        found[name] = replace(models[name], source=source)
+    return found
 
 
 def _kept_names(frame: Frame) -> list[str]:
@@ -155,27 +218,6 @@ def _tell_adapters(
                 name,
                 ", ".join(elsewhere),
             )
-
-
-def _check_alike(models: Mapping[str, DenseModel]) -> None:
-    """All models must be the same but for their weights, so far as config.json says."""
-    (first, reference), *others = models.items()
-    expected = _fields(reference.config)
-    for name, model in others:
-        if (found := _fields(model.config)) != expected:
-            raise UpcyclingError(
-                f"Model {name} differs from model {first} (config.json): "
-                f"{differences(found, expected)}. Only models of one architecture and shape can "
-                "be merged."
-            )
-
-
-def _fields(config: "PreTrainedConfig") -> dict[str, Any]:
-    return {
-        "model_type": config.model_type,
-        "architectures": config.architectures,
-        **meaning(config),
-    }
 
 
 def _check_dtypes(models: Mapping[str, DenseModel]) -> None:

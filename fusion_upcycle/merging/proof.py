@@ -7,17 +7,21 @@ Details of the proof, beside the common fields:
 - `sources`: distance of the MoE's outputs from those of each source model.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.merging.agreement import vocabulary_of
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
-from fusion_upcycle.verification.function import Models, Sample, distance, output_of
+from fusion_upcycle.verification.function import Inputs, Models, Sample, distance, output_of
 from fusion_upcycle.verification.proof import Findings, require_exact
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from fusion_upcycle.merging.merging import Merging
 
 
@@ -73,22 +77,37 @@ def _distances(
     merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
 ) -> dict[str, dict[str, float]]:
     """How far the MoE's outputs are from those of each source model."""
-    outputs, is_logits = outputs_of(merging, result, sample, models)
-    return {
-        name: distance(
-            output_of(streamed_dense(merging, model.source), sample.inputs)[0],
-            outputs.cpu(),
-            logits=is_logits,
+    names = list(merging.models)
+    inputs, common = inputs_of_all([merging.models[name].config for name in names], sample.inputs)
+    outputs, is_logits = outputs_of(merging, result, inputs, models)
+    rows = slice(common) if is_logits and common else slice(None)
+    found = {}
+    for name in names:
+        model = merging.models[name]
+        dense = streamed_dense(merging, model.source, model.config)
+        reference = output_of(dense, inputs)[0]
+        found[name] = distance(
+            reference[..., rows], outputs[..., rows].cpu(), logits=is_logits
         ).to_json()
-        for name, model in merging.models.items()
-    }
+    return found
+
+
+def inputs_of_all(
+    configs: "Sequence[PreTrainedConfig]", inputs: Inputs
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Inputs with ids that all models have, and the number of these; 0 for images."""
+    common = min(vocabulary_of(config) for config in configs)
+    return {
+        name: ids if ids.is_floating_point() else ids.clamp(max=common - 1)
+        for name, ids in inputs.items()
+    }, common
 
 
 def outputs_of(
-    merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
+    merging: "Merging", result: TensorSource, inputs: Inputs, models: Models | None
 ) -> tuple[torch.Tensor, bool]:
     """Outputs of the MoE, and whether they are logits: streamed in float32, or as it is loaded."""
     if models is None:
-        return output_of(streamed_moe(merging, result), sample.inputs)
+        return output_of(streamed_moe(merging, result), inputs)
     with evaluating(moe := models.result(), experts="eager"):
-        return output_of(moe, sample.inputs)
+        return output_of(moe, inputs)

@@ -1,29 +1,33 @@
 """MoE merging from folders to a folder and from models to a model."""
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusion_upcycle.checkpoint.located import Located
+from fusion_upcycle.checkpoint.source import check_companions
 from fusion_upcycle.checkpoint.tensors import StateDictSource
 from fusion_upcycle.conversion.adapted import adapted_tensors, open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
-from fusion_upcycle.errors import UpcyclingError, setting, spelled_except
+from fusion_upcycle.errors import setting, spelled_except
 from fusion_upcycle.merging.calibration import route
+from fusion_upcycle.merging.companions import Companions, agree_on_companions, live_notes
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
 from fusion_upcycle.merging.plan import expert_models, plan_merging
+from fusion_upcycle.merging.tokenizers import compare_tokenizers
 from fusion_upcycle.texts.documents import named_documents
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-#: What of a `tokenizer.json` decides which ids a text becomes; the rest is the last call's state.
-_TOKENIZER_FIELDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
+log = logging.getLogger(__name__)
+Planned = TypeVar("Planned", bound=Merging)
 
 
 @contextmanager
@@ -94,15 +98,20 @@ def merge_into_moe(
         progress=progress,
         push_to_hub=push_to_hub,
     )
-    merging = plan_merging({name: _opened(folders.at(name)) for name in folders.local}, chosen)
-    check_same_tokenizer(folders.local)
+    merging = plan_merging({name: opened(folders.at(name)) for name in folders.local}, chosen)
+    folders = replace(folders, main=merging.main)
+    check_companions(folders.source)
+    configs = {name: model.config for name, model in merging.models.items()}
+    companions = agree_on_files(folders.local, configs, merging.main)
+    merging = say(merging, companions.notes)
     folders.check_tokenizer(merging.config)
     texts = named_documents(calibration)
     merging = route(merging, texts, folders.tokenizer_file, progress=progress)
-    return to_folder(merging, folders, put=merging.put_beside)
+    return to_folder(merging, folders, put=merging.put_beside, put_last=companions.put)
 
 
-def _opened(at: Located) -> DenseModel:
+def opened(at: Located) -> DenseModel:
+    """One of the models of a merge."""
     config, source = open_model(at)
     return DenseModel(config, source, getattr(source, "trained", None))
 
@@ -113,6 +122,7 @@ def plan_models(
     *,
     texts: Mapping[str, Sequence[str]],
     tokenizer_file: Path | None = None,
+    notes: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Merging:
     """Plan the merge of live models, for `fusion_upcycle.conversion.run.to_model`.
@@ -121,6 +131,7 @@ def plan_models(
         models: name -> model.
         texts: for `router_init=prototype`, model -> documents.
         tokenizer_file: `tokenizer.json` for these.
+        notes: what the models' files have been found to differ in; None if nobody looked.
         progress: show a bar while the models run on their texts.
 
     Raises:
@@ -132,32 +143,35 @@ def plan_models(
         )
         for name, model in models.items()
     }
-    return route(plan_merging(dense, options), texts, tokenizer_file, progress=progress)
+    merging = plan_merging(dense, options)
+    notes = live_notes(models, merging.main) if notes is None else notes
+    return route(say(merging, notes), texts, tokenizer_file, progress=progress)
 
 
-def check_same_tokenizer(folders: Mapping[str, Path]) -> None:
-    """Refuse models whose `tokenizer.json`, where they have one, gives other token ids.
+def agree_on_files(
+    folders: Mapping[str, Path], configs: "Mapping[str, PreTrainedConfig]", main: str
+) -> Companions:
+    """Compare the tokenizers of all models, and decide whose templates and the like are carried.
+
+    Args:
+        folders: model -> its folder.
+        configs: model -> its config.
+        main: the model whose files the result has.
+
+    Returns:
+        What the result's folder gets beside these, and what is to be said.
 
     Raises:
-        UpcyclingError: names the model and what differs.
+        UpcyclingError: another tokenizer, naming the model, the file and what differs.
     """
-    found = {
-        name: json.loads(path.read_bytes())
-        for name, folder in folders.items()
-        if (path := folder / "tokenizer.json").is_file()
-    }
-    if not found:
-        return
-    if lacking := folders.keys() - found.keys():
-        raise UpcyclingError(
-            f"Models {sorted(lacking)} have no tokenizer.json, others have ({', '.join(found)}). "
-            "Put it there if the tokenizer is the same: only such models can be merged."
-        )
-    (first, reference), *others = found.items()
-    for name, tokenizer in others:
-        for field in _TOKENIZER_FIELDS:
-            if tokenizer.get(field) != reference.get(field):
-                raise UpcyclingError(
-                    f"Model {name} has another tokenizer than model {first}: {field} differs "
-                    "(tokenizer.json). Only models of one tokenizer can be merged."
-                )
+    reads = compare_tokenizers(folders, main)
+    found = agree_on_companions(folders, configs, main, reads.dropped)
+    return replace(found, notes=[*reads.in_words(main), *found.notes])
+
+
+def say(merging: Planned, notes: Sequence[str]) -> Planned:
+    """The merge, whose record says these too; and all of it on the screen."""
+    merging = replace(merging, notes=notes)
+    for line in merging.said:
+        log.warning("The models differ: %s.", line)
+    return merging

@@ -57,7 +57,9 @@ def write_statistics(
     tensors = {f"{layer}.means": seen.means_ND.contiguous() for layer, seen in moments.items()}
     tensors |= {f"{layer}.summed": seen.summed_DD.contiguous() for layer, seen in moments.items()}
     save_file(tensors, place / _FILE)
-    text = json.dumps(config.to_dict(), indent=2, default=dtype_name)
+    # Where a model lies on this machine is nobody else's business.
+    said = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    text = json.dumps(said, indent=2, default=dtype_name)
     (place / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -34,6 +34,7 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
         return_model: False skips loading the result.
         overwrite: replace an earlier output of ours at `save_checkpoint`.
         max_shard_size: of the files.
+        push_to_hub: `ORG/NAME` on the Hugging Face Hub, to upload `save_checkpoint` to.
 
     Raises:
         UpcyclingError: an option that cannot be used; `run` raises it for the models.
@@ -49,6 +50,7 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
         return_model: bool = True,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
         **kwargs: Any,
     ):
         keys, _ = sort_arguments(self, kwargs)
@@ -61,7 +63,7 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
                     f"{setting(name, 'PATH')}."
                 )
         resolve_mode(verify, streaming=True)
-        self._writing = self._output_options(overwrite, max_shard_size)
+        self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
     def _names(self, pool: BaseModelPool) -> Sequence[str]:
         require_pretrained(pool)

@@ -8,16 +8,18 @@ from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
 from fusion_upcycle.checkpoint.located import locate_model
+from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.merging.companions import Companions
 from fusion_upcycle.merging.merging import BASE
 from fusion_upcycle.merging.options import MergingOptions, make_merging_options
-from fusion_upcycle.merging.plan import expert_models
+from fusion_upcycle.merging.plan import expert_models, main_model
 from fusion_upcycle.merging.run import (
+    agree_on_files,
     base_among_models,
-    check_same_tokenizer,
     merge_into_moe,
     plan_models,
 )
@@ -90,6 +92,8 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
                 f"in memory. Set {setting('save_checkpoint', 'FOLDER')}."
             )
         resolve_mode(verify, streaming=False)
+        #: What the models' folders have been found to differ in, where they are loaded of such.
+        self._files: Companions | None = None
         self._writing = self._output_options(overwrite, max_shard_size, push_to_hub)
 
     @spelled_by_maker
@@ -111,11 +115,12 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
     def _check_folders(self, folders: Mapping[str, PooledFolder]) -> None:
         bases = self._bases(folders)
         local = {
-            name: locate_model(path, bases.get(name)).folder
+            name: locate_model(folder.source, bases.get(name)).folder
             for name, folder in folders.items()
-            if (path := Path(folder.source).expanduser()).is_dir()
         }
-        check_same_tokenizer(local)
+        configs = {name: read_config(folder) for name, folder in local.items()}
+        if local:
+            self._files = agree_on_files(local, configs, main_model(configs, self._options))
 
     def _stream(self, folders: Mapping[str, PooledFolder], output: Path) -> Converted:
         expert_models(folders, self._options)
@@ -142,16 +147,18 @@ class MoEMergingAlgorithm(ConversionAlgorithm):
             self._options,
             texts=named_documents(self._calibration),
             tokenizer_file=tokenizer_file,
+            notes=None if self._files is None else self._files.notes,
             progress=self._writing.progress,
         )
-        first = next(iter(models.values()))
         moe, proof = to_model(
             merging,
-            first,
+            models[merging.main],
             verify=self.verify,
             tokenizer_file=tokenizer_file,
             progress=self._writing.progress,
         )
+        if self._files is not None and self._files.generation is not None:
+            moe.generation_config.update(**self._files.generation)
         return InMemory(moe, merging, proof, put=merging.put_beside)
 
 

@@ -42,7 +42,7 @@ from fusion_upcycle.verification.proof import (
 from fusion_upcycle.verification.streamed_model import holding, streamed_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from fusion_upcycle.upcycling.upcycling import Upcycling
 
@@ -219,10 +219,16 @@ def _left_out(taken: Mapping[int, Taken]) -> dict[str, Any]:
     }
 
 
-def streamed_dense(upcycling: "Upcycling", source: TensorSource) -> "PreTrainedModel":
-    """The dense model with the weights of `source`, as the result's dtype rounds them."""
+def streamed_dense(
+    upcycling: "Upcycling", source: TensorSource, config: "PreTrainedConfig | None" = None
+) -> "PreTrainedModel":
+    """The dense model with the weights of `source`, as the result's dtype rounds them.
+
+    Args:
+        config: of the source, where that is not the one that the MoE was made from.
+    """
     return streamed_model(
-        upcycling.source_config, source, None, upcycling.dtype, _compute_dtype(upcycling)
+        config or upcycling.source_config, source, None, upcycling.dtype, _compute_dtype(upcycling)
     )
 
 
