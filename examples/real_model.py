@@ -63,8 +63,16 @@ STEPS = {
     "where its tokens go": f"{OURS} analyze merged --data prose=texts/prose.test.jsonl "
     "--data arithmetic=texts/arithmetic.test.jsonl --tokens 4096 --output ./analysis --quiet",
 }
-#: Folders that stand in for a claim: what was made is as large as 8 times the FFNs.
-MADE = ("moe", "noise", "drop", "svd", "grown", "trained", "merged")
+#: Step -> the folder that it makes.
+MADE = {
+    "upcycle, 8 experts": "moe",
+    "upcycle, noise": "noise",
+    "upcycle, drop": "drop",
+    "upcycle, svd": "svd",
+    "expand to 16, split": "grown",
+    "train, 8 steps": "trained",
+    "merge of two adapters": "merged",
+}
 
 
 def main() -> None:
@@ -102,10 +110,9 @@ def run(home: Path, name: str) -> dict[str, Any]:
     command = STEPS[name]
     words = shlex.split(command)
     print(f"{name}: {command}", flush=True)
-    for folder in MADE:
-        if folder in words[:6]:
-            for old in home.glob(f"{folder}*"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    if made := MADE.get(name):
+        for old in (made, f"{made}.training"):
+            shutil.rmtree(home / old, ignore_errors=True)
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     start = time.monotonic()
     with (home / "said.txt").open("w") as said:
@@ -134,7 +141,7 @@ def said_of(home: Path, name: str, lines: list[str]) -> str:
         report = json.loads((home / f"{'moe' if 'MoE' in name else 'dense'}.json").read_text())
         scores = report["prose"]
         return f"perplexity {scores['perplexity']:.4f}, {scores['bits_per_byte']:.6f} bits per byte"
-    marks = ("exact", "approximate", "trained", "total")
+    marks = ("exact", "approximate", "trained", "It computes", "grown", "each model")
     found = [line.strip() for line in lines if line.strip().startswith(marks)]
     return found[0] if found else lines[-1].strip()
 

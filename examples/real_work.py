@@ -25,7 +25,7 @@ LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"
 TRAINING: dict[str, Any] = {"steps": 200, "batch": 4, "tokens": 128, "learning_rate": 5e-4}
 #: Characters of held-out text, of which whole documents are taken.
 HELD_OUT = {"validation": 10_000, "test": 24_000}
-QUESTIONS = 80
+QUESTIONS = 40
 CHOICES = 4
 TASK = """task: real_{name}
 dataset_path: json

@@ -14,7 +14,15 @@ from omegaconf import OmegaConf
 from test_families import MATRIX
 from test_method import run
 from test_plugin import compose
-from tiny import assert_same_bits, edit_tensors, load, logits_of, tensors_of
+from tiny import (
+    assert_same_bits,
+    dense_folder,
+    edit_config,
+    edit_tensors,
+    load,
+    logits_of,
+    tensors_of,
+)
 from tiny_adapters import lora
 from tiny_merges import STATISTICS, TEXTS, add, merged, speakers, statistics_of, text_of, with_merge
 from transformers import PreTrainedModel
@@ -169,6 +177,20 @@ def test_a_file_may_hold_what_it_does_not_need(tmp_path: Path) -> None:
     edit_tensors(models["three"], hold_twice)
     add(tmp_path / "moe", models["three"], tmp_path / "out", data=text_of(models, "three"))
     assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "all"))
+
+
+def test_a_new_model_may_differ_as_in_a_merge(tmp_path: Path) -> None:
+    models = speakers(tmp_path)
+    larger = dense_folder(tmp_path / "three", seed=3, vocab_size=300)
+    byte_tokenizer(64).save_pretrained(larger)
+    edit_config(larger, use_cache=False, eos_token_id=5)
+    texts = {name: text_of(models, name) for name in ("one", "two", "three")}
+    merged(models, tmp_path / "moe", "one", "two", vocabulary="largest")
+    merged(models, tmp_path / "all", "one", "two", "three")
+    done = add(tmp_path / "moe", larger, tmp_path / "out", data=texts["three"], verify="auto")
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "all"))
+    assert {"use_cache", "vocab_size"} <= done.record["differences"]["config"].keys()
+    assert verify(tmp_path / "out", progress=False).details["kept"] == done.proof.details["kept"]
 
 
 @pytest.mark.parametrize("last", [False, True])

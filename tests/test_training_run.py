@@ -153,7 +153,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_fields(tmp_path: Pat
     ) as error:
         run(dense_model(vocab_size=257), tmp_path, 6, learning_rate=0.02, weight_decay=0.3)
     assert "options.weight_decay was 0.1, is 0.3" in str(error.value)
-    assert "resume=false" in str(error.value)
+    assert "resume=False" in str(error.value)
     other = {"numbers": DATA["numbers"] | {"count": 9}}
     with pytest.raises(UpcyclingError, match=r"data\.numbers was"):
         run(dense_model(vocab_size=257), tmp_path, 6, data=other)
@@ -508,7 +508,7 @@ def test_the_progress_bar_shows_loss_and_speed(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tokens": 63}, "tokens=63 is less than one step.*at least 64"),
+        ({"tokens": 63}, "tokens=63 is less than one step.*tokens=64 or more"),
         ({"tokens": None}, "tokens=None and examples=None: one of the two"),
         ({"examples": 9}, "tokens=6400 and examples=9: one of the two"),
         ({"objective": "lm"}, "objective 'lm'.*causal_lm"),
@@ -526,7 +526,7 @@ def test_the_progress_bar_shows_loss_and_speed(
         ({"betas": [0.9]}, "two numbers"),
         ({"betas": [0.9, 1.0]}, "below 1"),
         ({"warmup_share": 0.9, "schedule": "wsd"}, "more than the whole budget"),
-        ({"bias_update_after": 0.5}, "Set bias_update_rate"),
+        ({"bias_update_after": 0.5}, "Pass bias_update_rate=0.001"),
         ({"bias_update_after": 1.5, "bias_update_rate": 0.001}, "bias_update_after=1.5"),
         ({"final_share": 1.5}, "at most 1"),
         ({"mixture": {"a": 0}}, r"mixture\.a=0"),

@@ -509,7 +509,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "class of another family": ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
     "no class": ({"architectures": None}, "architectures"),
     "bloom": ({"model_type": "bloom"}, "bloom.*Supported: .*llama, ministral"),
-    "already an MoE": ({"model_type": "mixtral"}, "mixtral.*Supported: .*llama, ministral"),
+    "already an MoE": ({"model_type": "mixtral"}, "mixtral.*an MoE already.*expand"),
     "no model type": ({"model_type": None}, "model_type"),
     "fewer layers": ({"num_hidden_layers": 1}, "layers.1"),
     "more layers": ({"num_hidden_layers": 3}, "layers.2.*incomplete"),

@@ -10,7 +10,6 @@ from fusion_upcycle.addition.within import DenseWithin, WithFFNs
 from fusion_upcycle.architectures.layout import file_layout
 from fusion_upcycle.architectures.weightless import WeightlessSource
 from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.checkpoint.view import RenamedSource
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
 from fusion_upcycle.merging.options import MergingOptions
@@ -49,8 +48,7 @@ def plan_addition(
     like = DenseModel(dense_config, _without_data(dense_config, moe))
     before = _as_merged(like, experts, options)
     _check_model(moe, moe_config, before)
-    derived = before.architecture.dense[before.source_config.model_type].derived
-    checked = _checked(like, added, _without_twins(new, like, derived), options)
+    checked = _checked(like, added, new, options)
     within = {name: DenseWithin(moe, before, name) for name in experts}
     rest = within[experts[0]]
     kept = [name for name in rest.specs if before.merged.keeps(name)]
@@ -85,20 +83,11 @@ def _without_data(config: "PreTrainedConfig", moe: TensorSource) -> WeightlessSo
     return source
 
 
-def _without_twins(new: DenseModel, like: DenseModel, derived: tuple[str, ...]) -> DenseModel:
-    """The new model without what its file may hold a second time, or recomputed: it is not used."""
-    left_out = file_layout(like.config).tied.keys() - like.source.specs.keys()
-    names = {n: n for n in new.source.specs if n not in left_out and not n.endswith(derived)}
-    if len(names) == len(new.source.specs):
-        return new
-    return replace(new, source=RenamedSource(new.source, names))
-
-
 def _as_merged(like: DenseModel, experts: Sequence[str], options: MergingOptions) -> Merging:
     """The merge that made the model, of models without data."""
     return plan_merging(
         dict.fromkeys(experts if BASE in experts else [BASE, *experts], like),
-        replace(options, shared="base", base_expert=BASE in experts),
+        replace(options, shared="base", vocabulary="base", base_expert=BASE in experts),
     )
 
 
@@ -123,4 +112,7 @@ def _check_model(moe: TensorSource, config: "PreTrainedConfig", merging: Merging
 
 def _checked(like: DenseModel, added: str, new: DenseModel, options: MergingOptions) -> Merging:
     """The merge of the new model alone with its like: what stands in its way is said as there."""
-    return plan_merging({BASE: like, added: new}, replace(options, shared="base", base_expert=True))
+    return plan_merging(
+        {BASE: like, added: new},
+        replace(options, shared="base", vocabulary="base", base_expert=True),
+    )

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fusion_upcycle.checkpoint.digests import SUMS_FILE
 from fusion_upcycle.checkpoint.durable import move
 from fusion_upcycle.checkpoint.staging import TRAINING_RECORD_FILE
 from fusion_upcycle.demo.models import bits_per_byte, demo_reference, model_card
@@ -104,9 +105,10 @@ def train_model(
 
 
 def _forget_log(file: Path) -> None:
-    """The record without the folder of the logs, which is gone."""
+    """The record without the folder of the logs, which is gone, and digests: files will change."""
     record = json.loads(file.read_text(encoding="utf-8"))
-    del record["log"]
+    del record["log"], record["files"]
+    file.with_name(SUMS_FILE).unlink()
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
