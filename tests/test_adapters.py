@@ -394,7 +394,7 @@ def test_an_adapter_of_an_moe_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=67, num_attention_heads=4, **sizes))
     model.save_pretrained(tmp_path / "moe")
-    refused(lora(tmp_path / "moe", tmp_path / "adapter", "q_proj"), "'mixtral' model, an MoE already")
+    refused(lora(tmp_path / "moe", tmp_path / "adapter", "q_proj"), "'mixtral' model, an MoE")
 
 
 def test_values_beyond_the_bases_dtype_are_refused(tmp_path: Path) -> None:
