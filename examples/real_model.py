@@ -82,16 +82,20 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=HOME, help="where all of it is made")
     parser.add_argument("--make", action="store_true", help="weights, texts, fine-tunes only")
     parser.add_argument("--record", type=Path, help="run, and write run_record.json here")
+    parser.add_argument("--steps", help="only these, by commas; others are kept from the record")
     parser.add_argument("--table", type=Path, help="print the table of a record, as Markdown")
     arguments = parser.parse_args()
     if arguments.table is None:
         tuned = make(arguments.home)
         if arguments.make:
             return
-        record = {"package": PACKAGE, "lora": LORA, "training": TRAINING, "fine_tunes": tuned}
-        record |= {"steps": [run(arguments.home, name) for name in STEPS]}
-        record |= {"generation": generation(arguments.home)}
         folder = arguments.record or arguments.home / "record"
+        chosen = arguments.steps.split(",") if arguments.steps else list(STEPS)
+        kept = read_run_record(folder)[SECTION]["steps"] if arguments.steps else []
+        steps = {s["name"]: s for s in kept} | {n: run(arguments.home, n) for n in chosen}
+        record = {"package": PACKAGE, "lora": LORA, "training": TRAINING, "fine_tunes": tuned}
+        record |= {"steps": [steps[name] for name in STEPS]}
+        record |= {"generation": generation(arguments.home)}
         print(f"Run record: {write_run_record(SECTION, record, folder)}")
     print(table(read_run_record(arguments.table or folder)).to_markdown())
 
@@ -141,7 +145,7 @@ def said_of(home: Path, name: str, lines: list[str]) -> str:
         report = json.loads((home / f"{'moe' if 'MoE' in name else 'dense'}.json").read_text())
         scores = report["prose"]
         return f"perplexity {scores['perplexity']:.4f}, {scores['bits_per_byte']:.6f} bits per byte"
-    marks = ("exact", "approximate", "trained", "It computes", "grown", "each model")
+    marks = ("exact", "approximate", "trained", "It computes", "each expert")
     found = [line.strip() for line in lines if line.strip().startswith(marks)]
     return found[0] if found else lines[-1].strip()
 
