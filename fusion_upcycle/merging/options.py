@@ -43,9 +43,8 @@ class MergingOptions:
     Attributes:
         shared: where all that is not an FFN of an MoE layer comes from: `average` over the models
             that give experts, or `base`.
-        vocabulary: of models with different numbers of token ids, whose the result has, and whose
-            tokenizer and chat template: those of the `base` model (of the first model where there
-            is no base), or the `largest`. Rows that only some models have are the mean over these.
+        vocabulary: rows, tokenizer and chat template where numbers of token ids differ: of the
+            `base` (or first) model, or of the `largest`.
         base_expert: the base model gives experts too, and so counts in the average.
         experts_per_model: copies of each model's FFN, 1 or more. More than one is for training;
             with `router_init=prototype` the copies share a row.
