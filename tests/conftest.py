@@ -1,6 +1,7 @@
 """Fixtures that several test files share, and the order of the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from fusion_upcycle.demo import demo_model
 # Before anything imports torch. Tiny models gain nothing by more threads, and two workers with two
 # threads each ran four times slower on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what is put into the background with Ctrl-C ignored, and tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def test_the_demo_text_is_new_to_the_demo_models() -> None:
         ({"importance": {"metric": "gradient"}}, "Unknown metric 'gradient'"),
         ({"importance": "load"}, r"method\.importance='load' must be a mapping"),
         ({"calibration": {"text": "demo"}}, r"option in method\.calibration: 'text'"),
-        ({"calibration": {"data": "web.txt"}}, r"method\.calibration\.data='web\.txt' must be"),
+        ({"calibration": {"data": 5}}, r"method\.calibration\.data=5 must be"),
         ({"router_extension": {"name": "split", "margin": 6}}, "Unknown option of router_ext"),
         ({"optimizer_state": "x"}, 'Pass save_checkpoint="FOLDER", or optimizer_state=None'),
         ({"new_moments": "zero"}, "Unknown new_moments 'zero'"),

@@ -67,7 +67,7 @@ def test_sources_of_the_hub_are_base_models(
     found = metadata(convert(source, tmp_path / "moe").output)
     assert (found["base_model"], found["base_model_relation"]) == ("org/a", "finetune")
     found = metadata(merge({"a": source, "b": other}, tmp_path / "merged").output)
-    assert (found["base_model"], found["base_model_relation"]) == (["org/a", "org/a"], "merge")
+    assert (found["base_model"], found["base_model_relation"]) == ("org/a", "merge")
     assert "merge" in found["tags"]
 
 

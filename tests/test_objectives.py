@@ -516,7 +516,7 @@ def test_models_and_processors_that_do_not_fit_are_refused(tmp_path: Path) -> No
         run(pictures, AutoModel.from_config(pictures.dense.config), tmp_path, 1)
     tower = case("clip_vision_model", tmp_path / "c")
     tower.clip, judge = None, tower.clip
-    with pytest.raises(UpcyclingError, match="set clip_model to the folder"):
+    with pytest.raises(UpcyclingError, match='give clip_model="FOLDER"'):
         run(tower, tower.dense, tmp_path, 1)
     texts.clip = judge
     with pytest.raises(UpcyclingError, match=r"clip_model=.* is for vision towers"):

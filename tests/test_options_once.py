@@ -236,8 +236,8 @@ def sparse_upcycling(
 
 def moe_merging(
     experts_per_token, save_checkpoint=None, *, shared="average", vocabulary="base",
-    base_expert=False, experts_per_model=1, calibration=None, calibration_tokens=4096, statistics=False,
-    router_init="normal",
+    base_expert=False, experts_per_model=1, calibration=None, calibration_tokens=4096,
+    statistics=False, router_init="normal",
     target="auto", moe_layers="all", normalize_topk_prob=True, expert_init="copy", dtype=None,
     seed=0, verify="auto", return_model=True, overwrite=False, max_shard_size="5GB",
     ignore_config_fields=(), part="whole", push_to_hub=None, **kwargs,

@@ -81,7 +81,7 @@ def test_make_is_never_silent_while_pip_is(tmp_path: Path) -> None:
     """What is being installed is said before, and every 10 seconds, which are made short here."""
     packages = tmp_path / "venv" / "lib" / "python3" / "site-packages"
     (packages / "one-1.0.dist-info").mkdir(parents=True)
-    for name, seconds in (("venv/bin/python", 0.6), ("tools/sleep", 0.1)):
+    for name, seconds in (("venv/bin/python", 1.5), ("tools/sleep", 0.1)):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"#!/bin/sh\nexec /bin/sleep {seconds}\n")

@@ -203,7 +203,7 @@ def test_the_command_line_of_fusion_bench_ends_in_one_sentence(tmp_path: Path) -
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if line]
-    assert said[-2].startswith(f"error: {tmp_path / 'dense'} does not exist")
+    assert said[-2].startswith(f"error: modelpool.models._pretrained_: {tmp_path / 'dense'} is not")
     assert "HYDRA_FULL_ERROR=1" in said[-1]
     compose("method=sparse_upcycling")
     assert one_sentence._watch in logging.getLogger(fusion_bench.scripts.cli.__name__).filters

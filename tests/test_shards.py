@@ -252,7 +252,7 @@ def test_parameters_are_those_of_transformers() -> None:
         ("llama", {"granularity": 64, "num_experts": 64}, "48 neurons: granularity=64"),
         ("llama", {"granularity": 5, "num_experts": 5}, "48 neurons: granularity=5"),
         ("llama", {"granularity": 2, "expert_intermediate_size": 16}, "granularity=2"),
-        ("llama", {"expert_intermediate_size": 20}, "expert_init=qwen2"),
+        ("llama", {"expert_intermediate_size": 20}, 'expert_init="qwen2"'),
         ("llama", {"expert_intermediate_size": 8}, "num_experts=4 must be a multiple of 6"),
         (
             "llama",

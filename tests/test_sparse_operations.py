@@ -287,7 +287,7 @@ def test_the_biases_of_gate_and_up_count_apart() -> None:
 def test_models_of_images_have_no_scores_and_the_remedy_is_said(name: str, tmp_path: Path) -> None:
     moe, texts = moe_folder(tmp_path, name), text_files(tmp_path)
     for options in ({"selection": "greedy"}, {"router_extension": "split"}):
-        refused(grow, tmp_path / "moe", "selection=uniform", calibration=texts, **options)
+        refused(grow, tmp_path / "moe", 'selection="uniform"', calibration=texts, **options)
     with pytest.raises(UpcyclingError, match=r"takes pixel_values.*selection=.uniform"):
         measure_importance(moe, {"a": ["text"]}, tmp_path / "a.txt")
     with pytest.raises(UpcyclingError, match=r"takes pixel_values.*selection=.uniform"):

@@ -195,9 +195,11 @@ def as_renamed(source: TensorSource, config: "PreTrainedConfig") -> TensorSource
 
     mapping = get_checkpoint_conversion_mapping(config.model_type) or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    if not renamings or len(config.architectures or ()) != 1:
+    patterns = [pattern for entry in renamings for pattern in entry.source_patterns]
+    renamed = any(re.search(pattern, name) for name in source.specs for pattern in patterns)
+    if not renamed or len(config.architectures or ()) != 1:
         return source
-    model = empty_model(config)
+    model = built(config)
     state = model.state_dict()
     names = {name: name for name in source.specs}
     for name in source.specs.keys() - state.keys():
@@ -224,7 +226,7 @@ def dense_view(source: TensorSource, config: "PreTrainedConfig") -> TensorSource
         rename_source_key,
     )
 
-    model = empty_model(config)
+    model = built(config)
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
