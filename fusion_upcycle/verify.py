@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,10 @@ def verify_files(output: str | Path, *, progress: bool = True) -> int:
         ProofError: names each file that is not as it was written.
     """
     output = Path(output).expanduser()
-    path, record = _record(output)
+    return _check_files(output, *_record(output), progress=progress)
+
+
+def _check_files(output: Path, path: Path, record: Mapping[str, Any], *, progress: bool) -> int:
     with _reading(path):
         files = record.get("files")
         if files is not None:
@@ -85,13 +88,13 @@ def verify(
     if mode == "none":
         raise UpcyclingError("verify needs a mode that verifies: layers, logits or auto.")
     output = Path(output).expanduser()
-    if verify_files(output, progress=progress) == 0:
+    path, record = _record(output)
+    if _check_files(output, path, record, progress=progress) == 0:
         warnings.warn(
             f"{output} was made by an earlier version, which took no digests of files: its weights "
             "and config are proven, its tokenizer and other files are not looked at.",
             stacklevel=2,
         )
-    path, record = _record(output)
     if path.name == TRAINING_RECORD_FILE:
         raise UpcyclingError(
             f"{output} was trained, so that there is nothing to compare its weights with. "

@@ -72,7 +72,7 @@ class Addition(Merging):
         options, version = record["options"], record["versions"]["fusion_upcycle"]
         model, new = (public_name(record["sources"][name]) for name in (MODEL, self.added))
         experts = "\n".join(f"- {name}: {places}" for name, places in record["experts"].items())
-        return CardWords(
+        return self._card(
             f"""The merged Mixture-of-Experts model `{model}` with one more expert, the FFNs of
 `{new}`, added with fusion_upcycle {version}. The experts of each layer:
 
@@ -80,9 +80,7 @@ class Addition(Merging):
 
 {self.shared_in_words} The router is made anew for all of them, and picks
 {options["experts_per_token"]} experts for each token. It has not been trained since.""",
-            {"parameters of each dense source": record["parameters"]["dense"]},
-            "proof",
-            "A merge computes no one model's function: the distances are those of one sample.",
+            record,
         )
 
     def _prove_function(

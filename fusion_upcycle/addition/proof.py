@@ -8,16 +8,17 @@ Details of the proof, beside the common fields:
 - `sources`: distance of the result's outputs from those of the model and of the new one.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from fusion_upcycle.checkpoint.tensors import TensorSource, aligned
 from fusion_upcycle.errors import ProofError
-from fusion_upcycle.merging.proof import inputs_of_all, outputs_of
+from fusion_upcycle.merging.proof import distances, distances_in_words
 from fusion_upcycle.report.progress import progress_bar
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense
-from fusion_upcycle.verification.function import Models, Sample, distance, output_of
+from fusion_upcycle.verification.function import Models, Sample
 from fusion_upcycle.verification.proof import Findings, require_exact
 from fusion_upcycle.verification.streamed_model import streamed_model
 from fusion_upcycle.verification.tensors import same_bits
@@ -52,12 +53,21 @@ def prove_addition(
         progress=progress,
     )
     require_exact(found, layers)
-    sources = _distances(addition, result, sample, models if mode == "logits" else None)
-    far = [f"{name} {_in_words(away)}" for name, away in sources.items()]
+    new, moe_config = addition.models[added], addition.moe_config
+    family = addition.architecture.for_config(moe_config)
+    compute = torch.promote_types(addition.dtype, torch.float32)
+    before = {
+        "model": (
+            moe_config,
+            partial(streamed_model, moe_config, addition.moe, family, None, compute),
+        ),
+        added: (new.config, partial(streamed_dense, addition, new.source, new.config)),
+    }
+    sources = distances(addition, result, before, sample, models if mode == "logits" else None)
     return Findings(
         f"the {kept} tensors of the model but its routers are the result's, bit for bit, and the "
         f"new expert is {added}'s FFN, proven; distance from the model and the new one: "
-        + ", ".join(far),
+        + distances_in_words(sources),
         details={"kept": kept, "experts": {added: found.to_json()}, "sources": sources},
     )
 
@@ -95,32 +105,3 @@ def check_kept(addition: "Addition", result: TensorSource, *, progress: bool = F
                 )
             bar.update(old.nbytes)
     return len(names)
-
-
-@torch.inference_mode()
-def _distances(
-    addition: "Addition", result: TensorSource, sample: Sample, models: Models | None
-) -> dict[str, dict[str, float]]:
-    """How far the result's outputs are from those of the model, and of the new model itself."""
-    compute = torch.promote_types(addition.dtype, torch.float32)
-    new = addition.models[addition.added]
-    inputs, common = inputs_of_all([addition.config, new.config], sample.inputs)
-    outputs, is_logits = outputs_of(addition, result, inputs, models)
-    rows = slice(common) if is_logits and common else slice(None)
-    family = addition.architecture.for_config(addition.moe_config)
-    before = {
-        "model": streamed_model(addition.moe_config, addition.moe, family, None, compute),
-        addition.added: streamed_dense(addition, new.source, new.config),
-    }
-    return {
-        name: distance(
-            output_of(model, inputs)[0][..., rows], outputs[..., rows].cpu(), logits=is_logits
-        ).to_json()
-        for name, model in before.items()
-    }
-
-
-def _in_words(found: dict[str, float]) -> str:
-    if "kl_nats" in found:
-        return f"{found['kl_nats']:.2g} nats KL"
-    return f"{found['max_abs']:.2g} of output up to {found['scale']:.3g}"

@@ -154,7 +154,7 @@ class Merging(Upcycling):
         differences = "These models differ:\n\n" + "\n".join(f"- {line}" for line in said) + "\n\n"
         differences = differences if said else ""
         rest = "the base model's" if options["shared"] == "base" else "the mean over these models"
-        return CardWords(
+        return self._card(
             f"""A sparse Mixture-of-Experts model merged from several dense models of one shape with
 fusion_upcycle {version}:
 
@@ -162,6 +162,13 @@ fusion_upcycle {version}:
 
 {differences}The experts of each layer are these models' FFNs; all else is {rest}. The router picks
 {options["experts_per_token"]} experts for each token. It has not been trained since.""",
+            record,
+        )
+
+    def _card(self, text: str, record: Mapping[str, Any]) -> CardWords:
+        """What a card says of experts that come from several models."""
+        return CardWords(
+            text,
             {"parameters of each dense source": record["parameters"]["dense"]},
             "proof",
             "A merge computes no one model's function: the distances are those of one sample.",

@@ -7,7 +7,8 @@ Details of the proof, beside the common fields:
 - `sources`: distance of the MoE's outputs from those of each source model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,11 @@ from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.live.modes import evaluating
 from fusion_upcycle.merging.agreement import vocabulary_of
 from fusion_upcycle.upcycling.proof import compare_streamed, streamed_dense, streamed_moe
-from fusion_upcycle.verification.function import Inputs, Models, Sample, distance, output_of
+from fusion_upcycle.verification.function import Models, Sample, distance, output_of
 from fusion_upcycle.verification.proof import Findings, require_exact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from fusion_upcycle.merging.merging import Merging
 
@@ -58,56 +59,56 @@ def prove_merging(
         )
         require_exact(found, layers)
         experts[model] = found.to_json()
-    sources = _distances(merging, result, sample, models if mode == "logits" else None)
-    far = [
-        f"{name} {found['kl_nats']:.2g} nats KL"
-        if "kl_nats" in found
-        else f"{name} {found['max_abs']:.2g} of output up to {found['scale']:.3g}"
-        for name, found in sources.items()
-    ]
+    before = {
+        name: (model.config, partial(streamed_dense, merging, model.source, model.config))
+        for name, model in merging.models.items()
+    }
+    sources = distances(merging, result, before, sample, models if mode == "logits" else None)
     return Findings(
         "each expert is its model's FFN, proven; distance from the source models: "
-        + ", ".join(far),
+        + distances_in_words(sources),
         details={"experts": experts, "sources": sources},
     )
 
 
 @torch.inference_mode()
-def _distances(
-    merging: "Merging", result: TensorSource, sample: Sample, models: Models | None
+def distances(
+    merging: "Merging",
+    result: TensorSource,
+    before: "Mapping[str, tuple[PreTrainedConfig, Callable[[], PreTrainedModel]]]",
+    sample: Sample,
+    models: Models | None,
 ) -> dict[str, dict[str, float]]:
-    """How far the MoE's outputs are from those of each source model."""
-    names = list(merging.models)
-    inputs, common = inputs_of_all([merging.models[name].config for name in names], sample.inputs)
-    outputs, is_logits = outputs_of(merging, result, inputs, models)
-    rows = slice(common) if is_logits and common else slice(None)
-    found = {}
-    for name in names:
-        model = merging.models[name]
-        dense = streamed_dense(merging, model.source, model.config)
-        reference = output_of(dense, inputs)[0]
-        found[name] = distance(
-            reference[..., rows], outputs[..., rows].cpu(), logits=is_logits
-        ).to_json()
-    return found
+    """How far the MoE's outputs are from those of other models, on ids that all of them have.
 
-
-def inputs_of_all(
-    configs: "Sequence[PreTrainedConfig]", inputs: Inputs
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Inputs with ids that all models have, and the number of these; 0 for images."""
-    common = min(vocabulary_of(config) for config in configs)
-    return {
+    Args:
+        before: name of a model -> its config, and what makes it; one at a time is in memory.
+        models: the MoE as it is loaded; None streams it in float32.
+    """
+    common = min(vocabulary_of(config) for config, _ in before.values())  # 0 for images
+    inputs = {
         name: ids if ids.is_floating_point() else ids.clamp(max=common - 1)
-        for name, ids in inputs.items()
-    }, common
-
-
-def outputs_of(
-    merging: "Merging", result: TensorSource, inputs: Inputs, models: Models | None
-) -> tuple[torch.Tensor, bool]:
-    """Outputs of the MoE, and whether they are logits: streamed in float32, or as it is loaded."""
+        for name, ids in sample.inputs.items()
+    }
     if models is None:
-        return output_of(streamed_moe(merging, result), inputs)
-    with evaluating(moe := models.result(), experts="eager"):
-        return output_of(moe, inputs)
+        outputs, is_logits = output_of(streamed_moe(merging, result), inputs)
+    else:
+        with evaluating(moe := models.result(), experts="eager"):
+            outputs, is_logits = output_of(moe, inputs)
+    rows = slice(common) if is_logits and common else slice(None)
+    return {
+        name: distance(
+            output_of(make(), inputs)[0][..., rows], outputs[..., rows].cpu(), logits=is_logits
+        ).to_json()
+        for name, (_, make) in before.items()
+    }
+
+
+def distances_in_words(found: Mapping[str, Mapping[str, float]]) -> str:
+    """`distances` for the screen."""
+    return ", ".join(
+        f"{name} {away['kl_nats']:.2g} nats KL"
+        if "kl_nats" in away
+        else f"{name} {away['max_abs']:.2g} of output up to {away['scale']:.3g}"
+        for name, away in found.items()
+    )
