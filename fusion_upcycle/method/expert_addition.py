@@ -41,7 +41,6 @@ class ExpertAdditionAlgorithm(ConversionAlgorithm):
     """
 
     @spelled_by_maker
-    @spelled_by_maker
     def __init__(
         self,
         data: Any,
