@@ -35,9 +35,9 @@ from fusion_upcycle.errors import UpcyclingError
 
 _DTYPES = DTYPES | INTEGERS
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-_READ_AHEAD = 16 * 2**20
-#: Linux maps this much around a page that is read; what is left mapped adds up over many tensors.
-_FAULT_AROUND = 64 * 2**10
+#: Linux may map this much around a page that is read (a large page, or 64 KiB of small ones); what is
+#: left mapped adds up over many tensors.
+_FAULT_AROUND = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ class CheckpointReader:
             first = place.start + at * spec.dtype.itemsize
             count = min(CHUNK_ELEMENTS, end - at)
             last = first + count * spec.dtype.itemsize
-            self._read_ahead(place.file, last)
             yield self._view(place, spec.dtype, first, count)
             self._release(place.file, first, last)
 
@@ -127,13 +126,6 @@ class CheckpointReader:
                 + (" (it is gone)" if state is None else "")
                 + ". Start again when whatever writes it has ended."
             )
-
-    def _read_ahead(self, file: str, start: int) -> None:
-        """Have the disk at work while a piece is being used."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        pages = self._maps[file]
-        if first < len(pages):
-            pages.madvise(mmap.MADV_WILLNEED, first, min(_READ_AHEAD, len(pages) - first))
 
     def _release(self, file: str, start: int, stop: int) -> None:
         """Drop the pages of the range and those that the kernel mapped around them."""
