@@ -35,7 +35,7 @@ from fusion_upcycle.errors import UpcyclingError
 
 _DTYPES = DTYPES | INTEGERS
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-#: Linux may map this much around a page that is read (a large page, or 64 KiB of small ones); what is
+#: Linux may map this much around a page that is read (large pages; else 64 KiB); what is
 #: left mapped adds up over many tensors.
 _FAULT_AROUND = 2 * 2**20
 
