@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.source import check_companions
 from fusion_upcycle.errors import setting
-from fusion_upcycle.merging.vocabularies import read_json, tokenizer_settings
+from fusion_upcycle.merging.vocabularies import tokenizer_settings
+from fusion_upcycle.untrusted import read_object, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -166,11 +167,11 @@ def _chat_templates(folder: Path) -> dict[str, str]:
         said = {entry["name"]: entry["template"] for entry in said}
     found = {_DEFAULT: said} if isinstance(said, str) else dict(said)
     if (old := folder / "chat_template.json").is_file():
-        found |= {_DEFAULT: read_json(old)["chat_template"]}
+        found |= {_DEFAULT: read_object(old)["chat_template"]}
     if (file := folder / "chat_template.jinja").is_file():
-        found[_DEFAULT] = file.read_text(encoding="utf-8")
+        found[_DEFAULT] = read_text(file)
     for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        found[path.stem] = path.read_text(encoding="utf-8")
+        found[path.stem] = read_text(path)
     return found
 
 
@@ -178,7 +179,7 @@ def _generation(folder: Path) -> dict[str, Any] | None:
     path = folder / _GENERATION
     if not path.is_file():
         return None
-    return {k: v for k, v in read_json(path).items() if k not in _NOT_OF_GENERATION}
+    return {k: v for k, v in read_object(path).items() if k not in _NOT_OF_GENERATION}
 
 
 def _carried_generation(

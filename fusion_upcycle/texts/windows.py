@@ -16,6 +16,7 @@ from torch import Tensor
 from fusion_upcycle.checks import require_whole
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.tokens import CHARACTERS_PER_TOKEN, read_tokenizer
+from fusion_upcycle.untrusted import LARGE, read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -148,7 +149,7 @@ def calibration_sequences(
                 "tokens. Give more text, or a shorter context_length where there is one."
             )
         ids[name] = torch.tensor(found[:count])
-    return Sequences(ids, sha256(tokenizer_file.read_bytes()).hexdigest())
+    return Sequences(ids, sha256(read_bytes(tokenizer_file, LARGE)).hexdigest())
 
 
 def _cut(tokenizer: "Tokenizer", stretches: Sequence[str], length: int) -> list[list[int]]:
