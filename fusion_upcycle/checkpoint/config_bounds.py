@@ -120,14 +120,15 @@ def _parts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Each value that is no list or object, and where it stands."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(f"{name}.{key}" if name else key, inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(name, inner)
-    else:
-        yield name, value
+    waiting = [(name, value)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}" if name else key, inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, inner) for inner in value]
+        else:
+            yield name, value
 
 
 def _largest(part: dict[str, Any], names: str) -> int:

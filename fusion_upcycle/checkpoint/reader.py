@@ -289,9 +289,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raise UpcyclingError(f"{index} lacks weight_map or metadata. Download it again.")
     for file in weight_map.values():
         # The index comes from strangers: only plain file names, nothing outside the folder.
-        if not isinstance(file, str) or not re.fullmatch(
-            r"[A-Za-z0-9_.-]{1,200}\.safetensors", file
-        ):
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise UpcyclingError(
                 f"{index} names {str(file)[:300]!r}, which is not a safetensors file name."
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.checkpoint.config_bounds import check_labels, check_values, without_orders
 from fusion_upcycle.checkpoint.minicpm import granite_fields
 from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
+from fusion_upcycle.checkpoint.tokenizer_file import check_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.untrusted import LARGE, read_bytes, read_json, read_object
 
@@ -192,7 +193,9 @@ def check_companions(source: Path) -> None:
                 f"{path} is a link to {real}, outside of the model's folder, and would be copied. "
                 "Put a copy in its place if it belongs to the model, or remove it."
             )
-        if path.suffix == ".json":
+        if path == source / "tokenizer.json":
+            check_tokenizer(path)
+        elif path.suffix == ".json":
             read_json(path, LARGE)
         else:
             read_bytes(path, LARGE)

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.checkpoint.tokenizer_file import tokenizing
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.tokens import read_tokenizer
 from fusion_upcycle.untrusted import LARGE, read_bytes, read_json, read_object, read_text
@@ -68,7 +69,10 @@ def _reader(
             return read(folder, names[0])
         except UpcyclingError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error) as error:
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, struct.error),
+            *(OverflowError, RecursionError),  # of what was forged
+        ) as error:
             raise UpcyclingError(
                 f"{folder / names[0]} cannot be read as a tokenizer ({error!r}). Get it again from "
                 "where the model is from."
@@ -95,9 +99,8 @@ def _added(folder: Path) -> dict[str, int]:
 def _tokenizer_json(folder: Path, name: str) -> Reading:
     """As the `tokenizers` library writes what it read: merges and defaults in one spelling."""
     tokenizer = read_tokenizer(folder / name)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    said = json.loads(tokenizer.to_str())
+    with tokenizing(folder / name):
+        said = json.loads(tokenizer.to_str())
     model = said["model"]
     vocab, merges = model.pop("vocab"), model.pop("merges", None)
     model.pop("dropout", None)  # of training
