@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fusion_upcycle.errors import UpcyclingError
 
+_MOUNTS = Path("/proc/self/mountinfo")
 #: Room for config, tokenizer and file system overhead beside the tensors.
 _SPARE_BYTES = 64 * 2**20
 _SPARE_FILES = 64
@@ -49,7 +50,7 @@ def is_mount_point(path: Path) -> bool:
     if os.path.ismount(path):
         return True
     try:  # what shows another folder of the same file system is known to the system alone
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        lines = _MOUNTS.read_bytes().splitlines()
     except OSError:
         return False
     escaped = os.fsencode(path)

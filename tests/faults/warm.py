@@ -5,6 +5,7 @@ ended it, and what the command printed. Between the two a child has run the comm
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -20,13 +21,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     # All that a command imports as it goes.
-    import transformers.models.mixtral.modeling_mixtral
+    import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
     import fusion_upcycle.addition.run
     import fusion_upcycle.cli
     import fusion_upcycle.method
     import fusion_upcycle.verify  # noqa: F401
 
+    gc.freeze()  # a collection in a child would copy every page
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -75,7 +77,7 @@ def _command(arguments: list[str]) -> None:
         from fusion_upcycle.cli import main as command
 
         return command(arguments)
-    from fusion_bench.scripts.cli import main as program
+    from fusion_bench.scripts.cli import _hydra_main as program
 
     sys.argv = arguments
     return program()
