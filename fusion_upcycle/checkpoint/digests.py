@@ -100,7 +100,8 @@ def check_files(
         elif not path.is_file():
             problems.append(f"{name} is no file")
         elif digest(folder / name, progress) != expected[name]:
-            problems.append(f"{name} differs")
+            # Which of the two was changed, nothing else tells.
+            problems.append(f"{name} differs" + f" from {SUMS_FILE}" * (name == record))
     if problems:
         raise ProofError(
             f"{folder} is not as it was written: {'; '.join(problems)}. Make or download it again."

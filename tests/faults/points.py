@@ -1,12 +1,14 @@
 """What must hold after a fault at any point of any command, and the commands that are tried."""
 
 import errno
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from disk import Disk
 from shim import Call, Ended, Fault, Warm
 from tiny import files_of
 from tiny_merges import speakers
@@ -116,13 +118,33 @@ class Whole:
                 problems.append(f"left: {left}")
         return problems + self._state() + self._again(warm)
 
-    def _state(self) -> list[str]:
+    def cut_off(self, disk: Disk, warm: Warm, point: int) -> list[str]:
+        """The power is cut before call number `point`: what is wrong with what is on the disk."""
+        self.case.set_up()
+        os.sync()
+        self.case.run(warm, Fault(point))
+        return self.on_the_disk(disk)
+
+    def on_the_disk(self, disk: Disk, *, done: bool = False) -> list[str]:
+        """What is wrong with the output if the power is cut now.
+
+        Args:
+            done: the command has said so: only the new output will do.
+        """
+        with disk.after_a_power_cut() as folder:
+            watched = folder / self.case.watched.name
+            if done and files_of(watched / "out") != self.new:
+                return [f"lost after it was done: {sorted(files_of(watched / 'out'))}"]
+            return self._state(watched)
+
+    def _state(self, watched: Path | None = None) -> list[str]:
         """What is wrong with the output after a fault: it is the old one, the new one, or none."""
-        found = files_of(self.case.output)
+        watched = watched or self.case.watched
+        found = files_of(watched / "out")
         if found in (self.case.old, self.new):
             return []
         # Two renames: between them the old one waits under another name.
-        aside = self.case.watched.glob(".out.replaced-*")
+        aside = watched.glob(".out.replaced-*")
         if not self.case.exchange and not found and self.case.old in map(files_of, aside):
             return []
         return [f"half: {sorted(found)}"]
@@ -143,8 +165,13 @@ class Whole:
         return problems + ([f"left after the next run: {left}"] if left else [])
 
 
-def cases(home: Path) -> list[Case]:
-    """Upcycle, expand, merge and add-expert, each to a new place and over an earlier output."""
+def cases(home: Path, watched: Path | None = None) -> list[Case]:
+    """Upcycle, expand, merge and add-expert, each to a new place and over an earlier output.
+
+    Args:
+        home: for the models.
+        watched: for the outputs; None is a folder in `home`.
+    """
     models = speakers(home)
     names = ("one", "two")
     for name in (BASE, *names):
@@ -152,7 +179,7 @@ def cases(home: Path) -> list[Case]:
         (models[name] / "additional_chat_templates").mkdir()
         (models[name] / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     upcycled, merged = home / "upcycled", home / "merged"
-    watched = home / "watched"
+    watched = watched or home / "watched"
     base, out = models[BASE], watched / "out"
 
     def upcycle(output: Path, seed: int = 0) -> list[str | Path]:
@@ -188,8 +215,3 @@ def cases(home: Path) -> list[Case]:
         found.append(Case(f"{name} --overwrite", over, watched, old))
         found.append(Case(f"{name} --overwrite, two renames", over, watched, old, exchange=False))
     return found
-
-
-def every(count: int, step: int, first: int = 0) -> Iterator[int]:
-    """Every `step`-th of `count` points."""
-    yield from range(first % step, count, step)
