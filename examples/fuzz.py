@@ -49,8 +49,8 @@ def main() -> None:
     for name, found in record["surfaces"].items():
         kinds = "; ".join(f"{kind} ({bad['count']})" for kind, bad in found["bad"].items())
         print(
-            f"{name:28} {sum(found['inputs'].values()):>8,} inputs, {found['refused']:>8,} refused, "
-            f"at most {found['cpu_seconds']:.2f} CPU s and {found['megabytes']:.0f} MB"
+            f"{name:28} {sum(found['inputs'].values()):>8,} inputs, {found['refused']:>8,} refused, at "
+            f"most {found['cpu_seconds']:.2f} CPU s and {found['megabytes']:.0f} MB"
             + (f"; BAD: {kinds}" if kinds else "")
         )
     print(

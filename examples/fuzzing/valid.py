@@ -1,4 +1,4 @@
-"""Valid files of every kind, made by us and by transformers: a tiny Llama and what is made of it."""
+"""Valid files of every kind, ours and transformers': a tiny Llama and what is made of it."""
 
 import base64
 import json

@@ -14,7 +14,7 @@ from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
 from fusion_upcycle.cli.spelling import flags_of
 from fusion_upcycle.cli.train_flags import add_train
-from fusion_upcycle.errors import ProofError, UpcyclingError, spelled
+from fusion_upcycle.errors import ProofError, UpcyclingError, spelled, stopped_by_signals
 from fusion_upcycle.inspection.numbers import read_count
 
 DESCRIPTION = """\
@@ -84,11 +84,14 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit status 0 done, 1 not proven, 2 wrong input."""
+    """Run the command line.
+
+    Exit status 0 done, 1 not proven, 2 wrong input, 130 and 143 ended by SIGINT and SIGTERM.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = takes_overrides(given) or _parser().parse_args(given)
     try:
-        with spelled(flags_of(getattr(parsed, "command", None))):
+        with spelled(flags_of(getattr(parsed, "command", None))), stopped_by_signals():
             parsed.run(parsed)
     except ProofError as error:
         sys.exit(_failed(error, 1))
