@@ -19,6 +19,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.checkpoints import STATE_FILE, CheckpointEvery, HashedCheckpointIO
 from fusion_upcycle.training.run import Trained
+from fusion_upcycle.training.work_folder import held
 from fusion_upcycle.verify import verify_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
@@ -154,13 +155,19 @@ def dying(monkeypatch: pytest.MonkeyPatch, saved: int) -> Iterator[None]:
         yield
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_alone(
     whole: tuple[Path, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with dying(monkeypatch, 3):
         train(tmp_path)
-    _, last = checkpoints_in(tmp_path / "work" / "checkpoints")
+    first, last = checkpoints_in(tmp_path / "work" / "checkpoints")
     flip(last / STATE_FILE, (last / STATE_FILE).stat().st_size // 2)
+    flip(first / "metrics.csv", 100)
+    with pytest.raises(UpcyclingError, match=r"06 is .*04 is damaged \(metrics\.csv differs\)"):
+        train(tmp_path)
+    flip(first / "metrics.csv", 100)
+    with held(tmp_path / "work"), pytest.raises(UpcyclingError, match="in use by another run"):
+        train(tmp_path)
     with (
         pytest.warns(UserWarning, match=r"step-000000006 is damaged \(state\.pt differs\)"),
         dying(monkeypatch, 1),
