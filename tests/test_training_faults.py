@@ -4,6 +4,7 @@ import csv
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,20 +90,20 @@ def killed_at_each(folder: Path) -> None:
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, kill
 
 
-def killed(folder: Path, name: str, time: int, moment: str) -> None:
+def killed(folder: Path, name: str, number: int, moment: str) -> None:
     """Train until then."""
     original, calls = resolve_name(name), 0
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == time and moment == "half":
+        if calls == number and moment == "half":
             with open(folder / "log" / "metrics.csv", "a") as file:
                 file.write("0.125,0.2")
-        if calls == time and moment != "after":
+        if calls == number and moment != "after":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*arguments, **options)
-        if calls == time:
+        if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -193,14 +194,14 @@ LIMITS = [
 ]
 
 
-def limited(original: Any, time: int, limit: int) -> Any:
+def limited(original: Any, number: int, limit: int) -> Any:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     calls = 0
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == time:
+        if calls == number:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             return original(*arguments, **options)
@@ -213,12 +214,12 @@ def limited(original: Any, time: int, limit: int) -> Any:
 def test_a_full_disk_ends_the_run_in_one_line_and_the_same_call_goes_on(
     whole: tuple[Path, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, time, limit, words in LIMITS:
+    for name, number, limit, words in LIMITS:
         with (
             monkeypatch.context() as patch,
             pytest.raises(UpcyclingError, match=f"{words}: .*File too large"),
         ):
-            patch.setattr(name, limited(resolve_name(name), time, limit))
+            patch.setattr(name, limited(resolve_name(name), number, limit))
             train(tmp_path)
         assert not list((tmp_path / "work" / "checkpoints").glob(".*")), name
         assert not (tmp_path / ".out.incomplete").exists(), name
@@ -264,7 +265,7 @@ def on_two_devices(folder: Path) -> None:
         flip(last / STATE_FILE, 1000)
         (folder / "flipped").touch()
     while not (folder / "flipped").exists():
-        pass
+        time.sleep(0.01)
     if rank == "0":
         with pytest.warns(UserWarning, match="step-000000004 is damaged"):
             trained = run(moe_model(), folder, 8, **options)
