@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, TRAINING_RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
-from fusion_upcycle.errors import setting
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.report.record import Measured, versions
 from fusion_upcycle.training.checkpoint_folders import (
@@ -49,6 +49,7 @@ from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
 from fusion_upcycle.training.work_folder import disk_errors, held
+from fusion_upcycle.untrusted import read_object
 from fusion_upcycle.upcycling.run import recorded_options
 from fusion_upcycle.upcycling.upcycling import Upcycling
 
@@ -72,9 +73,12 @@ class Origin:
 def upcycling_of(folder: str) -> dict[str, Any] | None:
     """How the model of a folder was made of a dense one, where sparse upcycling made it."""
     path = Path(folder).expanduser() / RECORD_FILE
-    record = json.loads(path.read_bytes()) if path.is_file() else {}
+    record = read_object(path) if path.is_file() else {}
     made = record.get("method") == Upcycling.method
-    return recorded_options(record["options"]) if made else None
+    options = record.get("options")
+    if made and not isinstance(options, dict):
+        raise UpcyclingError(f"{path} is damaged (no options). Copy the folder again.")
+    return recorded_options(options) if made else None
 
 
 @dataclass(frozen=True)
