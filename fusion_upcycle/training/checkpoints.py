@@ -18,6 +18,8 @@ from fusion_upcycle.training.stopping import Stopping
 
 #: Raised when another version of ours could not go on with what is in one.
 CHECKPOINT_VERSION = 2
+#: Of an identity, what no option sets: its key -> what another version of ours does otherwise.
+_BY_VERSION = {"checkpoint": "the format of checkpoints", "order": "the order of examples"}
 _KEPT = 2
 _NAME = "step-{:09d}.ckpt"
 _PATTERN = re.compile(r"step-(\d{9})\.ckpt")
@@ -106,12 +108,20 @@ def last_checkpoint(folder: Path, identity: dict[str, Any], key: str) -> Path | 
         identity: what the checkpoint must have been made with, found in it under `key`.
 
     Raises:
-        UpcyclingError: it was made with something else; says which fields.
+        UpcyclingError: it was made with something else, which is named, or by another version.
     """
     found = checkpoints_in(folder)
     if not found:
         return None
     saved = load_checkpoint(found[-1])[key]
+    for name, what in _BY_VERSION.items():
+        if (was := saved.get(name, 1)) != (now := identity[name]):
+            raise UpcyclingError(
+                f"{found[-1]} was saved by another version of fusion_upcycle: {what} was version "
+                f"{was}, is {now}. Finish the run with the version that began it, or pass "
+                f"{setting('resume', False)} to start over (it will be replaced), or choose "
+                f"another {setting('work_folder')}."
+            )
     if differences := list(_differences("", saved, identity)):
         raise UpcyclingError(
             f"{found[-1]} is of a run with other settings: {'; '.join(differences)}. Set them back "

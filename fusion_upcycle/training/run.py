@@ -38,6 +38,7 @@ from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.permutation import ORDER_VERSION
 from fusion_upcycle.training.router_rate import RouterRate
 from fusion_upcycle.training.stopping import Stopping
 from fusion_upcycle.training.summary import moments_in_words
@@ -285,6 +286,7 @@ def _identity(
     fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     return {
         "checkpoint": CHECKPOINT_VERSION,
+        "order": ORDER_VERSION,
         "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),
         "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
         "data": {source.name: source.digest for source in sources},
