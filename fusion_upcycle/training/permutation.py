@@ -27,7 +27,8 @@ def permuted(places: npt.ArrayLike, size: int, key: int) -> npt.NDArray[np.int64
     """
     at = np.array(places, dtype=np.uint64)
     bits = max(_LEAST_BITS, -(-(size - 1).bit_length() // 2))  # of a half: 4 * size at most walk
-    keys = _mixed(_mixed(np.uint64(key % 2**64)) + np.arange(_ROUNDS, dtype=np.uint64))
+    rounds: Numbers = np.arange(_ROUNDS, dtype=np.uint64)
+    keys = _mixed(rounds + _mixed(np.array([key % 2**64], dtype=np.uint64)))
     outside = np.ones(at.shape, dtype=bool)
     while outside.any():  # a cycle that starts below `size` comes back below it
         at[outside] = _feistel(at[outside], bits, keys)
