@@ -130,10 +130,6 @@ def test_what_cannot_be_planned_is_refused(
 
 
 def test_a_model_that_is_no_decoder_is_refused() -> None:
-    from transformers import ViTConfig
-
-    from fusion_upcycle.inspection.gpus import memory_table
-
     config = ViTConfig(architectures=["ViTForImageClassification"])
     with pytest.raises(UpcyclingError, match="planned for decoders"):
         memory_table(config, 8, 10**9, context_length=8)
