@@ -61,7 +61,7 @@ def new_checkpoint(path: Path, identity: Mapping[str, Any]) -> Iterator[NewCheck
     def failed(reason: object) -> str:
         return (
             f"Saving {path} failed: {reason}. When that is mended, the same command goes on from "
-            "the checkpoint before it."
+            "what was saved before."
         )
 
     try:
