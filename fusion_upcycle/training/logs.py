@@ -75,8 +75,9 @@ class Metrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {**metrics, "step": step}
-        if new := row.keys() - set(self._columns):
-            before = _rows(self.path)[1] if self._columns else []
+        new = row.keys() - set(self._columns)
+        if new or not self.path.is_file():  # somebody has removed it: it begins again
+            before = _rows(self.path)[1] if self.path.is_file() else []
             self._columns = sorted([*self._columns, *new])
             with _replacing(self.path) as part:
                 part.write_text(self._lines(*before, header=True), encoding="utf-8")
