@@ -110,9 +110,8 @@ class TrainingOptions:
         save_moments: whether the result's folder has AdamW's moments too (`optimizer_state`), 8
             bytes for each trained parameter.
         validate_every: steps between validations; 0 leaves it at the end.
-        peak_tflops: of each device, in bfloat16 without sparsity, for the share of it that is used
-            (MFU); by default that of the GPUs in `fusion_upcycle.training.seen`. Without one, and
-            for images and pairs, no share is shown.
+        peak_tflops: of a device in bfloat16, for the share of it that is used (MFU); by default
+            what is known of the GPU. Without one, and for images and pairs, no share is shown.
 
     Raises:
         UpcyclingError: an option out of range, an unknown name, or options that do not fit each
