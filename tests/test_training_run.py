@@ -77,6 +77,17 @@ def test_a_finished_run_is_only_read_again(tmp_path: Path, monkeypatch: pytest.M
     assert_same_bits(again.model.state_dict(), first.model.state_dict())
 
 
+def test_a_checkpoint_of_another_order_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fusion_upcycle.training.run.ORDER_VERSION", 1)
+        run(dense_model(vocab_size=257), tmp_path, 2)
+    words = r"order of examples was version 1, is 2 .*pass resume=False"
+    with pytest.raises(UpcyclingError, match=words):
+        run(dense_model(vocab_size=257), tmp_path, 2)
+
+
 def test_resume_false_starts_over(tmp_path: Path) -> None:
     run(dense_model(vocab_size=257), tmp_path, 6)
     again = run(dense_model(vocab_size=257), tmp_path, 6, seed=1, resume=False)

@@ -43,7 +43,9 @@ from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.permutation import ORDER_VERSION
 from fusion_upcycle.training.router_rate import RouterRate
+from fusion_upcycle.training.seen import Seen
 from fusion_upcycle.training.stopping import Stopping
 from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
@@ -196,6 +198,7 @@ def _train(
     moments = None
     if optimizer_state is not None and resumed is None:
         moments = load_moments(optimizer_state, model, origin.upcycling)
+    seen = Seen(model, options)
     module = PretrainingModule(model, objective, options, moments=moments)
     parameters = count_parameters(model, module.routers)
     health, scores = RouterHealth(), Validation()
@@ -211,7 +214,7 @@ def _train(
         stopping=stopping,
     )
     with quiet_lightning(), Measured() as cost:
-        callbacks: list[Callback] = [health, churn, scores]
+        callbacks: list[Callback] = [health, churn, scores, seen]
         trainer = make_trainer(
             options, callbacks, saving, stopping, metrics, work=places.work, progress=progress
         )
@@ -247,7 +250,7 @@ def _train(
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
-        "cost": _cost(cost, options, module.first_step),
+        "cost": _cost(cost, options, module.first_step, seen, trainer.world_size),
         "log": str(places.log),
         "run": run,
     } | _settings(options)
@@ -309,11 +312,14 @@ def _announce(rate: RouterRate | None, progress: bool) -> None:
         warnings.warn(rate.warning, stacklevel=3)
 
 
-def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, float | int]:
-    """What this process took, and how fast it was, validation included."""
+def _cost(
+    cost: Measured, options: TrainingOptions, first_step: int, seen: Seen, world: int
+) -> dict[str, float | int]:
+    """What this process took, and how fast the run was, validation and saving included."""
     done = (options.steps - first_step) * options.per_step
     speed = done / cost.cpu_seconds if cost.cpu_seconds else 0.0
-    return cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
+    found = cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
+    return found | seen.of_run(done / cost.wall_seconds, world)
 
 
 def _settings(options: TrainingOptions) -> dict[str, Any]:
@@ -335,6 +341,7 @@ def _identity(
     fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     return {
         "checkpoint": CHECKPOINT_VERSION,
+        "order": ORDER_VERSION,
         "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),
         "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
         "data": {source.name: source.digest for source in sources},
