@@ -8,6 +8,7 @@ config and index as they are, and files without data, so that they take no disk.
 process of its own, on one thread: from opening the folder to the headers of the shards that would
 be written, and the record. Memory is the peak above what there was after the imports. One minute;
 `--table RECORD.json` prints a record as Markdown.
+"""
 
 import argparse
 import json
