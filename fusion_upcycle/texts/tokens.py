@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.checkpoint.tokenizer_file import check_tokenizer, tokenizing
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -19,17 +20,19 @@ _DOCUMENTS_AT_ONCE = 500
 def read_tokenizer(file: Path) -> "Tokenizer":
     """The tokenizer of a `tokenizer.json`, without what transformers adds to it.
 
+    It neither fills texts up nor cuts them off. Ask it within `tokenizing(file)`.
+
     Raises:
-        UpcyclingError: the file is damaged.
+        UpcyclingError: the file is damaged, or its rules may take for ever (`check_tokenizer`).
     """
     from tokenizers import Tokenizer
 
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more special
-        raise UpcyclingError(
-            f"{file} cannot be used: {error}. Get it again from where the model is from."
-        ) from error
+    check_tokenizer(file)
+    with tokenizing(file):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> list[list[int]]:
