@@ -82,6 +82,7 @@ def write_output(
     companions: Callable[[Path], list[str]],
     prove: Callable[[Path], Proof],
     options: OutputOptions,
+    put: Callable[[Path], Mapping[str, str] | None] | None = None,
     cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
 ) -> Converted:
@@ -94,6 +95,8 @@ def write_output(
         companions: puts tokenizer, template, generation and licence files into the staged folder
             and returns their names.
         prove: staged folder -> proof; an error leaves no output.
+        put: puts what else this conversion has into the staged folder, before the companions, and
+            returns name -> SHA-256 of files that it hashed while it wrote them.
         cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
@@ -119,6 +122,8 @@ def write_output(
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             hashed = write_shards(staging, shards, conversion.chunks, bar.update)
+            if put is not None:
+                hashed |= put(staging) or {}
             _write_json(staging / "config.json", readable_config(conversion.config))
             if conversion.architecture.ships is not None:
                 shutil.copy(conversion.architecture.ships, staging)
