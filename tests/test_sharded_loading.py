@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fusion_upcycle import upcycle
 from fusion_upcycle.architectures.layout import own_class_name
 from fusion_upcycle.errors import ProofError, UpcyclingError
+from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.live.loading import load_by_config
 from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training import launching
@@ -31,11 +32,12 @@ def loaded(folders: dict[str, Path]) -> None:
         layouts = LAYOUTS[:1] if name == "own" else LAYOUTS
         assert plan_layout(config_of(folder), 2) == layouts[0]
         for layout in layouts:
-            found = load_sharded(folder, layout, dtype=torch.float32)
+            found = load_sharded(folder, layout, dtype=torch.float32).model
             assert_same(found, wanted)
             held = sum(p.to_local().numel() for p in found.parameters() if hasattr(p, "to_local"))
             assert held < 0.65 * wanted.num_parameters()
             assert own_class_name(found) == type(wanted).__name__
+            assert state_sha256(found, "") == state_sha256(wanted, "")
             assert found.config.to_dict() == wanted.config.to_dict()
     assert_tied(folders["mixtral"])
     with pytest.raises(ProofError, match=r"gate_up_proj was not loaded as .*strategy"):
@@ -55,7 +57,7 @@ def assert_same(found: PreTrainedModel, wanted: PreTrainedModel) -> None:
 
 def assert_tied(folder: Path) -> None:
     """Tied weights get the gradients of both their uses, which transformers' own groups lose."""
-    model = load_sharded(folder, Layout(2), dtype=torch.float32)
+    model = load_sharded(folder, Layout(2), dtype=torch.float32).model
     expected = load_by_config(folder, dtype=torch.float32)
     ids = torch.arange(12).view(1, 12)
     for each in (model, expected):

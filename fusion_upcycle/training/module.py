@@ -87,21 +87,7 @@ class PretrainingModule(L.LightningModule):
     # --- what Lightning asks for ------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Shard for FSDP2, decoder layer by decoder layer, and compile."""
-        if self.options.strategy == "fsdp":
-            from torch.distributed.fsdp import FSDPModule, fully_shard
-
-            assert self.device_mesh is not None
-            if isinstance(self.model, FSDPModule):
-                return
-            mesh = self.device_mesh["data_parallel"]
-            layers = self.model._no_split_modules or ()
-            biases = self.routers.selection_biases()
-            whole = {bias for bias in biases if isinstance(bias, torch.nn.Parameter)}
-            for module in self.model.modules():
-                if type(module).__name__ in layers:
-                    fully_shard(module, mesh=mesh, ignored_params=whole)
-            fully_shard(self.model, mesh=mesh, ignored_params=whole)
+        """Compile; a model that is sharded has been loaded so."""
         if self.options.compile:
             self.model.compile()
 
@@ -224,13 +210,21 @@ class PretrainingModule(L.LightningModule):
 
     def _clip(self, optimizer: Any) -> float:
         """Clip the gradients where they are too large, and return the norm they had."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(whole(total))
+        by_mesh: dict[Any, list[Tensor]] = {}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        norms = [
+            whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            for parameters in by_mesh.values()
+        ]
+        total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        norm = float(total)
         limit = self.options.gradient_clip
         # clip_grad_norm_ would multiply by 1 too: all experts' gradients, read and written again.
         if limit and norm + 1e-6 > limit:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+            for parameters in by_mesh.values():
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
         return norm
 
     def _require_finite(self, losses: Tensor, norm: float, step: int) -> None:

@@ -95,7 +95,8 @@ class Trained:
     """A finished run.
 
     Attributes:
-        model: trained, in eval mode, in the dtypes it came in.
+        model: trained, in eval mode, in the dtypes it came in; with `strategy=fsdp` this process's
+            part, in the dtype of the training, to be run by all processes together.
         record: what was done, JSON; also in the output's `training.json`.
     """
 
@@ -104,7 +105,7 @@ class Trained:
 
 
 def train(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | Part",
     processor: Any,
     options: TrainingOptions,
     *,
@@ -122,7 +123,8 @@ def train(
     one folder for all.
 
     Args:
-        model: changed in place, but under `strategy=fsdp`, whose result is a new model.
+        model: changed in place; with `strategy=fsdp` this process's part, as
+            `fusion_upcycle.training.sharding.load_part` makes it.
         processor: the model's tokenizer, or its image processor.
         data: name -> documents, as `fusion_upcycle.texts.documents` takes them; for other
             objectives as `fusion_upcycle.tables.pairs` or `.images` takes them, without a split
