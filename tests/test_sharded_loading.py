@@ -21,7 +21,7 @@ from fusion_upcycle.training import launching
 from fusion_upcycle.training.sharding import Layout, config_of, load_sharded, plan_layout
 
 #: What transformers shards, what it would not, and both experts and routers on the last axis.
-LAYOUTS = (Layout(2), Layout(2, axis=2), Layout(2, expert_parallel=2))
+LAYOUTS = (Layout(2), Layout(2, axis=2), Layout(2, expert_parallel=2, axis=2))
 
 
 def loaded(folders: dict[str, Path]) -> None:
@@ -90,7 +90,7 @@ def test_every_process_holds_its_part(tmp_path: Path) -> None:
         (4, 1, Layout(4)),  # one expert each
         (8, 1, Layout(8, 1, 2)),  # more processes than experts
         (8, 2, Layout(8, 2, 2)),
-        (4, 4, Layout(4, 4)),
+        (4, 4, Layout(4, 4, 2)),
         (6, 1, "4 experts.*24 and 32 wide.*6 processes. Start 1, 2, 4 or 8 processes"),
         (12, 4, "12 processes in groups of expert_parallel=4. Start 4, 8 or 16 processes"),
         (8, 8, "divide both the 8 processes and the 4 experts of a layer: 1, 2 or 4"),

@@ -39,9 +39,9 @@ def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Route
     autocast = options.precision == "bf16-mixed" and options.strategy != "fsdp"
     if autocast and implementation == "grouped_mm" and find_experts(model, routers):
         raise UpcyclingError(
-            f"precision=bf16-mixed with strategy={options.strategy}: autocast leaves the experts of "
-            f"{implementation} in float32. Pass {setting('strategy', 'fsdp')}, which casts them, on "
-            f"one device too; or {setting('experts_implementation', 'eager')}, or "
+            f"precision=bf16-mixed with strategy={options.strategy}: autocast leaves experts of "
+            f"{implementation} in float32. Pass {setting('strategy', 'fsdp')}, which casts them, "
+            f"on one device too; or {setting('experts_implementation', 'eager')}, or "
             f"{setting('precision', '32-true')}."
         )
     if options.attention == "document":
@@ -65,16 +65,28 @@ def document_positions(ids_BT: Tensor, separator: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Before:
-    """What training changes of a model besides its values."""
+    """What training changes of a model besides its values.
+
+    Attributes:
+        dtypes: live name -> dtype of a tensor; of a part of a model those of its files.
+        trained: name -> whether a parameter requires gradients.
+    """
 
     dtypes: dict[str, torch.dtype]
     trained: dict[str, bool]
 
     @classmethod
-    def of(cls, model: "PreTrainedModel") -> "Before":
-        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    def of(
+        cls, model: "PreTrainedModel", in_files: dict[str, torch.dtype] | None = None
+    ) -> "Before":
+        dtypes = in_files or {name: t.dtype for name, t in model.state_dict().items()}
         trained = {name: p.requires_grad for name, p in model.named_parameters()}
         return cls(dtypes, trained)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the model."""
+        return self.dtypes[next(iter(self.trained))]
 
     def restore(self, model: "PreTrainedModel", *, sharded: bool) -> None:
         """Make the trained model as it came, in evaluation mode; a part of one stays float32."""

@@ -150,7 +150,7 @@ def _axis(processes: int, expert_parallel: int, num_experts: int, widths: list[i
     """On which axis a layer's experts can be divided evenly; None where they cannot."""
     sharing = processes // expert_parallel  # that have the same experts
     # With both on the first axis, a process's part would not be one piece of the tensor.
-    if sharing == 1 or (expert_parallel == 1 and num_experts % sharing == 0):
+    if expert_parallel == 1 and num_experts % sharing == 0:
         return 0
     return 2 if all(width % sharing == 0 for width in widths) else None
 
