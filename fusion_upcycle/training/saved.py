@@ -1,6 +1,7 @@
 """The tensors in a checkpoint, read one at a time; loading them runs no code."""
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +103,9 @@ class SavedParts:
         Args:
             alone: this process does not wait for others that fill theirs.
         """
-        load(tensors, storage_reader=self._reader, no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(tensors, storage_reader=self._reader, no_dist=alone)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in memory."""
