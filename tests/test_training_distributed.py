@@ -24,7 +24,13 @@ STEPS, CUT = 20, 10
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddp": ("mixtral", {"tie_word_embeddings": True}, {}),
 }
-OPTIONS = {"learning_rate": 3e-3, "checkpoint_every": CUT}
+HELD_OUT = {"again": {"_target_": "tiny_training.documents", "count": 7}}
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "checkpoint_every": CUT,
+    "validate_every": CUT,
+    "validation": HELD_OUT,
+}
 
 
 Run = tuple[str, dict[str, Any], Path, dict[str, Any]]  # family, fields, folder, options
@@ -100,6 +106,8 @@ def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         record = json.loads((folder / "one, then two" / "out" / "training.json").read_text())
         assert record["router_learning_rate"] == whole.record["router_learning_rate"]
         assert record["router_learning_rate"]["value"] < OPTIONS["learning_rate"]
+        held_out = whole.record["validation"][STEPS]["again"]
+        assert record["validation"][str(STEPS)]["again"] == pytest.approx(held_out, rel=1e-5)
         assert record["resumed_from"] == f"step-{CUT:09d}"
         assert_one_goes_on(strategy, folder / "two", expected)
 

@@ -23,6 +23,7 @@ from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.cli import main
 from fusion_upcycle.errors import Stopped, UpcyclingError
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
+from fusion_upcycle.training.checkpoints import CheckpointEvery
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.objectives.texts import separator_of
@@ -233,10 +234,13 @@ def test_a_run_is_saved_when_minutes_have_passed(
     clock = iter(range(0, 10_000, 45))  # three quarters of a minute for each look
     saved: list[int] = []
     monkeypatch.setattr("fusion_upcycle.training.checkpoints.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr(
-        "lightning.Trainer.save_checkpoint", lambda self, path: saved.append(self.global_step)
-    )
-    with pytest.raises(IndexError):  # as there is no file
+
+    def save(self: Any, trainer: Any) -> None:
+        saved.append(trainer.global_step)
+        self._saved_at = next(clock)
+
+    monkeypatch.setattr(CheckpointEvery, "_save", save)
+    with pytest.raises(IndexError):  # as there is no checkpoint
         run(dense_model(vocab_size=257), tmp_path, 7, checkpoint_every=0, checkpoint_minutes=1.5)
     assert saved == [2, 4, 6, 7]
     assert make_training_options(tokens=10**6).checkpoint_minutes == 30

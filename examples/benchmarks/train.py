@@ -28,7 +28,7 @@ from convert import write_record
 from rich.console import Console
 from train_job import Worker
 
-from fusion_upcycle.inspection.economics import TRAINING_PASSES
+from fusion_upcycle.live.cost import TRAINING_PASSES
 from fusion_upcycle.report.tables import Table
 
 MOE = {"num_experts": 8, "experts_per_token": 2}

@@ -10,6 +10,7 @@ from typing import Any
 from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
 from fusion_upcycle.checkpoint.reader import parse_json
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.untrusted import read_bytes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -134,10 +135,7 @@ def read_adapter_config(folder: Path, base: str | Path | None = None) -> Adapter
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     _check_inside(path, folder)
-    try:
-        return parse_json(path, path.read_bytes())
-    except OSError as error:
-        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
+    return parse_json(path, read_bytes(path))
 
 
 def _check_files(folder: Path, remedy: str) -> None:

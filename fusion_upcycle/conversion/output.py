@@ -1,6 +1,7 @@
 """An output folder: shards, config, companions, record and model card, all or nothing."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def write_output(
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
     """
-    output = output.resolve()
+    output = Path(os.path.realpath(output))
     shards = plan_shards(conversion.specs, options.max_shard_size)
     total = conversion.total_bytes
     record: dict[str, Any] = {
@@ -108,12 +109,13 @@ def write_output(
         "shards": [shard.file for shard in shards],
         "versions": versions(),
     }
-    fingerprint = record if resumable else record | {"run": uuid4().hex}
+    fingerprint = record if resumable else {"run": uuid4().hex}
     with staging_folder(
         output,
         fingerprint,
         total_bytes=total + conversion.bytes_beside,
         overwrite=options.overwrite,
+        shards=record["shards"] if resumable else (),
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             hashed = write_shards(staging, shards, conversion.chunks, bar.update)

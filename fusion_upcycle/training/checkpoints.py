@@ -153,7 +153,11 @@ class CheckpointEvery(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """The last callback of a step, to whose row the others have added theirs."""
+        """The last callback of a step, to whose row the others have added theirs.
+
+        Raises:
+            UpcyclingError: the log or a checkpoint could not be written; in all processes.
+        """
         failed = _log(trainer, module)
         late = self._seconds > 0 and time.monotonic() - self._saved_at >= self._seconds
         # Clocks differ and a signal may reach one process only, but all must save the same step.

@@ -5,9 +5,10 @@ import io
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ class Metrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {**metrics, "step": step}
-        if new := row.keys() - set(self._columns):
-            before = _rows(self.path)[1] if self._columns else []
+        new = row.keys() - set(self._columns)
+        if new or not self.path.is_file():  # somebody has removed it: it begins again
+            before = _rows(self.path)[1] if self.path.is_file() else []
             self._columns = sorted([*self._columns, *new])
             with _replacing(self.path) as part:
                 part.write_text(self._lines(*before, header=True), encoding="utf-8")
@@ -114,9 +116,29 @@ def _rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         return list(reader.fieldnames or ()), list(reader)
 
 
-def tensorboard(folder: Path) -> Logger:
-    """`tensorboard/version_N/`, one for each process that went on with a run."""
-    return TensorBoardLogger(folder, name="tensorboard")
+class TensorBoard(TensorBoardLogger):
+    """`tensorboard/version_N/`, one for each process that went on with a run.
+
+    It is written by a thread, whose errors its next call raises as what they are.
+
+    Args:
+        folder: where `tensorboard/` is.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, name="tensorboard")
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)
+        except ValueError as error:  # as Lightning says it, of a number too
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
+
+    def finalize(self, status: str) -> None:
+        with suppress(OSError) if status == "failed" else nullcontext():
+            super().finalize(status)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -132,7 +154,17 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Leave out Lightning's device report and advice; its errors and our warnings stay."""
+    """Leave out Lightning's device report and advice; its errors and our warnings stay.
+
+    TensorBoard's thread is quiet about errors of the disk, which `TensorBoard` raises.
+    """
+
+    def excepthook(failed: Any) -> None:
+        of_tensorboard = type(failed.thread).__module__.startswith("tensorboard")
+        if not (of_tensorboard and issubclass(failed.exc_type, OSError)):
+            hook(failed)
+
+    hook, threading.excepthook = threading.excepthook, excepthook
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -142,5 +174,6 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"lightning\..*")
             yield
     finally:
+        threading.excepthook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "save_moments",
     "validate_every",
+    "peak_tflops",
 )
 
 
@@ -114,6 +115,8 @@ class TrainingOptions:
         save_moments: whether the result's folder has AdamW's moments too (`optimizer_state`), 8
             bytes for each trained parameter.
         validate_every: steps between validations; 0 leaves it at the end.
+        peak_tflops: of a device in bfloat16, for the share of it that is used (MFU); by default
+            what is known of the GPU. Without one, and for images and pairs, no share is shown.
 
     Raises:
         UpcyclingError: an option out of range, an unknown name, or options that do not fit each
@@ -158,6 +161,7 @@ class TrainingOptions:
     checkpoint_minutes: float = 30.0
     save_moments: bool = False
     validate_every: int = 0
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("context_length", "batch_size", "devices", "num_nodes", "expert_parallel"):
@@ -230,6 +234,8 @@ class TrainingOptions:
         require_number("learning_rate", self.learning_rate, above=0.0)
         if self.router_learning_rate is not None:
             require_number("router_learning_rate", self.router_learning_rate, above=0.0)
+        if self.peak_tflops is not None:
+            require_number("peak_tflops", self.peak_tflops, above=0.0)
         for name in ("weight_decay", "gradient_clip", "balance_weight", "z_weight"):
             require_number(name, getattr(self, name))
         require_number("bias_update_rate", self.bias_update_rate)

@@ -40,14 +40,17 @@ from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.permutation import ORDER_VERSION
 from fusion_upcycle.training.router_rate import RouterRate
 from fusion_upcycle.training.saved import STATE_FILE
+from fusion_upcycle.training.seen import Seen
 from fusion_upcycle.training.sharding import Part
 from fusion_upcycle.training.stopping import Stopping
 from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
 from fusion_upcycle.training.work_folder import disk_errors, held
+from fusion_upcycle.untrusted import read_object
 from fusion_upcycle.upcycling.run import recorded_options
 from fusion_upcycle.upcycling.upcycling import Upcycling
 
@@ -71,9 +74,13 @@ class Origin:
 def upcycling_of(folder: str) -> dict[str, Any] | None:
     """How the model of a folder was made of a dense one, where sparse upcycling made it."""
     path = Path(folder).expanduser() / RECORD_FILE
-    record = json.loads(path.read_bytes()) if path.is_file() else {}
-    made = record.get("method") == Upcycling.method
-    return recorded_options(record["options"]) if made else None
+    record = read_object(path) if path.is_file() else {}
+    if record.get("method") != Upcycling.method:
+        return None
+    options = record.get("options")
+    if not isinstance(options, dict):
+        raise UpcyclingError(f"{path} is damaged (no options). Copy the folder again.")
+    return recorded_options(options)
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,7 @@ def _train(
     moments = None
     if optimizer_state is not None and resumed is None:
         moments = load_moments(optimizer_state, model, origin.upcycling)
+    seen = Seen(model, options)
     module = PretrainingModule(model, objective, options, moments=moments)
     begun = {
         "method": "continued pre-training",
@@ -242,7 +250,7 @@ def _train(
         stopping=stopping,
     )
     with quiet_lightning(), Measured() as cost:
-        callbacks: list[Callback] = [health, churn, scores]
+        callbacks: list[Callback] = [health, churn, scores, seen]
         trainer = make_trainer(
             options, callbacks, saving, stopping, metrics, work=places.work, progress=progress
         )
@@ -269,7 +277,7 @@ def _train(
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
-        "cost": _cost(cost, options, module.first_step),
+        "cost": _cost(cost, options, module.first_step, seen, trainer.world_size),
     }
     if trainer.is_global_zero:
         metrics.sync()
@@ -327,11 +335,14 @@ def _announce(rate: RouterRate | None, progress: bool) -> None:
         warnings.warn(rate.warning, stacklevel=3)
 
 
-def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, float | int]:
-    """What this process took, and how fast it was, validation included."""
+def _cost(
+    cost: Measured, options: TrainingOptions, first_step: int, seen: Seen, world: int
+) -> dict[str, float | int]:
+    """What this process took, and how fast the run was, validation and saving included."""
     done = (options.steps - first_step) * options.per_step
     speed = done / cost.cpu_seconds if cost.cpu_seconds else 0.0
-    return cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
+    found = cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
+    return found | seen.of_run(done / cost.wall_seconds, world)
 
 
 def _identity(
@@ -344,6 +355,7 @@ def _identity(
     fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     return {
         "checkpoint": CHECKPOINT_VERSION,
+        "order": ORDER_VERSION,
         # Others save a model whole, and go on from such only.
         "sharded": options.strategy == "fsdp",
         "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),

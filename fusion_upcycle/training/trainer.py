@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 
 from fusion_upcycle.training.checkpoints import CheckpointEvery
-from fusion_upcycle.training.logs import Metrics, Progress, tensorboard
+from fusion_upcycle.training.logs import Metrics, Progress, TensorBoard
 from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
@@ -60,7 +60,7 @@ def make_trainer(
         precision="bf16-mixed" if autocast else "32-true",
         max_steps=options.steps,
         max_epochs=1,
-        logger=[metrics, tensorboard(metrics.path.parent)],
+        logger=[metrics, TensorBoard(metrics.path.parent)],
         callbacks=[
             stopping,
             *callbacks,

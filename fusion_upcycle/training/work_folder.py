@@ -77,11 +77,13 @@ def disk_errors(work: Path) -> Iterator[None]:
     """Say what a disk that is full or fails has ended, and how to go on.
 
     Raises:
-        UpcyclingError: in place of any OSError.
+        UpcyclingError: in place of any OSError of the system.
     """
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         raise UpcyclingError(
             f"Reading or writing failed: {error}. When that is mended, the same command goes on "
             f"from what is in {work}."
