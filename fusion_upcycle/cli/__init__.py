@@ -13,7 +13,7 @@ from fusion_upcycle.cli.option_flags import Command, add_base, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
 from fusion_upcycle.cli.spelling import flags_of
-from fusion_upcycle.cli.train_flags import add_train
+from fusion_upcycle.cli.train_flags import add_export, add_train
 from fusion_upcycle.errors import ProofError, UpcyclingError, spelled, stopped_by_signals
 from fusion_upcycle.inspection.numbers import read_count
 
@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add_importance(commands)
     add_expand(commands)
     add_train(commands)
+    add_export(commands)
 
     verify = commands.add_parser(
         "verify",

@@ -2,6 +2,8 @@
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -48,10 +50,26 @@ def start(devices: int, num_nodes: int, accelerator: str) -> None:
     # Checkpoints are written from the CPU, beside the training.
     backend = "gloo" if found is None else f"cpu:gloo,{found.type}:nccl"
     if given is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     atexit.register(_end)
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process of each machine goes through the block before the others do."""
+    import torch.distributed as dist
+
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if first:  # also where it failed, as the others will
+            dist.barrier()
 
 
 def _end() -> None:

@@ -12,8 +12,7 @@ silence.
 Shapes: E experts, F neurons of an expert, D hidden size.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,29 +21,25 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusion_upcycle.architectures import known_family
-from fusion_upcycle.architectures.base import Architecture, LiveSlot
-from fusion_upcycle.architectures.introspection import as_renamed, file_slots
+from fusion_upcycle.architectures.base import Architecture
 from fusion_upcycle.architectures.layout import (
     built,
     class_name,
-    file_layout,
     model_class,
     tied_names,
 )
-from fusion_upcycle.checkpoint.reader import CheckpointReader
-from fusion_upcycle.checkpoint.source import read_config
-from fusion_upcycle.checkpoint.tensors import TensorSource
-from fusion_upcycle.errors import ProofError, UpcyclingError, setting
+from fusion_upcycle.checkpoint.source import locate, read_config
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.loading import load_folder
+from fusion_upcycle.training import launching
+from fusion_upcycle.training.options import TrainingOptions
+from fusion_upcycle.training.part_check import check_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-#: Rows of each tensor in a process's part that are compared with the files after loading.
-_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,46 @@ class Layout:
     processes: int
     expert_parallel: int = 1
     axis: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """This process's part of the model of a folder.
+
+    Attributes:
+        model: whose parameters are sharded, in evaluation mode.
+        dtypes: live name -> dtype in the files.
+    """
+
+    model: "PreTrainedModel"
+    dtypes: dict[str, torch.dtype]
+
+
+def load_part(
+    source: str | Path, options: TrainingOptions, *, auto_class: Any = None, **kwargs: Any
+) -> Part:
+    """What this process trains of a model with `strategy=fsdp`; every process calls it.
+
+    Args:
+        source: folder or Hub id.
+        auto_class: of transformers, by which to load; None is the class that the config names.
+        kwargs: of `from_pretrained`; `dtype` says nothing here.
+
+    Raises:
+        UpcyclingError: processes that were not started, or whose number does not fit the model; as
+            `fusion_upcycle.live.loading.load_folder`.
+        ProofError: a tensor that is not the files'.
+    """
+    launching.start(options.devices, options.num_nodes, options.accelerator)
+    with launching.first_alone():
+        folder = locate(source)
+    config = config_of(folder, auto_class)
+    processes = options.devices * options.num_nodes
+    layout = plan_layout(config, processes, options.expert_parallel)
+    kwargs["dtype"] = torch.bfloat16 if options.precision == "bf16-true" else torch.float32
+    kwargs.pop("torch_dtype", None)
+    mixed = options.precision == "bf16-mixed"
+    return load_sharded(folder, layout, auto_class=auto_class, mixed=mixed, **kwargs)
 
 
 def plan_layout(config: "PreTrainedConfig", processes: int, expert_parallel: int = 1) -> Layout:
@@ -83,12 +118,14 @@ def plan_layout(config: "PreTrainedConfig", processes: int, expert_parallel: int
         return Layout(processes)
     if expert_parallel > 1 and not model.ep_plan:
         raise UpcyclingError(
-            f"expert_parallel={expert_parallel}: {class_name(config)} is a class of fusion_upcycle, "
-            f"which transformers cannot run so. Pass {setting('expert_parallel', 1)}: "
+            f"expert_parallel={expert_parallel}: {class_name(config)} is a class of ours, which "
+            f"transformers cannot run so. Pass {setting('expert_parallel', 1)}: "
             f"{setting('strategy', 'fsdp')} shards its experts all the same."
         )
     num_experts = packed[0].shape[0]
-    widths = sorted({parameter.shape[-1] for parameter in packed})
+    widths = sorted({matrix.shape[-1] for matrix in packed if matrix.ndim == 3})
+    if any(bias.ndim < 3 for bias in packed):
+        widths = []  # which have no such axis, and are cut like the matrices
     if processes % expert_parallel or num_experts % expert_parallel:
         fit = [n for n in range(1, num_experts + 1) if num_experts % n == 0 and processes % n == 0]
         raise UpcyclingError(
@@ -103,8 +140,9 @@ def plan_layout(config: "PreTrainedConfig", processes: int, expert_parallel: int
             if _axis(n, expert_parallel, num_experts, widths) is not None
         ]
         raise UpcyclingError(
-            f"The {num_experts} experts of a layer, with matrices {' and '.join(map(str, widths))} "
-            f"wide, cannot be divided evenly among {processes} processes"
+            f"The {num_experts} experts of a layer, with "
+            + (f"matrices {' and '.join(map(str, widths))} wide" if widths else "biases")
+            + f", cannot be divided evenly among {processes} processes"
             + (f" in groups of expert_parallel={expert_parallel}" if expert_parallel > 1 else "")
             + f". Start {_either(fit)} processes."
         )
@@ -115,9 +153,9 @@ def _axis(processes: int, expert_parallel: int, num_experts: int, widths: list[i
     """On which axis a layer's experts can be divided evenly; None where they cannot."""
     sharing = processes // expert_parallel  # that have the same experts
     # With both on the first axis, a process's part would not be one piece of the tensor.
-    if sharing == 1 or (expert_parallel == 1 and num_experts % sharing == 0):
+    if expert_parallel == 1 and num_experts % sharing == 0:
         return 0
-    return 2 if all(width % sharing == 0 for width in widths) else None
+    return 2 if widths and all(width % sharing == 0 for width in widths) else None
 
 
 def _either(numbers: list[int]) -> str:
@@ -126,17 +164,17 @@ def _either(numbers: list[int]) -> str:
 
 
 def packed_experts(model: "PreTrainedModel", architecture: Architecture | None) -> list[Any]:
-    """The parameters that hold the matrices of all experts of a layer, [E, ., .]; none if dense."""
+    """The parameters that hold what all experts of a layer have, [E, ...]; none if dense."""
     if architecture is None:
         return []
     modules = architecture.layer_modules(model, architecture.experts_module).values()
-    return [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 3]
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
 
 def selection_bias_parameters(
     model: nn.Module, architecture: Architecture | None
 ) -> set[nn.Parameter]:
-    """Selection biases of families that have them as parameters: moved by hand, so never sharded."""
+    """Selection biases that are parameters: moved by hand, so never sharded."""
     if architecture is None or architecture.live_bias_name is None:
         return set()
     owner, _, name = architecture.live_bias_name.rpartition(".")
@@ -148,8 +186,8 @@ def selection_bias_parameters(
 
 def load_sharded(
     folder: Path, layout: Layout, *, auto_class: Any = None, mixed: bool = False, **kwargs: Any
-) -> "PreTrainedModel":
-    """This process's part of the model of a folder, in evaluation mode.
+) -> Part:
+    """This process's part of the model of a folder, in a given layout.
 
     Every process calls this, after `launching.start`. What was loaded is compared with the files.
 
@@ -162,11 +200,12 @@ def load_sharded(
         UpcyclingError: as `fusion_upcycle.live.loading.load_folder`.
         ProofError: a tensor that is not the files'.
     """
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     config = config_of(folder, auto_class)
     plan = _fsdp_plan(built(config))
-    config.base_model_fsdp_plan = {}  # which every model inside would take for its own
+    # Which every model inside would take for its own.
+    config.base_model_fsdp_plan = {}  # type: ignore[misc]
     distributed = DistributedConfig(
         fsdp_size=layout.processes,
         fsdp_plan=plan,
@@ -184,8 +223,8 @@ def load_sharded(
     if layout.processes == 1:
         _shard_alone(model, distributed)
     del model.config.base_model_fsdp_plan, model.config.distributed_config
-    check_shards(model, folder)
-    return model
+    model.config.dtype = config.dtype  # of the files, as where a model is loaded whole
+    return Part(model, check_part(model, folder))
 
 
 def config_of(folder: Path, auto_class: Any = None) -> "PreTrainedConfig":
@@ -265,86 +304,3 @@ def _shard_alone(model: "PreTrainedModel", distributed: Any) -> None:
     for module in [m for m in model.modules() if type(m).__name__ in layers]:
         shard(module, mesh=mesh, **policy)
     shard(model, mesh=mesh, **policy)
-
-
-# --- what was loaded ------------------------------------------------------------------------------
-
-
-def slots(config: "PreTrainedConfig") -> Mapping[str, LiveSlot]:
-    """Name of each tensor in the files -> where it is in the live model, tied ones once."""
-    names = file_layout(config).specs
-    architecture = known_family(config.get_text_config())
-    if architecture is None:
-        return {name: slot for name, slot in file_slots(config).items() if name in names}
-    state = built(config).state_dict()
-    inside = architecture.packed_names[0]
-    rows = next(tensor.shape[1] for name, tensor in state.items() if name.endswith(inside))
-    return {name: architecture.live_slot(name, rows // 2) for name in names}
-
-
-def check_shards(model: "PreTrainedModel", folder: Path) -> None:
-    """Compare this process's part with the files: rows of every tensor, bit for bit.
-
-    Raises:
-        ProofError: a tensor that is not the files', or that the files do not have.
-    """
-    config = copy.deepcopy(model.config)
-    files: TensorSource = CheckpointReader(folder)
-    state, places = model.state_dict(), slots(config)
-    if not places.keys() <= files.specs.keys():
-        files = as_renamed(files, config)
-    for name, (live, index) in places.items():
-        if name not in files.specs:
-            raise ProofError(
-                f"{folder} has no tensor {name}, by which the loaded {live} could be checked. Save "
-                "the model again with transformers (save_pretrained)."
-            )
-        found, place = _own_part(state[live], index)
-        if not found.numel():
-            continue
-        expected = files.tensor(name)[place].to(found.dtype)
-        if not torch.equal(_some_rows(found).cpu(), _some_rows(expected)):
-            raise ProofError(
-                f"{live} was not loaded as {folder} has it ({name}). transformers shards this "
-                f"{config.model_type} model wrongly; train it with {setting('strategy', 'ddp')}."
-            )
-        files.release([name])
-
-
-def _own_part(tensor: Any, index: tuple[Any, ...]) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this process has of `tensor[index]`, and where that is in `tensor[index]`."""
-    local, starts = tensor, (0,) * tensor.ndim
-    if hasattr(tensor, "to_local"):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        _, starts = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        local = tensor.to_local()
-    inner: list[Any] = []
-    place: list[slice] = []
-    for axis, size in enumerate(tensor.shape):
-        wanted = index[axis] if axis < len(index) else slice(0, size)
-        first, last = (
-            (wanted, wanted + 1) if isinstance(wanted, int) else (wanted.start, wanted.stop)
-        )
-        begin = max(first, starts[axis])
-        end = max(begin, min(last, starts[axis] + local.shape[axis]))
-        own = slice(begin - starts[axis], end - starts[axis])
-        if not isinstance(wanted, int):
-            inner.append(own)
-            place.append(slice(begin - first, end - first))
-        elif begin == end:
-            return local.new_empty(0), ()
-        else:
-            inner.append(own.start)
-    return local[tuple(inner)], tuple(place)
-
-
-def _some_rows(tensor: Tensor) -> Tensor:
-    """Up to `_ROWS` rows, from the first to the last."""
-    if tensor.ndim < 2:
-        return tensor
-    rows = tensor.flatten(0, -2)
-    chosen = torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long().unique()
-    return rows[chosen.to(rows.device)]
