@@ -28,8 +28,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from fuzzing.catalogue import surfaces
-from fuzzing.engine import MOST_CPU_SECONDS, MOST_MEGABYTES, atheris, fuzz
+from fuzzing.engine import MOST_CPU_SECONDS, MOST_MEGABYTES, atheris, fuzz, instrumented
+
+with instrumented():
+    from fuzzing.catalogue import surfaces
 from fuzzing.surfaces import Surface
 
 from fusion_upcycle.report.progress import progress_bar
