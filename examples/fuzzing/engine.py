@@ -7,6 +7,7 @@ is none, those of a generator of random numbers.
 
 import base64
 import json
+import logging
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ from fuzzing.surfaces import Surface
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
+from transformers.utils.logging import disable_progress_bar
 
 from fusion_upcycle.errors import UpcyclingError
 
@@ -151,6 +153,8 @@ def fuzz(surface: Surface, inputs: int, number: int, folder: Path, done: Any, ou
         out: file of the outcome.
     """
     os.chdir(folder)
+    logging.disable(logging.CRITICAL)
+    disable_progress_bar()
     log = os.open(folder.parent / f"{surface.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)

@@ -15,6 +15,7 @@ from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shar
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.finite import finite
 from fusion_upcycle.conversion.hub import check_upload, upload
 from fusion_upcycle.conversion.inherited import inherited
 from fusion_upcycle.errors import without_braces
@@ -83,6 +84,7 @@ def write_output(
     options: OutputOptions,
     cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
+    proven: bool = True,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
 
@@ -96,6 +98,7 @@ def write_output(
         cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
+        proven: whether `prove` proves; then all weights must be finite.
     """
     output = output.resolve()
     shards = plan_shards(conversion.specs, options.max_shard_size)
@@ -116,7 +119,8 @@ def write_output(
         overwrite=options.overwrite,
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            hashed = write_shards(staging, shards, conversion.chunks, bar.update)
+            chunks = finite(conversion.chunks) if proven else conversion.chunks
+            hashed = write_shards(staging, shards, chunks, bar.update)
             _write_json(staging / "config.json", readable_config(conversion.config))
             if conversion.architecture.ships is not None:
                 shutil.copy(conversion.architecture.ships, staging)

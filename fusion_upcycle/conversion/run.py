@@ -175,6 +175,7 @@ def to_folder(
         options=folders.writing,
         cards=dict(folders.local) | dict(folders.adapters),
         resumable=resumable,
+        proven=folders.verify != "none",
     )
 
 
@@ -278,6 +279,7 @@ def save_model(
         prove=prove_written,
         options=options,
         resumable=False,  # nothing tells one live model from another
+        proven=proof.mode != "none",
     )
 
 
