@@ -16,6 +16,7 @@ from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shar
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.finite import finite
 from fusion_upcycle.conversion.hub import check_upload, upload
 from fusion_upcycle.conversion.inherited import inherited
 from fusion_upcycle.errors import without_braces
@@ -85,6 +86,7 @@ def write_output(
     put: Callable[[Path], Mapping[str, str] | None] | None = None,
     cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
+    proven: bool = True,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
 
@@ -100,6 +102,7 @@ def write_output(
         cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
+        proven: whether `prove` proves; then all weights must be finite.
     """
     output = Path(os.path.realpath(output))
     shards = plan_shards(conversion.specs, options.max_shard_size)
@@ -121,7 +124,8 @@ def write_output(
         shards=record["shards"] if resumable else (),
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            hashed = write_shards(staging, shards, conversion.chunks, bar.update)
+            chunks = finite(conversion.chunks) if proven else conversion.chunks
+            hashed = write_shards(staging, shards, chunks, bar.update)
             if put is not None:
                 hashed |= put(staging) or {}
             _write_json(staging / "config.json", readable_config(conversion.config))

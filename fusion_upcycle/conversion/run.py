@@ -179,6 +179,7 @@ def to_folder(
         put=put,
         cards=dict(folders.local) | dict(folders.adapters),
         resumable=resumable,
+        proven=folders.verify != "none",
     )
 
 
@@ -282,6 +283,7 @@ def save_model(
         prove=prove_written,
         options=options,
         resumable=False,  # nothing tells one live model from another
+        proven=proof.mode != "none",
     )
 
 
