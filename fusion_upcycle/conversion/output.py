@@ -1,6 +1,7 @@
 """An output folder: shards, config, companions, record and model card, all or nothing."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shar
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.finite import finite
 from fusion_upcycle.conversion.hub import check_upload, upload
 from fusion_upcycle.conversion.inherited import inherited
 from fusion_upcycle.errors import without_braces
@@ -84,6 +86,7 @@ def write_output(
     put: Callable[[Path], Mapping[str, str] | None] | None = None,
     cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
+    proven: bool = True,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
 
@@ -99,8 +102,9 @@ def write_output(
         cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
+        proven: whether `prove` proves; then all weights must be finite.
     """
-    output = output.resolve()
+    output = Path(os.path.realpath(output))
     shards = plan_shards(conversion.specs, options.max_shard_size)
     total = conversion.total_bytes
     record: dict[str, Any] = {
@@ -111,15 +115,17 @@ def write_output(
         "shards": [shard.file for shard in shards],
         "versions": versions(),
     }
-    fingerprint = record if resumable else record | {"run": uuid4().hex}
+    fingerprint = record if resumable else {"run": uuid4().hex}
     with staging_folder(
         output,
         fingerprint,
         total_bytes=total + conversion.bytes_beside,
         overwrite=options.overwrite,
+        shards=record["shards"] if resumable else (),
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            hashed = write_shards(staging, shards, conversion.chunks, bar.update)
+            chunks = finite(conversion.chunks) if proven else conversion.chunks
+            hashed = write_shards(staging, shards, chunks, bar.update)
             if put is not None:
                 hashed |= put(staging) or {}
             _write_json(staging / "config.json", readable_config(conversion.config))

@@ -5,6 +5,7 @@ to_folder(plan(...), folders)                                          # streams
 to_model(plan(...), model, verify="auto")                              # in memory
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, read_adapter_config
 from fusion_upcycle.checkpoint.located import Located, locate_model
+from fusion_upcycle.checkpoint.place import check_name
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate, read_config
 from fusion_upcycle.conversion.adapted import open_tensors, put_on
@@ -113,7 +115,9 @@ def open_folders(
     """
     resolve_mode(verify, streaming=True)
     writing = OutputOptions(overwrite, max_shard_size, progress, push_to_hub)
-    output = Path(output).expanduser().resolve()
+    for path in (*given.values(), *(bases or {}).values(), output):
+        check_name(path)
+    output = Path(os.path.realpath(Path(output).expanduser()))
     located = {
         name: Located(locate(source)) if bases is None else locate_model(source, bases.get(name))
         for name, source in given.items()
@@ -175,6 +179,7 @@ def to_folder(
         put=put,
         cards=dict(folders.local) | dict(folders.adapters),
         resumable=resumable,
+        proven=folders.verify != "none",
     )
 
 
@@ -278,6 +283,7 @@ def save_model(
         prove=prove_written,
         options=options,
         resumable=False,  # nothing tells one live model from another
+        proven=proof.mode != "none",
     )
 
 
@@ -310,9 +316,10 @@ def _identity(given: str | Path, at: Located, base: str | Path | None) -> dict[s
         below = {"base": _identity(base, Located(at.folder), None)}
     else:
         reader, below = CheckpointReader(at.folder), {}
+    place = Path(given).expanduser()
     return {
-        "name": str(given),
-        "from_hub": not Path(given).expanduser().exists(),
+        "name": str(place.absolute() if place.exists() else given),
+        "from_hub": not place.exists(),
         "files": {file.name: file.stat().st_size for file in reader.files},
         "modified": max(file.stat().st_mtime_ns for file in reader.files),
         # Set by the system itself: a file replaced by one of the same size and time shows here.
