@@ -245,7 +245,7 @@ def require_findable(folder: Any, where: str) -> None:
         raise UpcyclingError(f"{where}: {error}") from None
 
 
-def _unloadable(folder: str | Path, name: str, error: Exception) -> UpcyclingError:
+def _unloadable(folder: str | Path, name: str, error: BaseException) -> UpcyclingError:
     said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
     return UpcyclingError(
         f"{folder} cannot be loaded by {name}: {said[:300]}. Give the folder or Hub id of a model "

@@ -74,11 +74,12 @@ def upcycling_of(folder: str) -> dict[str, Any] | None:
     """How the model of a folder was made of a dense one, where sparse upcycling made it."""
     path = Path(folder).expanduser() / RECORD_FILE
     record = read_object(path) if path.is_file() else {}
-    made = record.get("method") == Upcycling.method
+    if record.get("method") != Upcycling.method:
+        return None
     options = record.get("options")
-    if made and not isinstance(options, dict):
+    if not isinstance(options, dict):
         raise UpcyclingError(f"{path} is damaged (no options). Copy the folder again.")
-    return recorded_options(options) if made else None
+    return recorded_options(options)
 
 
 @dataclass(frozen=True)
