@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
+from fusion_upcycle.benchmark.processes import PRELOADED
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 # No modules of this folder, which the server does not know.
 _CONTEXT.set_forkserver_preload(
     [
+        *PRELOADED,  # a benchmark in a test's process uses this server: there is one per process
         "torch.distributed.fsdp",
-        "transformers.models.mixtral.modeling_mixtral",
         "fusion_upcycle.demo.train",
         "fusion_upcycle.importance.measure",
-        "fusion_upcycle.method",
         "fusion_upcycle.training.run",
     ]
 )

@@ -170,7 +170,7 @@ def test_a_folder_is_upcycled_and_trained_on_from_the_command_line(
     assert record["options"]["freeze"] == ["norms"]
     assert record["options"]["mixture"] == {name: 1.0}
     assert record["source"]["upcycling"]["num_experts"] == 3
-    assert (tmp_path / "out.training" / "logs" / "csv").is_dir()
+    assert (tmp_path / "out.training" / "logs" / "metrics.csv").is_file()
     main(["train", *trained, *small, "--examples", "8", "--save-moments", "--overwrite"])
     again = [str(tmp_path / "out"), str(tmp_path / "on"), "--data", f"{name}={source}"]
     main(["train", *again, *small, "--examples", "4", "--optimizer-state", str(tmp_path / "out")])

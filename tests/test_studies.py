@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fusion_upcycle.demo.texts import domain_text
 from fusion_upcycle.report.tables import read_run_record
 
 STUDIES = Path(__file__).resolve().parents[1] / "examples" / "studies"
@@ -66,6 +67,12 @@ def test_budgets_are_equal_in_flops(lab: ModuleType) -> None:
         assert row["flops"] == pytest.approx(of_base[row["share"]], rel=0.01), row["arm"]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of a study keep what they share: packed texts, models they start from."""
+    return tmp_path_factory.mktemp("study")
+
+
 @pytest.mark.filterwarnings("ignore:Routers out of balance")
 @pytest.mark.parametrize(
     "run",
@@ -90,9 +97,19 @@ def test_budgets_are_equal_in_flops(lab: ModuleType) -> None:
     ],
     ids=["dense", "upcycled", "merged", "grown", "fresh"],
 )
-def test_a_run_is_trained_and_scored(lab: ModuleType, run: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_is_trained_and_scored(
+    lab: ModuleType,
+    run: dict[str, Any],
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def some(domain: str, split: str) -> tuple[str, ...]:
+        return domain_text(domain, split)[:10]
+
+    monkeypatch.setattr("fusion_upcycle.demo.models.domain_text", some)  # what it is scored on
     one = lab.Run(arm="x", share=0.001, seed=1, **run)
-    row = asdict(one) | importlib.import_module("work").train_run(one, tmp_path, tmp_path)
+    row = asdict(one) | importlib.import_module("work").train_run(one, shared, tmp_path)
     assert lab.of_row(row) == one
     assert 0 < row["bits_per_byte"]["test"]["prose"] < 8.1  # log2(257) = 8.006 untrained
     assert row["tokens"] == row["final"]["tokens"]

@@ -85,6 +85,26 @@ def test_text_is_packed_once_and_again_when_it_changes(
     assert pack(changed, tmp_path)[0].digest != first.digest
 
 
+def test_packed_text_that_is_damaged_is_named_and_packed_again(tmp_path: Path) -> None:
+    first = pack(DATA, tmp_path)[0]
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["SHA256SUMS", "facts.json", "tokens.bin"]
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 16
+        for damaged in (bytes(flipped), whole[:-4], None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.warns(UserWarning, match=rf"data\.numbers in {folder} is damaged \(.+\)"):
+                again = pack(DATA, tmp_path)[0]
+            assert again.digest == first.digest and again.stream.tolist() == first.stream.tolist()
+            assert file.read_bytes() == whole
+    pack(DATA, tmp_path)  # and nothing is said
+
+
 def test_packing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("json.dumps", lambda *_, **__: pytest.fail("no"))

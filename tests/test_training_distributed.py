@@ -1,7 +1,7 @@
 """Two gloo processes on the CPU: the losses of one process, and checkpoints that both can read."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from tiny import load
 from tiny_training import moe_model, run
 from torch import Tensor
 
-from fusion_upcycle.training.checkpoints import CheckpointEvery, checkpoints_in
+from fusion_upcycle.training.checkpoint_folders import checkpoints_in
+from fusion_upcycle.training.checkpoints import CheckpointEvery
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.run import Trained
@@ -39,8 +40,8 @@ def one_of_two(runs: list[Run]) -> None:
         if trainer.global_step == CUT and trainer.is_global_zero:
             kept = self._folder.parents[1] / "kept"
             kept.mkdir()
-            name = f"step-{CUT:09d}.ckpt"
-            os.link(self._folder / name, kept / name)
+            name = f"step-{CUT:09d}"
+            shutil.copytree(self._folder / name, kept / name)
 
     CheckpointEvery.on_train_batch_end = keep_the_first  # type: ignore[method-assign]
     for family, fields, folder, options in runs:
@@ -100,7 +101,7 @@ def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         record = json.loads((folder / "one, then two" / "out" / "training.json").read_text())
         assert record["router_learning_rate"] == whole.record["router_learning_rate"]
         assert record["router_learning_rate"]["value"] < OPTIONS["learning_rate"]
-        assert record["resumed_from"] == f"step-{CUT:09d}.ckpt"
+        assert record["resumed_from"] == f"step-{CUT:09d}"
         assert_one_goes_on(strategy, folder / "two", expected)
 
 
@@ -109,7 +110,7 @@ def assert_one_goes_on(strategy: str, folder: Path, expected: list[dict[str, flo
     (kept,) = checkpoints_in(folder / "kept")
     (folder / "kept").rename(folder / "work" / "checkpoints")
     resumed = one_process(strategy, folder)
-    assert resumed.record["resumed_from"] == kept.name == f"step-{CUT:09d}.ckpt"
+    assert resumed.record["resumed_from"] == kept.name == f"step-{CUT:09d}"
     assert_close(losses(folder), expected)
 
 

@@ -97,7 +97,7 @@ def test_the_demo_base_is_trained_and_evaluated_from_the_command_line(
     assert record["method"]["tokens_trained"] == 4096
     assert Path(record["method"]["source"]["name"]).name == demo_base.name
     assert record["taskpool"]["evaluations"][0]["report"]["few"]["bits_per_byte"] > 0
-    assert (output / "logs" / "csv" / "version_0" / "metrics.csv").is_file()
+    assert (output / "logs" / "metrics.csv").is_file()
     assert_same_bits(load(tmp_path / "out").state_dict(), result["merged_model"].state_dict())
 
 

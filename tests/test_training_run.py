@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -13,13 +14,13 @@ from tiny import assert_same_bits, dense_model, load, logits_of
 from tiny_training import DATA, OPTIONS, TOKENIZER, documents, moe_model, run
 from torch import Tensor
 
-import fusion_upcycle.training.checkpoints as checkpoints_module
 import fusion_upcycle.training.module as module_file
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.texts.perplexity import perplexity
-from fusion_upcycle.training.checkpoints import checkpoints_in, load_checkpoint
+from fusion_upcycle.training.checkpoint_folders import checkpoints_in
+from fusion_upcycle.training.checkpoints import STATE_FILE, load_state
 from fusion_upcycle.training.fit import document_positions
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
@@ -77,9 +78,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     killed = start(killed_at_step_13, tmp_path / "killed", log=log)
     assert ended(killed, log) == -signal.SIGKILL
     names = [path.name for path in checkpoints_in(tmp_path / "killed" / "work" / "checkpoints")]
-    assert names == ["step-000000005.ckpt", "step-000000010.ckpt"]
+    assert names == ["step-000000005", "step-000000010"]
     resumed = run(moe_model(attention_dropout=0.2), tmp_path / "killed", 20)
-    assert resumed.record["resumed_from"] == "step-000000010.ckpt"
+    assert resumed.record["resumed_from"] == "step-000000010"
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 20
     assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
@@ -96,7 +97,7 @@ def test_a_run_goes_on_from_the_step_after_any_checkpoint(
             dying_at(patch, step)
             run(moe_model("glm4_moe"), folder, 7, **options)
         resumed = run(moe_model("glm4_moe"), folder, 7, **options)
-        assert resumed.record["resumed_from"] == f"step-{step:09d}.ckpt"
+        assert resumed.record["resumed_from"] == f"step-{step:09d}"
         assert losses(folder) == losses(tmp_path / "whole")
         assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
 
@@ -115,33 +116,33 @@ def test_resume_false_starts_over(tmp_path: Path) -> None:
     assert again.record["resumed_from"] is None
 
 
-@pytest.mark.parametrize("moment", ["write", "sync", "rename"])
+@pytest.mark.parametrize("moment", ["torch.save", "seal", "move"])
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(moe_model(), tmp_path / "whole", 8, checkpoint_every=3)
-    place = {"write": (torch, "save"), "sync": (os, "fsync"), "rename": (os, "replace")}[moment]
-    original, calls = getattr(*place), 0
+    place = moment if "." in moment else f"fusion_upcycle.training.checkpoint_folders.{moment}"
+    original, calls = resolve_name(place), 0
 
     def failing(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
-        subject = {"write": str(arguments[-1]), "rename": str(arguments[0])}.get(moment)
-        if "checkpoints" not in (subject or os.readlink(f"/proc/self/fd/{arguments[0]}")):
-            return original(*arguments, **options)  # packed data, and what libraries write
         calls += 1
-        if calls == (3 if moment == "sync" else 2):  # and so are folders
-            if moment == "write":
+        if calls == 2:
+            if moment == "torch.save":
                 arguments[1].write(b"half a file")
             raise Killed
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(*place, failing)
+        patch.setattr(place, failing)
         run(moe_model(), tmp_path / "cut", 8, checkpoint_every=3)
-    (left,) = checkpoints_in(tmp_path / "cut" / "work" / "checkpoints")
-    assert left.name == "step-000000003.ckpt"
-    assert load_checkpoint(left)["global_step"] == 3
+    folder = tmp_path / "cut" / "work" / "checkpoints"
+    (left,) = checkpoints_in(folder)
+    assert left.name == "step-000000003"
+    assert load_state(left / STATE_FILE)["global_step"] == 3
+    assert list(folder.glob(".*"))  # what is half
     resumed = run(moe_model(), tmp_path / "cut", 8, checkpoint_every=3)
+    assert not list(folder.glob(".*"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
 
@@ -330,7 +331,7 @@ def test_selection_biases_are_held_still_at_first(
             run(model, folder, 6, checkpoint_every=1, **options)
         assert [bool(bias.any()) for bias in biases_of(model)] == [step == 4] * 2
         resumed = run(moe_model("glm4_moe"), folder, 6, checkpoint_every=1, **options)
-        assert resumed.record["resumed_from"] == f"step-{step:09d}.ckpt"
+        assert resumed.record["resumed_from"] == f"step-{step:09d}"
         assert_same_bits(resumed.model.state_dict(), whole.state_dict())
 
 
@@ -463,8 +464,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     with pytest.raises(UpcyclingError, match=r"Step 7 \(windows 28 to 31 .*nan.*learning rate"):
         run(moe_model(), tmp_path, 12)
     (left,) = checkpoints_in(tmp_path / "work" / "checkpoints")
-    weights = load_checkpoint(left)["state_dict"].values()
-    assert left.name == "step-000000005.ckpt"
+    weights = load_state(left / STATE_FILE)["state_dict"].values()
+    assert left.name == "step-000000005"
     assert all(tensor.isfinite().all() for tensor in weights)
 
 
@@ -571,7 +572,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoints_run_no_code_when_loaded(tmp_path: Path) -> None:
-    path = tmp_path / checkpoints_module._NAME.format(1)
+    path = tmp_path / STATE_FILE
     torch.save({"model": Killed}, path)
     with pytest.raises(Exception, match=r"Weights only|weights_only"):
-        load_checkpoint(path)
+        load_state(path)

@@ -22,7 +22,8 @@ from fusion_upcycle.benchmark import perform
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.cli import main
 from fusion_upcycle.errors import Stopped, UpcyclingError
-from fusion_upcycle.training.checkpoints import checkpoints_in
+from fusion_upcycle.training.checkpoint_folders import checkpoints_in
+from fusion_upcycle.training.checkpoints import CheckpointEvery
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.objectives.texts import separator_of
@@ -69,7 +70,7 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(
     with signalled(monkeypatch, 3, sent).context(), pytest.raises(Stopped) as stopped:
         run(moe_model(), tmp_path / "a", 9, **options)
     assert stopped.value.code == code
-    assert names(tmp_path / "a") == ["step-000000004.ckpt"]  # 4 is no step that would be logged
+    assert names(tmp_path / "a") == ["step-000000004"]  # 4 is no step that would be logged
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "Stopped" in line]
     folder = tmp_path / "a" / "work" / "checkpoints"
     assert said == (
@@ -79,7 +80,7 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     monkeypatch.setattr(PretrainingModule, "training_step", STEP)
     resumed = run(moe_model(), tmp_path / "a", 9, **options)
-    assert resumed.record["resumed_from"] == "step-000000004.ckpt"
+    assert resumed.record["resumed_from"] == "step-000000004"
     assert resumed.record["first"] == whole.record["first"]
     assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
     logs = [read_metrics(tmp_path / name / "log") for name in ("a", "whole")]
@@ -141,14 +142,14 @@ def stopped_by_one(folder: Path) -> None:
     PretrainingModule.training_step = training_step  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         run(moe_model(), folder, 6, devices=2, strategy="ddp")
-    assert names(folder) == ["step-000000002.ckpt"]
+    assert names(folder) == ["step-000000002"]
 
 
 @pytest.mark.early
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     two_ranks(stopped_by_one, tmp_path / "two", folder=tmp_path)
     again = run(moe_model(), tmp_path / "two", 6)
-    assert again.record["resumed_from"] == "step-000000002.ckpt"
+    assert again.record["resumed_from"] == "step-000000002"
 
 
 # --- the faces ------------------------------------------------------------------------------------
@@ -233,10 +234,13 @@ def test_a_run_is_saved_when_minutes_have_passed(
     clock = iter(range(0, 10_000, 45))  # three quarters of a minute for each look
     saved: list[int] = []
     monkeypatch.setattr("fusion_upcycle.training.checkpoints.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr(
-        "lightning.Trainer.save_checkpoint", lambda self, path: saved.append(self.global_step)
-    )
-    with pytest.raises(IndexError):  # as there is no file
+
+    def save(self: Any, trainer: Any) -> None:
+        saved.append(trainer.global_step)
+        self._saved_at = next(clock)
+
+    monkeypatch.setattr(CheckpointEvery, "_save", save)
+    with pytest.raises(IndexError):  # as there is no checkpoint
         run(dense_model(vocab_size=257), tmp_path, 7, checkpoint_every=0, checkpoint_minutes=1.5)
     assert saved == [2, 4, 6, 7]
     assert make_training_options(tokens=10**6).checkpoint_minutes == 30
@@ -245,8 +249,8 @@ def test_a_run_is_saved_when_minutes_have_passed(
 def test_nothing_but_the_place_of_checkpoints_depends_on_the_clock(tmp_path: Path) -> None:
     each = run(moe_model(), tmp_path / "each", 3, checkpoint_minutes=1e-9)
     none = run(moe_model(), tmp_path / "none", 3, checkpoint_minutes=0)
-    assert names(tmp_path / "each") == ["step-000000002.ckpt", "step-000000003.ckpt"]
-    assert names(tmp_path / "none") == ["step-000000003.ckpt"]
+    assert names(tmp_path / "each") == ["step-000000002", "step-000000003"]
+    assert names(tmp_path / "none") == ["step-000000003"]
     assert losses(tmp_path / "each") == losses(tmp_path / "none")
     assert_same_bits(each.model.state_dict(), none.model.state_dict())
 

@@ -157,6 +157,86 @@ def make_moments(folder: str) -> dict[str, Any]:
     return {}
 
 
+def make_hollow(folder: str, layers: int, shards: int, num_experts: int | None) -> dict[str, Any]:
+    """A Llama, or a Mixtral, whose files have headers and no data: all zeros, and no disk."""
+    from transformers import LlamaConfig, MixtralConfig
+
+    from fusion_upcycle.architectures.layout import file_layout
+    from fusion_upcycle.checkpoint.weight_files import INDEX_FILE
+    from fusion_upcycle.checkpoint.writer import Shard
+
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+        "dtype": "bfloat16",
+    }
+    config: Any = (
+        LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
+        if num_experts is None
+        else MixtralConfig(
+            **shape, num_local_experts=num_experts, architectures=["MixtralForCausalLM"]
+        )
+    )
+    config.save_pretrained(folder)
+    specs = file_layout(config).specs
+    names = list(specs)
+    weight_map = {}
+    for number in range(shards):
+        mine = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        shard = Shard(file, {name: specs[name] for name in mine})
+        path = Path(folder, file)
+        path.write_bytes(shard.header)
+        os.truncate(path, shard.nbytes)
+        weight_map |= dict.fromkeys(mine, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    Path(folder, INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    return {}
+
+
+def plan(source: str, num_experts: int | None, multiplier: int | None) -> dict[str, Any]:
+    """An upcycling or an expansion up to where the writing would begin."""
+    import torch
+    from transformers import LlamaForCausalLM, MixtralForCausalLM  # noqa: F401
+
+    from fusion_upcycle.checkpoint.reader import CheckpointReader
+    from fusion_upcycle.checkpoint.source import read_config
+    from fusion_upcycle.checkpoint.writer import plan_shards
+    from fusion_upcycle.expansion.options import make_expansion_options
+    from fusion_upcycle.expansion.plan import plan_expansion
+    from fusion_upcycle.report.memory import peak_bytes, reset_peak
+    from fusion_upcycle.report.record import Measured
+    from fusion_upcycle.upcycling.options import make_options
+    from fusion_upcycle.upcycling.plan import plan_upcycling
+
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    imported = peak_bytes(cpu)
+    with Measured() as planning:
+        reader, config = CheckpointReader(Path(source)), read_config(Path(source))
+        conversion = (
+            plan_upcycling(reader, config, make_options(num_experts=num_experts))
+            if multiplier is None
+            else plan_expansion(reader, config, make_expansion_options(multiplier=multiplier))
+        )
+        headers = [shard.header for shard in plan_shards(conversion.specs, "5GB")]
+        record = json.dumps(conversion.record({"source": {}}))
+    measured = planning.as_record()
+    assert headers and record
+    return {
+        "shards": len(reader.files),
+        "tensors": len(reader.specs),
+        "planned": len(conversion.specs),
+        "wall": measured["wall_seconds"],
+        "cpu": measured["cpu_seconds"],
+        "peak_bytes": peak_bytes(cpu) - imported,
+    }
+
+
 def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
     """The obvious way with transformers alone: build the MoE, copy weights, save."""
     import torch
@@ -192,7 +272,10 @@ def in_memory(source: str, output: str, num_experts: int) -> dict[str, Any]:
 
 
 def main(name: str, arguments: str) -> None:
-    jobs = (make_source, make_moments, plain_write, fusion_upcycle, merge, expand, in_memory)
+    jobs = (
+        *(make_source, make_moments, make_hollow),
+        *(plain_write, fusion_upcycle, merge, expand, plan, in_memory),
+    )
     job = {function.__name__: function for function in jobs}
     print(json.dumps(job[name](**json.loads(arguments))))
 

@@ -78,9 +78,23 @@ def check_files(
     Raises:
         ProofError: names each file that differs, is missing, or was not written here.
     """
-    sums = folder / SUMS_FILE
-    if recorded is None and not sums.is_file():
+    if recorded is None and not (folder / SUMS_FILE).is_file():
         return 0
+    if problems := differences(folder, recorded, record, progress):
+        raise ProofError(
+            f"{folder} is not as it was written: {'; '.join(problems)}. Make or download it again."
+        )
+    return len(dict(_listed(folder / SUMS_FILE)))
+
+
+def differences(
+    folder: Path,
+    recorded: Mapping[str, str] | None,
+    record: str,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[str]:
+    """What of a folder is not as it was written, in words; the arguments are `check_files`'."""
+    sums = folder / SUMS_FILE
     listed = dict(_listed(sums)) if sums.is_file() else {}
     problems = []
     if not sums.is_file():
@@ -102,11 +116,7 @@ def check_files(
         elif digest(folder / name, progress) != expected[name]:
             # Which of the two was changed, nothing else tells.
             problems.append(f"{name} differs" + f" from {SUMS_FILE}" * (name == record))
-    if problems:
-        raise ProofError(
-            f"{folder} is not as it was written: {'; '.join(problems)}. Make or download it again."
-        )
-    return len(expected)
+    return problems
 
 
 def _in_cache(folder: Path, name: str) -> bool:

@@ -35,9 +35,10 @@ from fusion_upcycle.errors import UpcyclingError
 
 _DTYPES = DTYPES | INTEGERS
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-_READ_AHEAD = 16 * 2**20
-#: Linux maps this much around a page that is read; what is left mapped adds up over many tensors.
-_FAULT_AROUND = 64 * 2**10
+#: Linux may map this much around a page that is read (large pages; else 64 KiB); what is
+#: left mapped adds up over many tensors.
+_FAULT_AROUND = 2 * 2**20
+_OPEN_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ class CheckpointReader:
         self._maps: dict[str, mmap.mmap] = {}
         self._states: dict[str, tuple[int, int, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
-        weight_map = _weight_map(folder) if file is None else {}
-        files = sorted(set(weight_map.values())) if weight_map else [file or SINGLE_FILE]
-        for shard in files:
+        listed_in: dict[str, set[str]] = {}
+        for name, where in (_weight_map(folder) if file is None else {}).items():
+            listed_in.setdefault(where, set()).add(name)
+        for shard in sorted(listed_in) or [file or SINGLE_FILE]:
             names = self._open(shard)
-            if weight_map:
-                listed = {name for name, where in weight_map.items() if where == shard}
+            if listed_in:
+                listed = listed_in[shard]
                 if names != listed:
                     raise UpcyclingError(
                         f"{folder / shard} and {INDEX_FILE} disagree: in the index only "
@@ -85,7 +87,7 @@ class CheckpointReader:
     @property
     def files(self) -> list[Path]:
         """Paths of the safetensors files that hold the tensors."""
-        return [self.folder / file for file in self._maps]
+        return [self.folder / file for file in self._states]
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as a view of the mapped file: never write to it."""
@@ -100,7 +102,6 @@ class CheckpointReader:
             first = place.start + at * spec.dtype.itemsize
             count = min(CHUNK_ELEMENTS, end - at)
             last = first + count * spec.dtype.itemsize
-            self._read_ahead(place.file, last)
             yield self._view(place, spec.dtype, first, count)
             self._release(place.file, first, last)
 
@@ -113,36 +114,45 @@ class CheckpointReader:
         if count == 0:
             return torch.empty(0, dtype=dtype)
         self._check_unchanged(place.file)
+        pages = self._mapped(place.file)
         with warnings.catch_warnings():
             # The map is read-only on purpose; torch only warns that writing would crash.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(self._maps[place.file], dtype=dtype, count=count, offset=start)
+            return torch.frombuffer(pages, dtype=dtype, count=count, offset=start)
 
-    def _check_unchanged(self, file: str) -> None:
+    def _check_unchanged(self, file: str, descriptor: int | None = None) -> None:
         """Refuse a file that is no longer what was opened; a shorter one would end the process."""
         path = self.folder / file
-        if (state := _state(path)) != self._states[file]:
+        state = _state(path if descriptor is None else descriptor)
+        if state != self._states[file]:
             raise UpcyclingError(
                 f"{path} changed while it was read"
                 + (" (it is gone)" if state is None else "")
                 + ". Start again when whatever writes it has ended."
             )
 
-    def _read_ahead(self, file: str, start: int) -> None:
-        """Have the disk at work while a piece is being used."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        pages = self._maps[file]
-        if first < len(pages):
-            pages.madvise(mmap.MADV_WILLNEED, first, min(_READ_AHEAD, len(pages) - first))
+    def _mapped(self, file: str) -> mmap.mmap:
+        """The file's pages; few files are kept open, as each counts against the system's limit."""
+        pages = self._maps.pop(file, None)
+        if pages is None:
+            with (self.folder / file).open("rb") as handle:
+                self._check_unchanged(file, handle.fileno())
+                pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(self._maps) == _OPEN_FILES:
+                del self._maps[next(iter(self._maps))]  # a view that is in use keeps its pages
+        self._maps[file] = pages  # last: the first is the one that was used the longest ago
+        return pages
 
     def _release(self, file: str, start: int, stop: int) -> None:
         """Drop the pages of the range and those that the kernel mapped around them."""
+        if (pages := self._maps.get(file)) is None:
+            return
         first = start // _FAULT_AROUND * _FAULT_AROUND
-        last = min(-(-stop // _FAULT_AROUND) * _FAULT_AROUND, len(self._maps[file]))
+        last = min(-(-stop // _FAULT_AROUND) * _FAULT_AROUND, len(pages))
         if first == last:
             return
         # The file still backs what others may be looking at.
-        self._maps[file].madvise(mmap.MADV_DONTNEED, first, last - first)
+        pages.madvise(mmap.MADV_DONTNEED, first, last - first)
         if self._read_once and hasattr(os, "posix_fadvise"):  # not on macOS
             with (self.folder / file).open("rb") as handle:
                 os.posix_fadvise(handle.fileno(), first, stop - first, os.POSIX_FADV_DONTNEED)
@@ -162,8 +172,6 @@ class CheckpointReader:
                 f"{path} has {size:,} bytes, its header says {expected:,}: it is truncated or "
                 "damaged. Download it again."
             )
-        with path.open("rb") as handle:
-            self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self._states[file] = state
         for name, entry in header.items():
             if name in self.specs:
@@ -177,10 +185,10 @@ class CheckpointReader:
         return set(header)
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
+def _state(file: Path | int) -> tuple[int, int, int] | None:
     """Size, time of the last change and number of a file; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(file)
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino

@@ -9,7 +9,7 @@ operation whose folders can be proven again has `replan(record)` in its own `run
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -119,6 +119,20 @@ class Conversion(ABC):
         parts = rule.rules if isinstance(rule, Joined) else [rule]
         carried = all(isinstance(part, Carried) and part.scale == 1.0 for part in parts)
         return "bit_equal_to_source" if carried else "bit_equal_to_second_draw"
+
+    def origin(self, name: str, start: int) -> Hashable:
+        """What stands in a target tensor from this element on.
+
+        Where two ranges of one length, each within one part of an expert, have the same origin,
+        they have the same bits: in a result too, once `check_tensors` has compared it.
+        """
+        rule, at = self.rules[name], start
+        if isinstance(rule, Joined):
+            part, at = divmod(start, self.specs[name].numel // len(rule.rules))
+            rule = rule.rules[part]
+        if isinstance(rule, Carried):
+            return rule.source, rule.scale, rule.start + at
+        return name, start
 
     @property
     @abstractmethod

@@ -188,7 +188,9 @@ def _outputs(
     """Outputs in float32 or better of the result (`whole`) or the source, one expert in memory."""
     compute = torch.promote_types(expansion.dtype, torch.float32)
     config = expansion.config if whole else expansion.source_config
-    return output_of(streamed_model(config, weights, expansion.architecture, None, compute), inputs)
+    origin = expansion.origin if whole else None
+    model = streamed_model(config, weights, expansion.architecture, None, compute, origin=origin)
+    return output_of(model, inputs)
 
 
 def _relative(reference: Tensor, found: Tensor) -> float:

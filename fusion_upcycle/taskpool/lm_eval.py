@@ -124,6 +124,10 @@ class LMEvalTaskPool(BaseTaskPool):
         from lm_eval.tasks import TaskManager
 
         include = self.include_path and str(Path(self.include_path).expanduser())
+        if include:  # its own thousands take seconds to read; groups may name some of them
+            manager = TaskManager(include_path=include, include_defaults=False)
+            if set(self.tasks) <= set(manager.all_subtasks):
+                return manager
         manager = TaskManager(include_path=include)
         for name in self.tasks:
             if name not in manager.all_tasks:

@@ -1,124 +1,204 @@
 """Checkpoints that survive a crash at any moment, and are the same for every strategy."""
 
-import os
-import re
+import hashlib
+import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from fusion_upcycle.checkpoint.durable import sync
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.training.checkpoint_folders import (
+    agree_on,
+    checkpoint_path,
+    keep_only,
+    new_checkpoint,
+)
+from fusion_upcycle.training.logs import METRICS_FILE, Metrics
+from fusion_upcycle.training.processes import is_first
 from fusion_upcycle.training.stopping import Stopping
 
+if TYPE_CHECKING:
+    from fusion_upcycle.training.module import PretrainingModule
+
 #: Raised when another version of ours could not go on with what is in one.
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+#: In a checkpoint: Lightning's, tensors and plain data, so that loading runs no code.
+STATE_FILE = "state.pt"
 _KEPT = 2
-_NAME = "step-{:09d}.ckpt"
-_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Files that appear under their name only when complete and on the disk.
+class HashedCheckpointIO(CheckpointIO):
+    """Lightning's state in a file whose digest is taken while it is written.
 
-    They hold tensors and plain data, so that loading runs no code (`weights_only`).
+    Attributes:
+        digest: SHA-256 of the last file that was written; in the first process only.
+        error: that ended it. It is not raised, as Lightning has the processes meet after writing,
+            and one that does not come would leave the others waiting: `CheckpointEvery` does.
     """
+
+    def __init__(self) -> None:
+        self.digest: str | None = None
+        self.error: OSError | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         assert storage_options is None
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync(path.parent)
+        self.digest = self.error = None
+        try:
+            with open(path, "wb") as file:
+                hashed = _Hashed(file)
+                try:
+                    torch.save(checkpoint, hashed)  # type: ignore[arg-type]  # it only writes
+                except RuntimeError:  # as torch puts what its file raises
+                    if hashed.error is None:
+                        raise
+                    raise hashed.error from None
+            self.digest = hashed.digest.hexdigest()
+        except OSError as error:
+            self.error = error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return load_checkpoint(path)
+        return load_state(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        raise NotImplementedError
+
+
+class _Hashed:
+    """A file to write to, front to back."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, piece: Any) -> int:
+        self.digest.update(piece)
+        try:
+            return self._file.write(piece)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 class CheckpointEvery(Checkpoint):
-    """Save every so many steps or minutes, when the run is to stop, and at the end; keep two.
+    """Write the log, and save every so many steps or minutes, at the end, and when asked to stop.
+
+    The row of a step is in the log before its checkpoint is written, which has the log up to there:
+    so no kill loses a row or has one twice. The last two are kept that were written here or gone on
+    from; others, which are damaged or of another run, go when one was saved.
 
     Args:
         folder: of the checkpoints.
+        identity: what a run must share to go on from one, JSON.
+        resumed: what this run goes on from.
+        metrics: the log.
         every: steps; 0 is the end of the run only.
         minutes: since the last one, or since the start; 0 does not look at the time.
         stopping: says when the run is to stop, on any of the devices.
+
+    Attributes:
+        last: checkpoint of this run.
     """
 
-    def __init__(self, folder: Path, every: int, minutes: float, stopping: Stopping):
-        self._folder, self._every, self._seconds = folder, every, 60 * minutes
-        self._stopping, self._last = stopping, time.monotonic()
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        resumed: Path | None,
+        metrics: Metrics,
+        *,
+        every: int,
+        minutes: float,
+        stopping: Stopping,
+    ):
+        self._folder, self._identity, self._metrics = folder, identity, metrics
+        self._every, self._seconds = every, 60 * minutes
+        self._stopping, self._saved_at = stopping, time.monotonic()
+        self._good = [] if resumed is None else [resumed]
+        self.io = HashedCheckpointIO()
+
+    @property
+    def last(self) -> Path:
+        return self._good[-1]
+
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        agree_on(self._good[-1] if self._good else None)
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._last = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        module: "PretrainingModule",  # type: ignore[override]
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        late = self._seconds > 0 and time.monotonic() - self._last >= self._seconds
+        """The last callback of a step, to whose row the others have added theirs."""
+        failed = _log(trainer, module)
+        late = self._seconds > 0 and time.monotonic() - self._saved_at >= self._seconds
         # Clocks differ and a signal may reach one process only, but all must save the same step.
-        wish = torch.tensor([late, self._stopping.asked is not None], dtype=torch.float32)
-        wish = wish.to(trainer.strategy.root_device)
-        late, stop = trainer.strategy.reduce(wish, reduce_op="max").bool().tolist()
+        wish = [late, self._stopping.asked is not None, failed is not None]
+        wishes = torch.tensor(wish, dtype=torch.float32, device=trainer.strategy.root_device)
+        late, stop, fail = trainer.strategy.reduce(wishes, reduce_op="max").bool().tolist()
+        if fail:
+            raise UpcyclingError(
+                f"Writing the log failed: {failed or 'in the first process'}. When that is mended, "
+                "the same command goes on from the last checkpoint."
+            ) from failed
         if stop and self._stopping.asked is None:
             self._stopping.asked = signal.SIGTERM  # of another process
         trainer.should_stop |= stop
-        if not (module.due(self._every) or late or stop):
-            return
-        trainer.save_checkpoint(self._folder / _NAME.format(trainer.global_step))
-        self._last = time.monotonic()
-        if trainer.is_global_zero:
-            for old in checkpoints_in(self._folder)[:-_KEPT]:
-                old.unlink()
+        if module.due(self._every) or late or stop:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = checkpoint_path(self._folder, trainer.global_step)
+        with new_checkpoint(path, self._identity) as new:
+            trainer.save_checkpoint(new.folder / STATE_FILE)
+            if is_first():
+                if self.io.error is not None:
+                    raise self.io.error
+                assert self.io.digest is not None
+                new.hashed[STATE_FILE] = self.io.digest
+                for logger in trainer.loggers:
+                    logger.save()
+                shutil.copyfile(self._metrics.path, new.folder / METRICS_FILE)
+        self._good = [*self._good, path][-_KEPT:]
+        if is_first():
+            keep_only(self._folder, self._good)
+        self._saved_at = time.monotonic()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, its tensors mapped from the disk; no code is run."""
+def _log(trainer: L.Trainer, module: "PretrainingModule") -> OSError | None:
+    """Write the row of the step, if it has one; returns what ended it."""
+    try:
+        if metrics := module.take_metrics():
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+    except OSError as error:
+        return error
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint's `STATE_FILE`, its tensors mapped from the disk; runs no code."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("*.ckpt") if _PATTERN.fullmatch(path.name))
-
-
-def last_checkpoint(folder: Path, identity: dict[str, Any], key: str) -> Path | None:
-    """The checkpoint to go on with; None where there is none.
-
-    Args:
-        identity: what the checkpoint must have been made with, found in it under `key`.
-
-    Raises:
-        UpcyclingError: it was made with something else; says which fields.
-    """
-    found = checkpoints_in(folder)
-    if not found:
-        return None
-    saved = load_checkpoint(found[-1])[key]
-    if differences := list(_differences("", saved, identity)):
-        raise UpcyclingError(
-            f"{found[-1]} is of a run with other settings: {'; '.join(differences)}. Set them back "
-            f"to go on with it, or pass {setting('resume', False)} to start over (it will be "
-            f"replaced), or choose another {setting('work_folder')}."
-        )
-    return found[-1]
 
 
 def named_state(state: dict[str, Any], names: Any) -> dict[str, Any]:
@@ -151,12 +231,3 @@ def numbered_state(state: dict[str, Any], groups: list[list[str]]) -> dict[str, 
             for names in groups
         ],
     }
-
-
-def _differences(where: str, saved: Any, wanted: Any) -> Any:
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in dict.fromkeys([*saved, *wanted]):
-            name = f"{where}.{key}" if where else str(key)
-            yield from _differences(name, saved.get(key), wanted.get(key))
-    elif saved != wanted:
-        yield f"{where} was {saved}, is {wanted}"

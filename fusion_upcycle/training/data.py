@@ -10,7 +10,7 @@ document's last token predicts.
 import hashlib
 import json
 import shutil
-import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_upcycle.checkpoint.durable import move
+from fusion_upcycle.checkpoint.digests import differences, seal
+from fusion_upcycle.checkpoint.durable import make_folder, move
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.documents import Documents, open_documents
 from fusion_upcycle.texts.tokens import packed
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Tokens = npt.NDArray[np.int32]
 
+_STREAM_FILE = "tokens.bin"
+_FACTS_FILE = "facts.json"
 _VERSION = 1  # raised when the same text gives other tokens: part of the cache key
 
 
@@ -78,7 +81,9 @@ def pack_sources(
     where: str = "data",
     separator: int,
 ) -> list[PackedText]:
-    """Tokenise every source, or take it from `cache`.
+    """Tokenise every source, or take it from `cache`, where its digests are checked.
+
+    Each process reads all of it for that, at 1.7 GB/s: 2.4 s for a billion tokens of 4 bytes.
 
     Args:
         sources: name -> what `fusion_upcycle.texts.documents` takes; a mapping may say
@@ -89,8 +94,11 @@ def pack_sources(
         where: the option that names them, for errors.
         separator: token id that begins each document.
 
+    Warns:
+        UserWarning: what is in `cache` is damaged, and what; it is packed again.
+
     Raises:
-        UpcyclingError: no source, or a source without text.
+        UpcyclingError: no source, a source without text, or a disk that is full or fails.
     """
     if not sources:
         raise UpcyclingError("data is empty: name at least one source, {name: file}.")
@@ -124,14 +132,42 @@ def _pack(name: str, spec: Any, where: str, packer: _Packer) -> PackedText:
     documents = open_documents(spec, where)
     content = json.dumps([_VERSION, packer.identity, documents.fingerprint, limit])
     folder = cache / hashlib.sha256(content.encode()).hexdigest()[:24]
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _write(folder, documents, packer, where, limit)
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    stream = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+    try:
+        facts, _ = _look(folder)
+        if facts is None:
+            make_folder(cache)
+            with FileLock(f"{folder}.lock"):
+                facts, damage = _look(folder)  # another process may have packed it by now
+                if damage:
+                    warnings.warn(
+                        f"Packed text of {where} in {folder} is damaged ({damage}): it is packed "
+                        "again.",
+                        stacklevel=4,
+                    )
+                if facts is None:
+                    facts = _write(folder, documents, packer, where, limit)
+    except OSError as error:
+        raise UpcyclingError(
+            f"Packing {where} in {cache} failed: {error}. When that is mended, the same command "
+            "goes on."
+        ) from error
+    stream = np.memmap(folder / _STREAM_FILE, dtype=np.int32, mode="r")
     return PackedText(name, stream, **facts)
+
+
+def _look(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """What is known of a stream, where it is there and as it was written; else what is not."""
+    if not folder.exists():
+        return None, ""
+    try:
+        facts = json.loads((folder / _FACTS_FILE).read_bytes())
+        files = {str(name): str(found) for name, found in facts.pop("files").items()}
+        damage = "; ".join(differences(folder, files, _FACTS_FILE))
+    except OSError as error:
+        damage = str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        damage = f"{_FACTS_FILE} cannot be read, or has no digests, as of earlier versions"
+    return (None, damage) if damage else (facts, "")
 
 
 def _write(
@@ -140,13 +176,16 @@ def _write(
     packer: _Packer,
     where: str,
     limit: int | None,
-) -> None:
-    """Make `folder`, with the stream and what is known of it, in one step."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+) -> dict[str, Any]:
+    """Make `folder`, with the stream and what is known of it, in one step; returns that."""
+    temporary = folder.with_name(f".{folder.name}.incomplete")  # of a kill, or ours by the lock
+    for left in (temporary, folder):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir()
     digest, count, largest, written = hashlib.sha256(), 0, 0, 0
     start = packer.separator
     try:
-        with open(temporary / "tokens.bin", "wb") as file:
+        with open(temporary / _STREAM_FILE, "wb") as file:
             texts = packed(packer.tokenizer, documents.texts, start=start, separator=start)
             for before, tokens in texts:
                 ids = np.array(before + tokens, dtype=np.int32)
@@ -165,11 +204,17 @@ def _write(
             "largest": largest,
             "digest": digest.hexdigest(),
         }
-        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+        def write_facts(files: dict[str, str]) -> None:
+            text = json.dumps(facts | {"files": files})
+            (temporary / _FACTS_FILE).write_text(text, encoding="utf-8")
+
+        seal(temporary, _FACTS_FILE, write_facts, {_STREAM_FILE: digest.hexdigest()})
         move(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return facts
 
 
 def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase", separator: int) -> str:

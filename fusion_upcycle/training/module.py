@@ -38,8 +38,6 @@ from fusion_upcycle.training.schedule import Factors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Key of our own entry in a checkpoint.
-IDENTITY = "fusion_upcycle"
 _OTHER_LOSSES = ("balance", "z", "total")
 
 
@@ -50,7 +48,6 @@ class PretrainingModule(L.LightningModule):
         model: as at step 0, also where a run is resumed; trained in place, in train mode.
         objective: of the model.
         options: of the run.
-        identity: what a resumed run must share, JSON; kept in every checkpoint.
         moments: parameter name -> AdamW state to begin with, see `training.moments`.
 
     Raises:
@@ -63,7 +60,6 @@ class PretrainingModule(L.LightningModule):
         objective: Objective,
         options: TrainingOptions,
         *,
-        identity: dict[str, Any],
         moments: Moments | None = None,
     ):
         super().__init__()
@@ -71,7 +67,7 @@ class PretrainingModule(L.LightningModule):
         self.objective, self.options = objective, options
         self.routers = find_routers(model)
         self.automatic_optimization = False
-        self._identity, self._moments = identity, moments or {}
+        self._moments = moments or {}
         self._groups = group_of_parameters(model, self.routers)
         freeze(model, self._groups, options)
         check_fit(model, options, self.routers)
@@ -119,7 +115,6 @@ class PretrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer state goes by parameter name, the same for every strategy and device count."""
-        checkpoint[IDENTITY] = self._identity
         checkpoint["last_metrics"], checkpoint["first_loss"] = self.last_metrics, self.first_loss
         checkpoint["routing"] = self.routing.state(self.trainer.strategy.reduce)
         names = (
@@ -265,11 +260,13 @@ class PretrainingModule(L.LightningModule):
         """Log metrics of the current step, or the last one: all of a step in one row."""
         self._unwritten |= metrics
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write the metrics of the step, to which the callbacks have added theirs."""
-        for logger in self.loggers if self._unwritten else ():
-            logger.log_metrics(self._unwritten, step=self._step_number)
-        self._unwritten = {}
+    def take_metrics(self) -> dict[str, float]:
+        """The row of the step, to which the callbacks have added theirs; empty where none is due.
+
+        Then start again.
+        """
+        row, self._unwritten = self._unwritten, {}
+        return row
 
     def _speed(self, done: int) -> float:
         """Units per second since the last log, on all devices together."""

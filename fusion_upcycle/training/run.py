@@ -1,7 +1,7 @@
 """Continued training from a model in memory to a trained model and its folder."""
 
+import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,24 +12,29 @@ from typing import TYPE_CHECKING, Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from fusion_upcycle.checkpoint.staging import RECORD_FILE, check_output
+from fusion_upcycle.checkpoint.staging import RECORD_FILE, TRAINING_RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import setting
 from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.report.record import Measured, versions
+from fusion_upcycle.training.checkpoint_folders import (
+    checkpoints_in,
+    keep_only,
+    latest_checkpoint,
+)
 from fusion_upcycle.training.checkpoints import (
     CHECKPOINT_VERSION,
-    checkpoints_in,
-    last_checkpoint,
-    load_checkpoint,
+    STATE_FILE,
+    CheckpointEvery,
+    load_state,
 )
 from fusion_upcycle.training.churn import RouterChurn
 from fusion_upcycle.training.export import export
 from fusion_upcycle.training.figure import save_routing
 from fusion_upcycle.training.fit import Before, prepare
 from fusion_upcycle.training.health import RouterHealth
-from fusion_upcycle.training.logs import quiet_lightning
-from fusion_upcycle.training.module import IDENTITY, PretrainingModule
+from fusion_upcycle.training.logs import METRICS_FILE, Metrics, quiet_lightning
+from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.moments import load_moments
 from fusion_upcycle.training.objectives import objective_for
 from fusion_upcycle.training.objectives.base import Source
@@ -43,6 +48,7 @@ from fusion_upcycle.training.stopping import Stopping
 from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
+from fusion_upcycle.training.work_folder import disk_errors, held
 from fusion_upcycle.upcycling.run import recorded_options
 from fusion_upcycle.upcycling.upcycling import Upcycling
 
@@ -132,12 +138,14 @@ def train(
         clip: the CLIP model whose texts judge a vision tower.
 
     Raises:
-        UpcyclingError: options, data or model that do not fit; a loss that is not finite.
+        UpcyclingError: options, data or model that do not fit; a loss that is not finite; a work
+            folder that another run has; a disk that is full or fails; no checkpoint that is good.
         Stopped: SIGTERM or SIGINT came; the run is saved, and goes on when it is called again.
     """
-    if places.output is not None:
+    checkpoints = _checkpoints(places)
+    if places.output is not None and not checkpoints_in(checkpoints):
         check_output(places.output, overwrite=places.overwrite)
-    with Stopping() as stopping:
+    with Stopping() as stopping, disk_errors(places.work), held(places.work):
         return _train(
             model,
             processor,
@@ -172,33 +180,51 @@ def _train(
     order = ExampleOrder(sources, options.mixture, options.seed)
     objective.hold_out(validation, places.work / "data")
     identity = _identity(model, options, sources, optimizer_state)
-    checkpoints = places.work / "checkpoints"
-    resumed = last_checkpoint(checkpoints, identity, IDENTITY) if places.resume else None
+    checkpoints = _checkpoints(places)
+    resumed = latest_checkpoint(checkpoints, identity) if places.resume else None
+    run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    exported = resumed is not None and _is_output_of(run, places)
+    if places.output is not None and not exported:
+        check_output(places.output, overwrite=places.overwrite)
     before = Before.of(model)
     prepare(model, options)
     moments = None
     if optimizer_state is not None and resumed is None:
         moments = load_moments(optimizer_state, model, origin.upcycling)
-    module = PretrainingModule(model, objective, options, identity=identity, moments=moments)
+    module = PretrainingModule(model, objective, options, moments=moments)
     parameters = count_parameters(model, module.routers)
     health, scores = RouterHealth(), Validation()
     churn = RouterChurn(objective.collate([order[0]]))
+    metrics = Metrics(places.log)
+    saving = CheckpointEvery(
+        checkpoints,
+        identity,
+        resumed,
+        metrics,
+        every=options.checkpoint_every,
+        minutes=options.checkpoint_minutes,
+        stopping=stopping,
+    )
     with quiet_lightning(), Measured() as cost:
         callbacks: list[Callback] = [health, churn, scores]
-        trainer = make_trainer(options, places.work, places.log, callbacks, stopping, progress)
+        trainer = make_trainer(
+            options, callbacks, saving, stopping, metrics, work=places.work, progress=progress
+        )
         if trainer.is_global_zero:
             _announce(module.router_rate, progress)
             if progress and places.output is not None:
                 print(moments_in_words(model, options, places.output), flush=True)
             if not places.resume:
-                shutil.rmtree(checkpoints, ignore_errors=True)
+                keep_only(checkpoints, ())
+            metrics.begin(resumed and resumed / METRICS_FILE)
         loader = make_loader(order, objective, options, trainer)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         with kept_pages() if on_cpu else nullcontext():
-            trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
+            state = resumed and resumed / STATE_FILE
+            trainer.fit(module, loader, ckpt_path=state, weights_only=True)
     module.routers.close()
     stopping.after_fit(_stand(trainer, options, checkpoints, places.resume))
-    saved = load_checkpoint(checkpoints_in(checkpoints)[-1])
+    saved = load_state(saving.last / STATE_FILE)
     trainer.strategy.barrier()  # all have opened it, and it may be removed
     model = before.restored(model, saved["state_dict"], sharded=options.strategy == "fsdp")
     record = {
@@ -218,8 +244,11 @@ def _train(
         "router_warning": health.warning,
         "cost": _cost(cost, options, module.first_step),
         "log": str(places.log),
+        "run": run,
     } | _settings(options)
-    if places.output is not None and trainer.is_global_zero:
+    if trainer.is_global_zero:
+        metrics.sync()
+    if places.output is not None and not exported and trainer.is_global_zero:
         export(
             model,
             processor,
@@ -229,13 +258,29 @@ def _train(
             moments=saved["optimizer_states"][0]["state"] if options.save_moments else None,
             overwrite=places.overwrite,
         )
-        shutil.rmtree(checkpoints)
+    if places.output is not None and trainer.is_global_zero:
+        keep_only(checkpoints, ())
     if module.routers and trainer.is_global_zero:
         figure = save_routing(places.log)
         if progress and figure is not None:
             print(f"Routing: {figure}", flush=True)
     trainer.strategy.barrier()
     return Trained(model, record)
+
+
+def _checkpoints(places: Places) -> Path:
+    return places.work / "checkpoints"
+
+
+def _is_output_of(run: str, places: Places) -> bool:
+    """Whether a kill left only the checkpoints to be removed: the output is of this very run."""
+    if places.output is None or places.overwrite:
+        return False
+    try:
+        record = json.loads((places.output / TRAINING_RECORD_FILE).read_bytes())
+        return bool(record["run"] == run)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _stand(trainer: Trainer, options: TrainingOptions, checkpoints: Path, resume: bool) -> str:

@@ -6,8 +6,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from fusion_upcycle.training.checkpoints import AtomicCheckpointIO, CheckpointEvery
-from fusion_upcycle.training.logs import Progress, loggers
+from fusion_upcycle.training.checkpoints import CheckpointEvery
+from fusion_upcycle.training.logs import Metrics, Progress, TensorBoard
 from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
@@ -30,18 +30,20 @@ def make_loader(
 
 def make_trainer(
     options: TrainingOptions,
-    work: Path,
-    log: Path,
     callbacks: list[Callback],
+    saving: CheckpointEvery,
     stopping: Stopping,
+    metrics: Metrics,
+    *,
+    work: Path,
     progress: bool,
 ) -> L.Trainer:
     """Lightning's, with our checkpoints and logs.
 
     Args:
-        work: folder of checkpoints.
-        log: folder of logs.
         stopping: what asks the run to stop.
+        metrics: the log, beside which TensorBoard's goes.
+        work: folder of the run.
     """
     strategy: str | Strategy = options.strategy
     world = options.devices * options.num_nodes
@@ -58,19 +60,14 @@ def make_trainer(
         precision="bf16-mixed" if options.precision == "bf16-mixed" else "32-true",
         max_steps=options.steps,
         max_epochs=1,
-        logger=loggers(log),
+        logger=[metrics, TensorBoard(metrics.path.parent)],
         callbacks=[
             stopping,
             *callbacks,
-            CheckpointEvery(
-                work / "checkpoints",
-                options.checkpoint_every,
-                options.checkpoint_minutes,
-                stopping,
-            ),
             *([Progress()] if progress else []),
+            saving,  # Lightning has it go last, wherever it stands
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[saving.io],
         enable_progress_bar=progress,
         enable_model_summary=False,
         enable_checkpointing=True,

@@ -14,12 +14,17 @@ class Validation(L.Callback):
     Every device scores all of it, as a sharded model needs.
 
     Attributes:
-        results: step -> name of the examples -> metrics; of this process only, not of one before a
-            resume, which is in the logs.
+        results: step -> name of the examples -> metrics.
     """
 
     def __init__(self) -> None:
         self.results: dict[int, dict[str, dict[str, float | int]]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": self.results}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.results = state["results"]
 
     def on_train_batch_end(
         self,

@@ -137,6 +137,7 @@ def compare_streamed(
     """Both models on the same tokens, one layer and one expert in memory, in float32.
 
     Args:
+        result: has been compared with `upcycling`, tensor by tensor.
         reference: the dense model; None is the one that the MoE was made from.
         expert: let this expert of each layer stand in for those that the router chooses.
         dense_ffn: let the dense FFNs stand in for the MoE blocks: what is left to differ is
@@ -235,9 +236,20 @@ def streamed_dense(
 def streamed_moe(
     upcycling: "Upcycling", result: TensorSource, expert: int | None = None
 ) -> "PreTrainedModel":
-    """The MoE with the weights of `result`; of the experts only `expert`, if it is given."""
+    """The MoE with the weights of `result`, which has been compared with `upcycling`.
+
+    Of the experts only `expert`, if it is given.
+    """
     architecture, compute = upcycling.architecture, _compute_dtype(upcycling)
-    return streamed_model(upcycling.config, result, architecture, None, compute, expert=expert)
+    return streamed_model(
+        upcycling.config,
+        result,
+        architecture,
+        None,
+        compute,
+        expert=expert,
+        origin=upcycling.origin,
+    )
 
 
 def _compute_dtype(upcycling: "Upcycling") -> torch.dtype:

@@ -189,12 +189,26 @@ since.""",
     def with_copied_experts(self) -> "Upcycling":
         """The same conversion with plain copies as experts; exact wherever `resolved.exact`."""
         options = replace(self.options, expert_init="copy")
+        rules = dict(self.rules)
+        if self.resolved.sharding.whole:  # else each takes other neurons
+            rules = {name: self._copied(rule) for name, rule in rules.items()}
         return replace(
             self,
             options=options,
+            rules=rules,
             resolved=replace(self.resolved, asked=options),
             _last_expert=None,
         )
+
+    def _copied(self, rule: Rule) -> Rule:
+        """A rule as it is where experts are plain copies."""
+        match rule:
+            case Joined():
+                return Joined([self._copied(part) for part in rule.rules])
+            case Initialised():
+                (source,) = self._sources(rule)
+                return Carried(source, self.resolved.scales[rule.part])
+        return rule
 
     @cached_property
     def rounds_scales(self) -> bool:

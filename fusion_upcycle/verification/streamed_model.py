@@ -8,8 +8,9 @@ bfloat16 arithmetic would hide what the proof looks for.
 
 import copy
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +30,9 @@ from fusion_upcycle.models.modeling_sparse import SparseExperts
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+#: Name in the files and first element -> what was proven to stand there; see `Conversion.origin`.
+Origin = Callable[[str, int], Hashable]
+
 
 def streamed_model(
     config: "PreTrainedConfig",
@@ -38,6 +42,7 @@ def streamed_model(
     compute_dtype: torch.dtype,
     *,
     expert: int | None = None,
+    origin: Origin | None = None,
 ) -> "PreTrainedModel":
     """transformers' own model of `config` whose weights stay in `source`.
 
@@ -70,9 +75,10 @@ def streamed_model(
         if architecture and name.endswith("." + architecture.experts_module):
             prefix = architecture.file_prefix(name.removesuffix(architecture.experts_module))
             single = _single_expert(module, single, config, architecture, compute_dtype)
-            model.set_submodule(
-                name, _StreamedExperts(single, config, architecture, prefix, weights, expert)
+            streamed = _StreamedExperts(
+                single, config, architecture, prefix, weights, expert=expert, origin=origin
             )
+            model.set_submodule(name, streamed)
         elif router and name.endswith("." + router):  # its weight is looked at from outside
             read.add(id(module))
         elif isinstance(module, nn.MultiheadAttention):  # looks into its output projection itself
@@ -265,33 +271,47 @@ class _StreamedExperts(nn.Module):
         architecture: Architecture,
         prefix: str,
         weights: _Weights,
+        *,
         expert: int | None,
+        origin: Origin | None,
     ):
         super().__init__()
         self._only = expert
         self.num_experts = getattr(config, architecture.experts_field)
         self._shared = (single,)  # a tuple, so that it is not one of this layer's modules
-        self.prefix, self.architecture = prefix, architecture
         self.weights = weights
+        # Weights are cast into the memory of the last expert: new memory costs more than the sums.
+        self._memory: dict[str, Tensor] = {}
+        for part in architecture.parts:
+            name, half = architecture.live_half(part)
+            memory = single.get_parameter(name)[0]
+            self._memory[part] = memory if half is None else memory.chunk(2)[half]
+        #: For each expert, part -> name in the files and first element there.
+        self._places = [
+            {
+                part: (prefix + place.name, place.start)
+                for part, memory in self._memory.items()
+                for place in [architecture.place(expert, part, memory.numel())]
+            }
+            for expert in range(self.num_experts)
+        ]
+        same: dict[Hashable, list[int]] = {}
+        for number, places in enumerate(self._places):
+            key = tuple(starmap(origin, places.values())) if origin else number
+            same.setdefault(key, []).append(number)
+        self._groups = [torch.tensor(numbers) for numbers in same.values()]
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden)
         if self._only is not None:
             top_k_index = torch.full_like(top_k_index, self._only)
-        # Weights are cast into the memory of the last expert: new memory costs more than the sums.
         (single,) = self._shared
-        places = {}
-        for part in self.architecture.parts:
-            name, half = self.architecture.live_half(part)
-            memory = single.get_parameter(name)[0]
-            places[part] = memory if half is None else memory.chunk(2)[half]
-        for expert in range(self.num_experts):
-            tokens, slots = torch.where(top_k_index == expert)
+        for group in self._groups:
+            tokens, slots = torch.where(torch.isin(top_k_index, group))
             if len(tokens) == 0:
                 continue
-            for part, memory in places.items():
-                place = self.architecture.place(expert, part, memory.numel())
-                self.weights.read_into(memory, self.prefix + place.name, place.start)
+            for part, (name, start) in self._places[group[0]].items():
+                self.weights.read_into(self._memory[part], name, start)
             index = torch.zeros_like(tokens)[:, None]
             found = single(hidden[tokens], index, top_k_weights[tokens, slots][:, None])
             output.index_add_(0, tokens, found)
