@@ -1,6 +1,5 @@
 """Memory for pieces of tensors, used again when no tensor is in it: new pages cost time.
 
-
 A tensor holds a reference to the object that it was made from, and so does each view of it.
 """
 
