@@ -1,10 +1,12 @@
 """How users' mistakes are reported: what, where, what to do. Invariants of ours are `assert`."""
 
 import json
+import logging
 import re
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,9 +14,53 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import Any
 
+#: Characters of an error; a stranger's tensor may have a name of megabytes.
+_LONGEST = 4000
+
+
+def plain(text: str, most: int = _LONGEST) -> str:
+    """What strangers may have written, as it can be shown: names of tensors, files, fields.
+
+    What a terminal obeys (escape sequences, backspaces), what turns the direction of writing or
+    cannot be seen, and halves of characters are written as `\\x1b`; line ends and tabs stay.
+
+    Args:
+        most: characters; of a longer text the middle is left out.
+    """
+    if len(text) > most:
+        left_out = f" [... {len(text) - most:,} characters ...] "
+        text = text[: most // 2] + left_out + text[-(most // 2) :]
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+class PlainLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose lines may have what strangers wrote in them: they are `plain`."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if self.isEnabledFor(level):
+            said = plain(str(msg) % args if args else str(msg))
+            self.logger.log(level, "%s", said, stacklevel=kwargs.pop("stacklevel", 1) + 2, **kwargs)
+
+
+def plain_logger(name: str) -> PlainLogger:
+    """The logger of a module that reads strangers' files."""
+    return PlainLogger(logging.getLogger(name))
+
 
 class UpcyclingError(ValueError):
-    """A source, option or output that cannot be used; the message names it and the remedy."""
+    """A source, option or output that cannot be used; the message names it and the remedy.
+
+    The message is `plain`, whatever is quoted in it.
+    """
+
+    def __init__(self, *said: object):
+        super().__init__(*(plain(part) if isinstance(part, str) else part for part in said))
 
 
 class ProofError(UpcyclingError):

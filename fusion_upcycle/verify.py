@@ -1,6 +1,5 @@
 """Prove an output folder again, whatever operation made it."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from fusion_upcycle.expansion import run as expansion
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.merging.merging import Merging
 from fusion_upcycle.report.progress import progress_bar
+from fusion_upcycle.untrusted import read_json
 from fusion_upcycle.upcycling import run as upcycling
 from fusion_upcycle.upcycling.run import check_base
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -131,7 +131,7 @@ def _record(output: Path) -> tuple[Path, dict[str, Any]]:
     for name in RECORDS:
         if (path := output / name).is_file():
             with _reading(path):
-                record = json.loads(path.read_bytes())
+                record = read_json(path)
                 if not isinstance(record, dict):
                     raise TypeError("it is no JSON object")
                 return path, record
@@ -143,7 +143,7 @@ def _reading(path: Path) -> Iterator[None]:
     """What goes wrong in the block is put down to the record's being damaged."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UpcyclingError(
             f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "
             "own can only be proven when it is made."

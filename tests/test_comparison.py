@@ -251,7 +251,7 @@ def test_numbers_that_do_not_add_up_have_no_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("run_record.json", "{", "is not JSON"),
+        ("run_record.json", "{", "is damaged"),
         ("results_1.json", "{}", "holds no results of lm-eval"),
         ("other.json", "{}", "There is no result in"),
     ],

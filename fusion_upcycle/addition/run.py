@@ -1,6 +1,5 @@
 """One more expert for a merged model, from folder to folder."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from fusion_upcycle.merging.prototypes import Moments
 from fusion_upcycle.merging.run import agree_on_files, opened, say
 from fusion_upcycle.merging.statistics import STATISTICS_FOLDER, read_statistics
 from fusion_upcycle.texts.documents import load_documents
+from fusion_upcycle.untrusted import read_json
 from fusion_upcycle.upcycling.run import check_base
 
 if TYPE_CHECKING:
@@ -189,11 +189,11 @@ def read_merged(folder: Path) -> Merged:
             f"{folder} has no {RECORD_FILE}: it is not the folder of a merged model. {_WHAT}"
         )
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         method = record["method"]
         if method in (Merging.method, Addition.method) and "statistics" in record:
             return Merged(folder, record, _options(record), list(record["experts"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UpcyclingError(f"{path} cannot be used: {error!r}. Copy the folder again.") from error
     if method != Merging.method:
         raise UpcyclingError(f"{folder} was made by {method}, not merged. {_WHAT}")

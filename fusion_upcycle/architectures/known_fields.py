@@ -6,7 +6,6 @@ it is nearly the name of one that is known: then somebody meant something by it.
 """
 
 import inspect
-import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
@@ -14,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 #: In the config of a model that is read in another family's words: the model that it is of. What
 #: transformers does not know may mean something to that model's own code.

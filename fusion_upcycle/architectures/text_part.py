@@ -6,7 +6,6 @@ transformers' class of it has.
 """
 
 import copy
-import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle.architectures.layout import empty_model
 from fusion_upcycle.checkpoint.tensors import TensorSource, is_buffer
 from fusion_upcycle.checkpoint.view import RenamedSource
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 #: Text models that have the positions of an image in their rope, and so no class by themselves; of
 #: text alone the three positions are one, and they are these families.

@@ -10,6 +10,7 @@ from typing import Any
 from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
 from fusion_upcycle.checkpoint.reader import parse_json
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.untrusted import read_bytes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -37,6 +38,7 @@ _WITHOUT_WEIGHTS = (
     "XLORA",
 )
 _MOST_RANK = 2**16
+_MOST_ALPHA = 1e9
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,7 @@ def read_adapter_config(folder: Path, base: str | Path | None = None) -> Adapter
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     _check_inside(path, folder)
-    try:
-        return parse_json(path, path.read_bytes())
-    except OSError as error:
-        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
+    return parse_json(path, read_bytes(path))
 
 
 def _check_files(folder: Path, remedy: str) -> None:
@@ -184,7 +183,7 @@ def _check_numbers(path: Path, said: Mapping[str, Any]) -> None:
         if type(value) is not int or not 1 <= value <= _MOST_RANK:
             raise UpcyclingError(f"{path}: {name}={str(value)[:60]} is not the rank of an adapter.")
     for name, value in alphas.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not -_MOST_ALPHA <= value <= _MOST_ALPHA:  # or NaN
             raise UpcyclingError(f"{path}: {name}={str(value)[:60]} is not a number.")
     layers = said.get("layers_to_transform")
     if layers is not None and not all(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fusion_upcycle.checkpoint.staging import FINGERPRINT_FILE
 from fusion_upcycle.errors import ProofError
+from fusion_upcycle.untrusted import LARGE, read_bytes
 
 SUMS_FILE = "SHA256SUMS"
 #: What the Hub's own tools put beside what they download.
@@ -134,7 +135,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _listed(sums: Path) -> Iterator[tuple[str, str]]:
     """Name and digest of each line; of one that is none, the line itself, which no file has."""
-    for line in os.fsdecode(sums.read_bytes()).split("\n")[:-1]:
+    for line in os.fsdecode(read_bytes(sums, LARGE)).split("\n")[:-1]:
         escaped = line.startswith("\\")
         found, _, name = line.removeprefix("\\").partition("  ")
         if escaped:

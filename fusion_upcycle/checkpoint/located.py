@@ -1,17 +1,16 @@
 """Where a model is: a folder, or a LoRA adapter and the base model that it is put on."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_upcycle.checkpoint.adapter_config import read_adapter_config
 from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
-from fusion_upcycle.checkpoint.reader import parse_json
 from fusion_upcycle.checkpoint.source import locate
 from fusion_upcycle.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
+from fusion_upcycle.untrusted import LARGE, read_bytes, read_object
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _compare_tokenizers(adapter: Path, base: Path) -> None:
     template = "chat_template.jinja"
     if (adapter / template).is_file() and (
         not (base / template).is_file()
-        or (adapter / template).read_bytes() != (base / template).read_bytes()
+        or read_bytes(adapter / template) != read_bytes(base / template)
     ):
         log.warning(
             "The adapter %s has a chat template of its own. The result gets the base's; copy %s "
@@ -120,8 +119,8 @@ def _tokens(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
+    said = read_object(path, LARGE)
     try:
-        said = parse_json(path, path.read_bytes())
         vocabulary = said["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             vocabulary = {token: place for place, (token, _) in enumerate(vocabulary)}

@@ -1,8 +1,9 @@
 """The line that merges an adapter with PEFT, for errors about those that are not taken here."""
 
-import json
 import re
 from pathlib import Path
+
+from fusion_upcycle.untrusted import read_json
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -25,7 +26,7 @@ def merge_command(adapter: Path, base: str | Path | None = None) -> str:
 
 def _base_of(adapter: Path) -> str:
     try:
-        said = json.loads((adapter / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
+        said = read_json(adapter / CONFIG_FILE)["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         said = None
     return said if said and isinstance(said, str) else "BASE"
@@ -33,7 +34,7 @@ def _base_of(adapter: Path) -> str:
 
 def _class_of(base: str | Path) -> str:
     try:
-        (name,) = json.loads((Path(base) / "config.json").read_bytes())["architectures"]
+        (name,) = read_json(Path(base) / "config.json")["architectures"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "AutoModelForCausalLM"
     return name if re.fullmatch(r"\w+", str(name)) else "AutoModelForCausalLM"

@@ -1,15 +1,16 @@
 """Where a dense model comes from: a local folder or a Hub id, its config and companion files."""
 
-import json
-import math
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.checkpoint.config_bounds import check_labels, check_values, without_orders
 from fusion_upcycle.checkpoint.minicpm import granite_fields
 from fusion_upcycle.checkpoint.peft import CONFIG_FILE, merge_command
+from fusion_upcycle.checkpoint.tokenizer_file import check_tokenizer
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.untrusted import LARGE, read_bytes, read_json, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -52,37 +53,6 @@ _NOT_CARRIED = re.compile(
     r"tflite|mlmodel|joblib|zip|tar|gz|tgz)$|\.(safetensors|bin)\.index\.json$",
     re.IGNORECASE,
 )
-
-
-#: Fields that say how to run a model: a stranger's file does not decide which code is loaded here.
-_NOT_THE_MODEL = (
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "attn_implementation",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-    "experts_implementation",
-)
-
-#: What a classifier's labels are, which other models' files say as well: by a number, which would
-#: be made a list of names, or by the names.
-_LABELS = ("num_labels", "id2label", "label2id")
-_MOST_LABELS = 10**6
-
-#: Numbers by which a model is built: far beyond any that there is.
-_BOUNDS = {
-    "num_hidden_layers": (1, 10_000),
-    "hidden_size": (1, 10**6),
-    "intermediate_size": (1, 10**8),
-    "num_attention_heads": (1, 10**5),
-    "num_key_value_heads": (1, 10**5),
-    "head_dim": (1, 10**5),
-    "vocab_size": (1, 10**9),
-    "max_position_embeddings": (1, 10**9),
-    "num_experts": (0, 2**16),
-    "num_local_experts": (0, 2**16),
-    "n_routed_experts": (0, 2**16),
-}
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
@@ -156,16 +126,15 @@ def read_config(folder: Path) -> "PreTrainedConfig":
             f"{beside} is a PEFT adapter beside the model, which transformers would put on top of "
             "it. Merge it into the weights (merge_and_unload), or move it to another folder."
         )
-    try:
-        data = json.loads(path.read_bytes())
-        model_type = data["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
-    _check_values(path, data)
+    data = _config_data(path)
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str):
+        raise UpcyclingError(f"{path} cannot be read as a model's config: it names no model_type.")
+    check_values(path, data)
     from transformers import CONFIG_MAPPING, GraniteConfig
 
-    data = _without_orders(data)
-    _check_labels(path, data)
+    data = without_orders(data)
+    check_labels(path, data)
     import fusion_upcycle.models  # noqa: F401  whose classes are known from here on
 
     try:
@@ -197,63 +166,15 @@ def orders_code(folder: Path) -> bool:
         UpcyclingError: a damaged one.
     """
     path = folder / "config.json"
+    data = _config_data(path) if path.is_file() else {}
+    return bool(without_orders(data) != data)
+
+
+def _config_data(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UpcyclingError(f"{path} cannot be read as a model's config: {error!r}.") from error
-    return bool(_without_orders(data) != data)
-
-
-def _without_orders(data: Any) -> Any:
-    """A config without `_NOT_THE_MODEL`, in itself and in what it consists of."""
-    if isinstance(data, dict):
-        return {k: _without_orders(v) for k, v in data.items() if k not in _NOT_THE_MODEL}
-    return data
-
-
-def _check_labels(path: Path, data: dict[str, Any]) -> None:
-    """Leave out labels of what is no classifier, and refuse those of none that there is.
-
-    Raises:
-        UpcyclingError: names the field.
-    """
-    named = data.get("architectures")
-    heads = ("Classification", "QuestionAnswering")
-    if not (isinstance(named, list) and any(head in str(named) for head in heads)):
-        for name in _LABELS:
-            data.pop(name, None)
-        return
-    for name in _LABELS:
-        value = data.get(name)
-        count = value if type(value) is int else len(value) if isinstance(value, dict) else 0
-        if value is not None and not 1 <= count <= _MOST_LABELS:
-            raise UpcyclingError(
-                f"{path}: {name}={str(value)[:60]} is not of a classifier: it must be of 1 to "
-                f"{_MOST_LABELS:,} labels."
-            )
-
-
-def _check_values(path: Path, data: dict[str, Any]) -> None:
-    """Refuse numbers that no model has, before anything is built by them.
-
-    Raises:
-        UpcyclingError: names the field.
-    """
-    for name, (least, most) in _BOUNDS.items():
-        value = data.get(name)
-        if type(value) is int and not least <= value <= most:
-            raise UpcyclingError(
-                f"{path}: {name}={value} is not of a model; it must be from {least} to {most:,}."
-            )
-    waiting: list[tuple[str, Any]] = list(data.items())
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UpcyclingError(f"{path}: {name}={value} is not a number. Download it again.")
-        if isinstance(value, dict):
-            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        if isinstance(value, list):
-            waiting += [(name, inner) for inner in value]
+        return read_object(path)
+    except UpcyclingError as error:
+        raise UpcyclingError(f"{path} cannot be read as a model's config: {error}") from error
 
 
 def check_companions(source: Path) -> None:
@@ -272,15 +193,12 @@ def check_companions(source: Path) -> None:
                 f"{path} is a link to {real}, outside of the model's folder, and would be copied. "
                 "Put a copy in its place if it belongs to the model, or remove it."
             )
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
-        if path.suffix == ".json":
-            try:
-                json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise UpcyclingError(f"{path} is damaged ({error}). Download it again.") from error
+        if path == source / "tokenizer.json":
+            check_tokenizer(path)
+        elif path.suffix == ".json":
+            read_json(path, LARGE)
+        else:
+            read_bytes(path, LARGE)
 
 
 def copy_companions(source: Path, output: Path) -> list[str]:

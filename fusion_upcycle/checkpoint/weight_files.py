@@ -3,18 +3,17 @@
 As transformers does: `model.safetensors` before an index of shards.
 """
 
-import logging
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, plain_logger
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 #: Pickles of training, which are no weights.
 _OF_TRAINING = re.compile(

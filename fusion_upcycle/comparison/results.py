@@ -1,16 +1,35 @@
 """What runs left behind, ours and others', as one kind of result."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from fusion_upcycle.comparison.metrics import primary_metric
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, plain
 from fusion_upcycle.report.record import MANIFEST_NAME, RECORD_NAME
+from fusion_upcycle.untrusted import read_json
 
 PROGRAM_REPORT = "program_report.json"
+_LARGEST = 10**300
+#: What a benchmark's record says of its run.
+_KINDS: dict[str, type | UnionType] = {
+    "experiment": str,
+    "row": str,
+    "settings": dict,
+    "position": int,
+    "group": str,
+    "reference": str | None,
+    "models": list,
+    "subset": bool,
+    "seed": int | None,
+    "trials": int,
+    "tasks": dict,
+    "error": str | None,
+    "arguments": list,
+}
 #: Keys of a task pool's report that are no tasks.
 NOT_TASKS = ("average", "model_info", "cost", "routing", "groups")
 _LOOKED_FOR = (
@@ -83,7 +102,8 @@ def read_results(places: Iterable[str | Path]) -> list[Result]:
     for path in paths:
         if not path.exists():
             raise UpcyclingError(f"{path} does not exist. Give folders of runs, or report files.")
-        found += _of_file(path) if path.is_file() else _of_folder(path)
+        with _reading(path):
+            found += _of_file(path) if path.is_file() else _of_folder(path)
     if not found:
         said = ", ".join(map(str, paths)) or "no place"
         raise UpcyclingError(f"There is no result in {said}. Looked for {_LOOKED_FOR}.")
@@ -100,13 +120,14 @@ def _of_folder(folder: Path) -> Iterator[Result]:
     for path in paths:
         if any(root in path.parents and path.parent not in runs for root, runs in current.items()):
             continue  # of an earlier form of the experiment
-        if path.name == RECORD_NAME:
-            yield from _of_record(path)
-        elif path.name == PROGRAM_REPORT:
-            if not _is_benchmark(path.with_name(RECORD_NAME)):
-                yield _of_program_report(path, path.parent.name, _read(path))
-        elif path.name.startswith("results_"):
-            yield _of_lm_eval(path, _read(path))
+        with _reading(path):
+            if path.name == RECORD_NAME:
+                yield from _of_record(path)
+            elif path.name == PROGRAM_REPORT:
+                if not _is_benchmark(path.with_name(RECORD_NAME)):
+                    yield _of_program_report(path, path.parent.name, _read(path))
+            elif path.name.startswith("results_"):
+                yield _of_lm_eval(path, _read(path))
 
 
 def _of_file(path: Path) -> Iterator[Result]:
@@ -145,25 +166,14 @@ def _of_record(path: Path) -> Iterator[Result]:
         seconds=section["costs"].get("wall_seconds"),
         tokens=(training.get("final") or {}).get("tokens"),
         proof=_proof(method.get("proof")),
-        **{
-            name: section[name]
-            for name in (
-                "experiment",
-                "row",
-                "settings",
-                "position",
-                "group",
-                "reference",
-                "models",
-                "subset",
-                "seed",
-                "trials",
-                "tasks",
-                "error",
-                "arguments",
-            )
-        },
+        **{name: _of_kind(name, section[name], kind) for name, kind in _KINDS.items()},
     )
+
+
+def _of_kind(name: str, value: Any, kind: type | UnionType) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r:.60}")
+    return value
 
 
 def _proof(proof: Any) -> str | None:
@@ -217,10 +227,36 @@ def _plain_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UpcyclingError(f"{path} is not JSON ({error}). Leave it out, or mend it.") from error
+        content = _shown(read_json(path))
+    except UpcyclingError as error:
+        raise UpcyclingError(f"{error} Or leave it out of the report.") from error
     return content if isinstance(content, dict) else {}
+
+
+def _shown(content: Any) -> Any:
+    """What a file says, as it can stand in tables and on pages."""
+    if isinstance(content, str):
+        return plain(content)
+    if isinstance(content, dict):
+        return {plain(name): _shown(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_shown(value) for value in content]
+    if type(content) is int and abs(content) > _LARGEST:
+        raise UpcyclingError("A number in it is too large to be one.")
+    return content
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong in the block is put down to the file: it holds something else."""
+    try:
+        yield
+    except UpcyclingError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise UpcyclingError(
+            f"{path} holds no result that can be read ({error!r}). Leave it out."
+        ) from error
 
 
 def _short(value: Any) -> str:

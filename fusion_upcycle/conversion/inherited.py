@@ -82,6 +82,8 @@ def _read(folder: Path, whose: str) -> tuple[dict[str, Any], list[str]]:
     if block is None:
         cut = text.lstrip().startswith("---")
         return {}, [f"The card of {whose} has metadata without an end: nothing is used."] * cut
+    if "<<" in block[0] or block[0].count("*") > _MOST_VALUES:  # a page may become a library
+        return {}, [f"The card of {whose} has metadata of references: nothing is used."]
     try:
         data = ModelCard(block[0], ignore_metadata_errors=True).data.to_dict()
     except (YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:

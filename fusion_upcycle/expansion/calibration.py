@@ -7,7 +7,6 @@ folder or from memory the same bits. What memory and disk the router inputs take
 Shapes: N tokens, E experts, M experts after, D hidden size.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fusion_upcycle.architectures.layout import takes_images
 from fusion_upcycle.architectures.routing import routing_rule
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
 from fusion_upcycle.expansion.expansion import Expansion
 from fusion_upcycle.expansion.options import ExpansionOptions
 from fusion_upcycle.expansion.router.fit import fit_rows
@@ -33,7 +32,7 @@ from fusion_upcycle.texts.windows import Sequences, calibration_sequences, seque
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 #: Share of the fair one below which a copy of `split` is warned of; `fit` has `min_copy_share`.
 FEW = 0.5

@@ -8,7 +8,6 @@ layer's gradients. Design and formulas: Expert Upcycling, arXiv 2604.19835.
 Shapes: W sequences, T tokens of one, V vocabulary, E experts, F intermediate, D hidden size.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from fusion_upcycle.architectures.layout import own_class_name
 from fusion_upcycle.architectures.moe_config import require_token_choice
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
 from fusion_upcycle.importance.accumulators import ExpertSums
 from fusion_upcycle.importance.scores import Importance
 from fusion_upcycle.live.experts import expert_parameters
@@ -35,7 +34,7 @@ from fusion_upcycle.texts.windows import Sequences, calibration_sequences, seque
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 
 def measure_importance(

@@ -12,6 +12,7 @@ from fusion_upcycle.checks import is_number
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.live.identity import describe
 from fusion_upcycle.report.record import versions
+from fusion_upcycle.untrusted import read_json
 
 #: Name of the metric -> what it is; the first is the default.
 METRICS = {
@@ -98,8 +99,7 @@ class Importance:
                 "them wrote, or its folder."
             )
         try:
-            content = json.loads(path.read_bytes())
-            return _from_json(content)
+            return _from_json(read_json(path))
         except (
             *(ValueError, KeyError, TypeError, AttributeError),
             *(OverflowError, RecursionError),  # of what was forged

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_upcycle import models
 from fusion_upcycle.architectures.layout import model_class
 from fusion_upcycle.checkpoint.source import orders_code, read_config
+from fusion_upcycle.checkpoint.tokenizer_file import check_tokenizer
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -136,11 +137,13 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def _made(kind: Any, folder: str | Path) -> Any:
+    if (file := Path(folder).expanduser() / "tokenizer.json").is_file():
+        check_tokenizer(file)
     try:
         return kind.from_pretrained(_source(folder))
-    except UpcyclingError:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UpcyclingError):
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except BaseException as error:  # of a damaged tokenizer a panic, which is no Exception
         raise _unloadable(folder, kind.__name__, error) from error
 
 
@@ -242,7 +245,7 @@ def require_findable(folder: Any, where: str) -> None:
         raise UpcyclingError(f"{where}: {error}") from None
 
 
-def _unloadable(folder: str | Path, name: str, error: Exception) -> UpcyclingError:
+def _unloadable(folder: str | Path, name: str, error: BaseException) -> UpcyclingError:
     said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
     return UpcyclingError(
         f"{folder} cannot be loaded by {name}: {said[:300]}. Give the folder or Hub id of a model "

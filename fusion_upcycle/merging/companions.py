@@ -4,20 +4,23 @@ What main lacks is carried where all models that have one agree; nothing is drop
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.source import check_companions
-from fusion_upcycle.errors import setting
-from fusion_upcycle.merging.vocabularies import read_json, tokenizer_settings
+from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.merging.vocabularies import tokenizer_settings
+from fusion_upcycle.untrusted import read_object, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _GENERATION = "generation_config.json"
 _DEFAULT = "default"
+_TEMPLATE_NAME = re.compile(r"\w[\w -]{0,99}")
 _NOT_OF_GENERATION = ("transformers_version", "_from_model_config")
 
 
@@ -162,15 +165,26 @@ def _templates(
 def _chat_templates(folder: Path) -> dict[str, str]:
     """Name -> text of each chat template of a folder, as transformers finds them."""
     said: Any = tokenizer_settings(folder).get("chat_template") or {}
-    if isinstance(said, list):
-        said = {entry["name"]: entry["template"] for entry in said}
-    found = {_DEFAULT: said} if isinstance(said, str) else dict(said)
-    if (old := folder / "chat_template.json").is_file():
-        found |= {_DEFAULT: read_json(old)["chat_template"]}
+    try:
+        if isinstance(said, list):
+            said = {entry["name"]: entry["template"] for entry in said}
+        found = {_DEFAULT: said} if isinstance(said, str) else dict(said)
+        if (old := folder / "chat_template.json").is_file():
+            found |= {_DEFAULT: read_object(old)["chat_template"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpcyclingError(f"{folder} has a damaged chat template ({error!r}).") from error
+    for name, text in found.items():
+        # A name becomes that of a file in the output.
+        whole = isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
+        if not whole or not _TEMPLATE_NAME.fullmatch(str(name)):
+            raise UpcyclingError(
+                f"{folder} has a chat template {name!r:.60} that is none, or whose name is no name "
+                "of a file. Repair tokenizer_config.json."
+            )
     if (file := folder / "chat_template.jinja").is_file():
-        found[_DEFAULT] = file.read_text(encoding="utf-8")
+        found[_DEFAULT] = read_text(file)
     for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        found[path.stem] = path.read_text(encoding="utf-8")
+        found[path.stem] = read_text(path)
     return found
 
 
@@ -178,7 +192,14 @@ def _generation(folder: Path) -> dict[str, Any] | None:
     path = folder / _GENERATION
     if not path.is_file():
         return None
-    return {k: v for k, v in read_json(path).items() if k not in _NOT_OF_GENERATION}
+    said = {k: v for k, v in read_object(path).items() if k not in _NOT_OF_GENERATION}
+    for name, value in said.items():
+        ids = value if isinstance(value, list) else [value] * (value is not None)
+        if name.endswith("_token_id") and not all(type(n) is int for n in ids):
+            raise UpcyclingError(
+                f"{path}: {name}={str(value)[:60]} is no token id. Repair it, or remove the file."
+            )
+    return said
 
 
 def _carried_generation(

@@ -5,7 +5,6 @@ everything after the plan is what sparse upcycling does.
 """
 
 import copy
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from fusion_upcycle.architectures.layout import empty_model, tied_names
 from fusion_upcycle.checkpoint.view import TURNED, RenamedSource
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.conversion.completeness import held_twice
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
 from fusion_upcycle.experts import DuplicationPlan
 from fusion_upcycle.merging.agreement import agree, vocabulary_of
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
@@ -27,7 +26,7 @@ from fusion_upcycle.upcycling.plan import plan_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 
 Made = TypeVar("Made", bound=Merging)

@@ -1,6 +1,5 @@
 """MoE merging from folders to a folder and from models to a model."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from fusion_upcycle.conversion.adapted import adapted_tensors, open_model
 from fusion_upcycle.conversion.live import live_config
 from fusion_upcycle.conversion.output import Converted
 from fusion_upcycle.conversion.run import open_folders, to_folder
-from fusion_upcycle.errors import setting, spelled_except
+from fusion_upcycle.errors import plain_logger, setting, spelled_except
 from fusion_upcycle.merging.calibration import route
 from fusion_upcycle.merging.companions import Companions, agree_on_companions, live_notes
 from fusion_upcycle.merging.merging import BASE, DenseModel, Merging
@@ -26,7 +25,7 @@ from fusion_upcycle.texts.documents import named_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 Planned = TypeVar("Planned", bound=Merging)
 
 

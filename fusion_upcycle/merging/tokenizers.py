@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_upcycle.checkpoint.tokenizer_file import tokenizing
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.merging.vocabularies import (
     FORMATS,
@@ -257,18 +258,20 @@ def _compare_texts(
         return 0
     every = [*reference.ids.values()]
     numbers = every[:: max(1, len(every) // _SPELT)]
-    spelt = [reference.tokenizer.decode([number]) for number in numbers]
+    with tokenizing(reference.files):
+        spelt = [reference.tokenizer.decode([number]) for number in numbers]
     texts = [*PROBES]
     texts += ["".join(spelt[i : i + _TOGETHER]) for i in range(0, len(spelt), _TOGETHER)]
     for token in reference.added:
         texts += [f"a {token} b", f"a{token}b", f" {token}{token} "] if token not in lacking else []
     folded = [token.casefold().strip() for token in lacking]
     texts = [text for text in texts if not any(token in text.casefold() for token in folded)]
-    ours, theirs = (
-        [e.ids for e in reading.tokenizer.encode_batch(texts, add_special_tokens=False)]
-        for reading in (reference, found)
-        if reading.tokenizer is not None
-    )
+    with tokenizing(f"{reference.files} or {found.files}"):
+        ours, theirs = (
+            [e.ids for e in reading.tokenizer.encode_batch(texts, add_special_tokens=False)]
+            for reading in (reference, found)
+            if reading.tokenizer is not None
+        )
     for text, expected, ids in zip(texts, ours, theirs, strict=True):
         if expected != ids:
             which = f"{', '.join(suspects)} differs: " if suspects else ""

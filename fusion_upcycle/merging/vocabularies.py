@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.checkpoint.tokenizer_file import tokenizing
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.tokens import read_tokenizer
+from fusion_upcycle.untrusted import LARGE, read_bytes, read_json, read_object, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,7 +69,10 @@ def _reader(
             return read(folder, names[0])
         except UpcyclingError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error) as error:
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, struct.error),
+            *(OverflowError, RecursionError),  # of what was forged
+        ) as error:
             raise UpcyclingError(
                 f"{folder / names[0]} cannot be read as a tokenizer ({error!r}). Get it again from "
                 "where the model is from."
@@ -79,27 +84,14 @@ def _reader(
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """`tokenizer_config.json`; nothing where there is none."""
     path = folder / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def read_json(path: Path) -> Any:
-    """What a file of a model says.
-
-    Raises:
-        UpcyclingError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UpcyclingError(f"{path} is damaged ({error}). Download it again.") from error
+    return read_object(path) if path.is_file() else {}
 
 
 def _added(folder: Path) -> dict[str, int]:
     """Added tokens of formats that hold none themselves."""
     path = folder / "added_tokens.json"
-    found = (
-        {token: int(number) for token, number in read_json(path).items()} if path.is_file() else {}
-    )
+    said = read_object(path) if path.is_file() else {}
+    found = {token: int(number) for token, number in said.items()}
     decoder = tokenizer_settings(folder).get("added_tokens_decoder") or {}
     return found | {entry["content"]: int(number) for number, entry in decoder.items()}
 
@@ -107,9 +99,8 @@ def _added(folder: Path) -> dict[str, int]:
 def _tokenizer_json(folder: Path, name: str) -> Reading:
     """As the `tokenizers` library writes what it read: merges and defaults in one spelling."""
     tokenizer = read_tokenizer(folder / name)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    said = json.loads(tokenizer.to_str())
+    with tokenizing(folder / name):
+        said = json.loads(tokenizer.to_str())
     model = said["model"]
     vocab, merges = model.pop("vocab"), model.pop("merges", None)
     model.pop("dropout", None)  # of training
@@ -130,18 +121,18 @@ def _tokenizer_json(folder: Path, name: str) -> Reading:
 
 
 def _vocab_json(folder: Path, name: str) -> Reading:
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_text(folder / "merges.txt", LARGE).split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     settings = tokenizer_settings(folder)
     prefix = {"add_prefix_space": bool(settings.get("add_prefix_space"))}
     files, added = f"{name} and merges.txt", _added(folder)
     return Reading(
-        files, _without(read_json(folder / name), added), added, {"merges": merges, **prefix}
+        files, _without(read_json(folder / name, LARGE), added), added, {"merges": merges, **prefix}
     )
 
 
 def _vocab_txt(folder: Path, name: str) -> Reading:
-    tokens = (folder / name).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    tokens = read_text(folder / name, LARGE).rstrip("\n").split("\n")
     settings, added = tokenizer_settings(folder), _added(folder)
     rules = {
         "do_lower_case": settings.get("do_lower_case", True),
@@ -153,7 +144,7 @@ def _vocab_txt(folder: Path, name: str) -> Reading:
 
 
 def _tekken(folder: Path, name: str) -> Reading:
-    said = read_json(folder / name)
+    said = read_json(folder / name, LARGE)
     config = said["config"]
     special = config["default_num_special_tokens"]
     ordinary = config["default_vocab_size"] - special
@@ -168,7 +159,7 @@ def _tekken(folder: Path, name: str) -> Reading:
 
 def _tiktoken(folder: Path, name: str) -> Reading:
     ids = {}
-    for line in (folder / name).read_bytes().split(b"\n"):
+    for line in read_bytes(folder / name, LARGE).split(b"\n"):
         if line.strip():
             token, rank = line.split()
             ids[_printable(base64.b64decode(token, validate=True))] = int(rank)
@@ -181,7 +172,7 @@ def _sentencepiece(folder: Path, name: str) -> Reading:
         return _tiktoken(folder, name)
     except (ValueError, binascii.Error):
         pass
-    data, added = (folder / name).read_bytes(), _added(folder)
+    data, added = read_bytes(folder / name, LARGE), _added(folder)
     ids: dict[str, int] = {}
     scores: list[float] = []
     kinds: list[int] = []
@@ -241,6 +232,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             shift += 7
             if byte < 128:
                 return value
+            if shift > 63:
+                raise ValueError("a number without an end")
 
     while at < len(data):
         number, kind = divmod(varint(), 8)

@@ -1,12 +1,12 @@
 """Comparison tables, made from run records only."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.report.record import RECORD_NAME
+from fusion_upcycle.untrusted import read_object
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -39,7 +39,7 @@ class Table:
 
 def read_run_record(folder: Path) -> dict[str, Any]:
     """The `run_record.json` of a run's folder."""
-    return json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    return read_object(folder / RECORD_NAME)
 
 
 def bits_per_byte_table(title: str, records: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -1,10 +1,12 @@
 """Text as token ids: by a model's own tokenizer, and whether the model has these ids."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion_upcycle.checkpoint.tokenizer_file import check_tokenizer, tokenizing
 from fusion_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -19,17 +21,19 @@ _DOCUMENTS_AT_ONCE = 500
 def read_tokenizer(file: Path) -> "Tokenizer":
     """The tokenizer of a `tokenizer.json`, without what transformers adds to it.
 
+    It neither fills texts up nor cuts them off. Ask it within `tokenizing(file)`.
+
     Raises:
-        UpcyclingError: the file is damaged.
+        UpcyclingError: the file is damaged, or its rules may take for ever (`check_tokenizer`).
     """
     from tokenizers import Tokenizer
 
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more special
-        raise UpcyclingError(
-            f"{file} cannot be used: {error}. Get it again from where the model is from."
-        ) from error
+    check_tokenizer(file)
+    with tokenizing(file):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> list[list[int]]:
@@ -51,8 +55,12 @@ def packed(
     *,
     start: int | None,
     separator: int | None = None,
+    encoded: Callable[[Iterable[list[str]]], Iterable[list[list[int]]]] | None = None,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Documents that are not empty as one stream, read as it is asked for.
+
+    Args:
+        encoded: `encode` of batches of documents, in order; by default one after the other.
 
     Yields:
         What stands before a document, and its tokens: `start` before the first one, `separator`,
@@ -62,8 +70,9 @@ def packed(
     separator = tokenizer.eos_token_id if separator is None else separator
     between = [] if separator is None else [separator]
     rest = (document for document in documents if document)
-    while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
-        for ids in encode(tokenizer, batch):
+    batches = iter(lambda: list(islice(rest, _DOCUMENTS_AT_ONCE)), [])
+    for batch in (encoded or partial(map, partial(encode, tokenizer)))(batches):
+        for ids in batch:
             yield before, ids
             before = between
 

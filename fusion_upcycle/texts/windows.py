@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusion_upcycle.checkpoint.tokenizer_file import tokenizing
 from fusion_upcycle.checks import require_whole
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.texts.tokens import CHARACTERS_PER_TOKEN, read_tokenizer
+from fusion_upcycle.untrusted import LARGE, read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,13 +144,15 @@ def calibration_sequences(
         text = "\n\n".join(documents)
         span = context_length * CHARACTERS_PER_TOKEN
         stretches = [text[at : at + span] for at in starts(len(text), span, count)]
-        if not (found := _cut(tokenizer, stretches, context_length)):
+        with tokenizing(tokenizer_file):
+            found = _cut(tokenizer, stretches, context_length)
+        if not found:
             raise UpcyclingError(
                 f"The calibration text {name} does not fill one sequence of {context_length} "
                 "tokens. Give more text, or a shorter context_length where there is one."
             )
         ids[name] = torch.tensor(found[:count])
-    return Sequences(ids, sha256(tokenizer_file.read_bytes()).hexdigest())
+    return Sequences(ids, sha256(read_bytes(tokenizer_file, LARGE)).hexdigest())
 
 
 def _cut(tokenizer: "Tokenizer", stretches: Sequence[str], length: int) -> list[list[int]]:

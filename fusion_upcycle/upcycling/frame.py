@@ -1,6 +1,5 @@
 """What is decided before any tensor is looked at: family, options, config and dtype of the MoE."""
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from fusion_upcycle.architectures.layout import FileLayout, file_layout
 from fusion_upcycle.architectures.text_part import refuse_whole
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.checks import AUTO, parse_dtype
-from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.errors import UpcyclingError, plain_logger, setting
 from fusion_upcycle.upcycling.options import UpcyclingOptions
 from fusion_upcycle.upcycling.resolution import ResolvedOptions, resolve
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-log = logging.getLogger(__name__)
+log = plain_logger(__name__)
 
 
 @dataclass(frozen=True)

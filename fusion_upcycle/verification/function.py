@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion_upcycle.architectures.layout import takes_images
+from fusion_upcycle.checkpoint.tokenizer_file import tokenizing
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import positions_of
 from fusion_upcycle.live.modes import evaluating
@@ -178,7 +179,9 @@ def _sample_ids(tokenizer_file: Path | None, config: "PreTrainedConfig") -> tupl
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (1, count), generator=generator)
         return ids, f"{count} random token ids (no tokenizer.json at hand)"
-    found = read_tokenizer(tokenizer_file).encode(SAMPLE_TEXT).ids
+    tokenizer = read_tokenizer(tokenizer_file)
+    with tokenizing(tokenizer_file):
+        found = tokenizer.encode(SAMPLE_TEXT).ids
     if not found:
         raise UpcyclingError(
             f"{tokenizer_file} gives no token for a plain text. Use the tokenizer that belongs to "
