@@ -138,12 +138,34 @@ class _Weights:
             return tensor
         return tensor.to(self.dtype or tensor.dtype).to(self.compute_dtype)
 
-    def cast_block(self, block: Tensor) -> Tensor:
-        """Cast into the one place that all blocks use in turn: new ones fragment the heap."""
-        if self._place.numel() < block.numel():
-            self._place = torch.empty(max(CHUNK_ELEMENTS, block.numel()), dtype=self.compute_dtype)
-        place = self._place[: block.numel()].view(block.shape)
-        return place.copy_(block.to(self.dtype or block.dtype))
+    def blocks(self, name: str, rows: int) -> Iterator[Tensor]:
+        """A matrix, cast, so many rows at a time, each in the place of the one before.
+
+        New memory for each would fragment the heap.
+        """
+        width = self.source.specs[name].shape[1]
+        if self._place.numel() < (size := rows * width):
+            self._place = torch.empty(max(CHUNK_ELEMENTS, size), dtype=self.compute_dtype)
+        filled = 0
+        for chunk in self.source.chunks(name):
+            left = chunk.to(self.dtype or chunk.dtype)
+            while left.numel():
+                part = left[: size - filled]
+                self._place[filled : filled + part.numel()] = part
+                left, filled = left[part.numel() :], filled + part.numel()
+                if filled == size:
+                    yield self._place[:filled].view(-1, width)
+                    filled = 0
+        if filled:
+            yield self._place[:filled].view(-1, width)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Some rows of a matrix, cast: only these are read."""
+        width = self.source.specs[name].shape[1]
+        wanted, places = ids.unique(return_inverse=True)
+        chunks = (self.source.chunks(name, n * width, (n + 1) * width) for n in wanted.tolist())
+        table = torch.cat([piece for row in chunks for piece in row]).view(-1, width)
+        return self.cast(table)[places]
 
     def read_into(self, place: Tensor, name: str, start: int) -> None:
         """Read and cast a range of a tensor, piece by piece, into contiguous memory."""
@@ -219,17 +241,17 @@ def _replace(module: nn.Module, attribute: str, value: Tensor) -> None:
 
 
 def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
-    with weights.borrow(name) as table:  # only the rows of these tokens are read
-        return weights.cast(F.embedding(ids, table))
+    return weights.rows(name, ids)
 
 
 def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
-    with weights.borrow(names["weight"]) as weight:
-        rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-        output = x.new_empty(*x.shape[:-1], len(weight))
-        for block, part in zip(weight.split(rows), output.split(rows, dim=-1), strict=True):
-            part.copy_(F.linear(x, weights.cast_block(block)))
+    count, width = weights.source.specs[names["weight"]].shape
+    output, done = x.new_empty(*x.shape[:-1], count), 0
+    for block in weights.blocks(names["weight"], max(1, CHUNK_ELEMENTS // max(1, width))):
+        output[..., done : done + len(block)] = F.linear(x, block)
+        done += len(block)
+    assert done == count, (names, done, count)
     if "bias" in names:
         with weights.borrow(names["bias"]) as bias:
             output = output + weights.cast(bias)
