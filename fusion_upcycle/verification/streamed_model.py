@@ -157,6 +157,14 @@ class _Weights:
         if filled:
             yield self._place[:filled]
 
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Some rows of a matrix, cast: only these are read."""
+        width = self.source.specs[name].shape[1]
+        wanted, places = ids.unique(return_inverse=True)
+        chunks = (self.source.chunks(name, n * width, (n + 1) * width) for n in wanted.tolist())
+        table = torch.cat([piece for row in chunks for piece in row]).view(-1, width)
+        return self.cast(table)[places]
+
     def read_into(self, place: Tensor, name: str, start: int) -> None:
         """Read and cast a range of a tensor, piece by piece, into contiguous memory."""
         flat, filled = place.view(-1), 0
@@ -231,8 +239,7 @@ def _replace(module: nn.Module, attribute: str, value: Tensor) -> None:
 
 
 def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
-    with weights.borrow(name) as table:  # only the rows of these tokens are read
-        return weights.cast(F.embedding(ids, table))
+    return weights.rows(name, ids)
 
 
 def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
