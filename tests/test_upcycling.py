@@ -676,7 +676,7 @@ def test_nan_in_the_source_does_not_pass_as_proven(source: Path, tmp_path: Path)
         tensors["model.norm.weight"][0] = math.nan
 
     edit_tensors(source, poison)
-    refused(source, "not finite", verify="logits")
+    refused(source, "not a number", verify="logits")
 
 
 def test_the_source_is_never_the_output(source: Path) -> None:
