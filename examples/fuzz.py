@@ -19,17 +19,18 @@ import platform
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-# Before torch: one thread for each process, and what the processes share is made once.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
-from fuzzing.catalogue import surfaces
-from fuzzing.engine import MOST_CPU_SECONDS, MOST_MEGABYTES, atheris, fuzz
+from fuzzing.engine import MOST_CPU_SECONDS, MOST_MEGABYTES, Outcome, atheris, fuzz, instrumented
+
+with instrumented():
+    from fuzzing.catalogue import surfaces
 from fuzzing.surfaces import Surface
 
 from fusion_upcycle.report.progress import progress_bar
@@ -49,9 +50,9 @@ def main() -> None:
     for name, found in record["surfaces"].items():
         kinds = "; ".join(f"{kind} ({bad['count']})" for kind, bad in found["bad"].items())
         print(
-            f"{name:28} {sum(found['inputs'].values()):>8,} inputs, {found['refused']:>8,} refused, at "
-            f"most {found['cpu_seconds']:.2f} CPU s and {found['megabytes']:.0f} MB"
-            + (f"; BAD: {kinds}" if kinds else "")
+            f"{name:26} {sum(found['inputs'].values()):>8,} inputs, {found['refused']:>8,} refused, "
+            f"{found['total_cpu_seconds']:.0f} CPU s, of one at most {found['cpu_seconds']:.2f} and "
+            f"{found['megabytes']:.0f} MB" + (f"; BAD: {kinds}" if kinds else "")
         )
     print(
         f"{record['inputs']:,} inputs by {', '.join(record['engines'])}: {record['bad']} bad, in "
@@ -124,8 +125,7 @@ def _outcome(process: Any, surface: Surface, place: Path) -> dict[str, Any]:
         return json.loads(out.read_text())
     log = (place / f"{surface.name}.log").read_bytes()[-3000:].decode(errors="replace")
     ended = {"count": 1, "where": f"exit status {process.exitcode}: {log}", "input": ""}
-    empty = {"inputs": {}, "refused": 0, "cpu_seconds": 0.0, "megabytes": 0.0}
-    return {"surface": surface.name, **empty, "bad": {"the process ended": ended}}
+    return {**asdict(Outcome(surface.name)), "bad": {"the process ended": ended}}
 
 
 def summary(outcomes: list[dict[str, Any]], seed: int, seconds: float) -> dict[str, Any]:

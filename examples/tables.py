@@ -88,6 +88,10 @@ def merge() -> str:
     return script("benchmarks/merge.py").table(benchmark("merge")["merge"]).to_markdown()
 
 
+def plan() -> str:
+    return script("benchmarks/plan.py").table(benchmark("plan")["plan"]).to_markdown()
+
+
 def train() -> str:
     return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
 
@@ -138,6 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prototypes": partial(of_record, "prototypes.py", RESULTS / "prototypes"),
     "memory": partial(of_record, "memory.py", RESULTS / "memory", "markdown"),
     "merge": merge,
+    "plan": plan,
     "train": train,
     **{f"study {name}": partial(study, name) for name in STUDIES},
     "study budget, costs": partial(study, "budget", "costs"),

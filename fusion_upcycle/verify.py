@@ -143,7 +143,7 @@ def _reading(path: Path) -> Iterator[None]:
     """What goes wrong in the block is put down to the record's being damaged."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UpcyclingError(
             f"{path} cannot be used: {error!r}. An output whose initialiser is a function of your "
             "own can only be proven when it is made."

@@ -1,6 +1,7 @@
 """Each process loads its own part of a folder: two gloo processes on the CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_parts_are_planned(processes: int, expert_parallel: int, expected: Layou
         return
     with pytest.raises(UpcyclingError, match=expected):
         plan_layout(config, processes, expert_parallel)
+
+
+def test_experts_with_biases_are_dealt_out_evenly(tmp_path: Path) -> None:
+    dense_family("gpt_neox").float().save_pretrained(tmp_path / "dense")
+    how: dict[str, Any] = {"target": "sparse", "verify": "none", "progress": False}
+    upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, **how)
+    assert plan_layout(config_of(tmp_path / "moe"), 2) == Layout(2)
+    with pytest.raises(UpcyclingError, match=r"with biases.* 8 processes. Start 1, 2 or 4"):
+        plan_layout(config_of(tmp_path / "moe"), 8)
 
 
 def test_a_process_is_started_for_each_device() -> None:

@@ -390,7 +390,7 @@ def test_bfloat16_learns_and_gives_the_dtype_back(
     model = moe_model("glm4_moe").to(given)
     if precision == "bf16-mixed":
         with pytest.raises(UpcyclingError, match=r"bf16-mixed.*grouped_mm in float32.*fsdp"):
-            run(model, tmp_path, 8, precision=precision)
+            run(moe_model("glm4_moe"), tmp_path, 8, precision=precision)
         model.set_experts_implementation("eager")
     trained = run(model, tmp_path, 8, precision=precision, learning_rate=0.02)
     assert trained.model.dtype == given

@@ -7,11 +7,14 @@ is none, those of a generator of random numbers.
 
 import base64
 import json
+import logging
 import os
+import random
 import resource
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from fuzzing.surfaces import Surface
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
+from transformers.utils.logging import disable_progress_bar
 
 from fusion_upcycle.errors import UpcyclingError
 
@@ -35,8 +39,35 @@ except ImportError:  # no wheel for this Python or this machine
 MOST_CPU_SECONDS = 2.0
 MOST_MEGABYTES = 256
 _SHARE_OF_HYPOTHESIS = 0.05
+_CORPUS, _LENGTH = 64, 256  # what atheris begins with: files, bytes of choices in each
 _LONGEST = 5000  # characters of a message
+#: What reads strangers' files.
+_READERS = (
+    "fusion_upcycle.untrusted",
+    "fusion_upcycle.files",
+    "fusion_upcycle.checkpoint",
+    "fusion_upcycle.conversion.inherited",
+    "fusion_upcycle.conversion.matching",
+    "fusion_upcycle.importance.scores",
+    "fusion_upcycle.merging",
+    "fusion_upcycle.comparison",
+    "fusion_upcycle.verify",
+)
 _KEPT = 20  # kinds of bad things of a surface
+
+
+@contextmanager
+def instrumented() -> Iterator[None]:
+    """What is imported in the block tells atheris which lines an input reaches."""
+    if atheris is None:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stderr(nowhere),
+        atheris.instrument_imports(include=list(_READERS)),
+    ):
+        yield
 
 
 @dataclass
@@ -122,6 +153,8 @@ def fuzz(surface: Surface, inputs: int, number: int, folder: Path, done: Any, ou
         out: file of the outcome.
     """
     os.chdir(folder)
+    logging.disable(logging.CRITICAL)
+    disable_progress_bar()
     log = os.open(folder.parent / f"{surface.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -188,12 +221,19 @@ def _atheris(runner: Runner, inputs: int, number: int, end: Callable[[], None]) 
         if left == 0:
             end()
 
+    # It would begin with nothing, by which every choice is the first.
+    corpus = runner.folder.parent / "own" / "corpus"
+    corpus.mkdir(parents=True)
+    generator = random.Random(number)
+    for index in range(_CORPUS):
+        (corpus / str(index)).write_bytes(generator.randbytes(_LENGTH))
     atheris.Setup(
         [
             "fuzz",
+            str(corpus),
             f"-seed={number + 1}",
             f"-runs={inputs + 1000}",
-            "-max_len=512",
+            f"-max_len={_LENGTH}",
             "-len_control=0",
             "-verbosity=0",
             "-timeout=60",

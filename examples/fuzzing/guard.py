@@ -56,7 +56,7 @@ def watch(inside: Path, also: Path, report: Callable[[str], None]) -> None:
                 report(f"opened for writing: {path!r} ({mode})")
             elif os.fsdecode(path).endswith(_CODE) and is_inside(path):
                 report(f"opened code: {path!r}")
-        elif event in _RUNS:
+        elif event in _RUNS and args != (None,):  # ctypes.CDLL(None) is the program itself
             report(f"{event}: {args!r:.200}")
         elif event in ("exec", "compile"):
             name = args[0].co_filename if event == "exec" else args[1]

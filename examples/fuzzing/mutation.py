@@ -78,7 +78,7 @@ def _change(box: dict[str, Any], choose: Choice) -> None:
         holder[VALUES_AS_NAMES[choose(len(VALUES_AS_NAMES) - 1)]] = holder.pop(key)
     elif kind == 3 and isinstance(holder[key], int | float):
         number = holder[key] if isinstance(holder[key], int) else 1
-        holder[key] = (number + 1, number - 1, number * 2, -number, float(number))[choose(4)]
+        holder[key] = (number + 1, number - 1, number * 2, -number, [number])[choose(4)]
     elif kind == 4:
         holder[key] = [holder[key]] * (choose(3) + 1)
     else:

@@ -1,8 +1,9 @@
-"""Valid files of every kind, ours and transformers': a tiny Llama and what is made of it."""
+"""Valid files of every kind: a tiny Llama's, those of what is made of it, and written by hand."""
 
+import atexit
 import base64
 import json
-import logging
+import shutil
 import warnings
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers.utils.logging import disable_progress_bar
 
 from fusion_upcycle import expand, merge_into_moe, upcycle
 from fusion_upcycle.demo.random_models import random_dense
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.report.progress import loading_bars
 
 FAMILIES = ("llama", "mistral", "qwen3", "olmo2", "granite", "cohere2")
 _TEXT = "Nobody spoke until Karlsruhe, where a boy asked whether 17 * 23 is 391; it is.\n"
@@ -24,9 +25,15 @@ _TEXT = "Nobody spoke until Karlsruhe, where a boy asked whether 17 * 23 is 391;
 @cache
 def models() -> Path:
     """A folder of models: `dense`, `other`, and `moe`, `grown` and `merged` made of them."""
-    disable_progress_bar()
-    logging.disable(logging.WARNING)
     root = Path(mkdtemp(prefix="fuzz-valid-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    with loading_bars(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _make(root)
+    return root
+
+
+def _make(root: Path) -> None:
     for seed, name in enumerate(("dense", "other")):
         small = {"vocab_size": 257, "max_position_embeddings": 256}
         random_dense("llama", seed=seed, **small).save_pretrained(root / name)
@@ -44,10 +51,7 @@ def models() -> Path:
         calibration_tokens=256,
         **quick,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expand(root / "moe", root / "grown", num_experts=6, **quick)
-    return root
+    expand(root / "moe", root / "grown", num_experts=6, **quick)
 
 
 @cache

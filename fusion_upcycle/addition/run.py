@@ -193,7 +193,7 @@ def read_merged(folder: Path) -> Merged:
         method = record["method"]
         if method in (Merging.method, Addition.method) and "statistics" in record:
             return Merged(folder, record, _options(record), list(record["experts"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UpcyclingError(f"{path} cannot be used: {error!r}. Copy the folder again.") from error
     if method != Merging.method:
         raise UpcyclingError(f"{folder} was made by {method}, not merged. {_WHAT}")

@@ -38,6 +38,7 @@ _WITHOUT_WEIGHTS = (
     "XLORA",
 )
 _MOST_RANK = 2**16
+_MOST_ALPHA = 1e9
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _check_numbers(path: Path, said: Mapping[str, Any]) -> None:
         if type(value) is not int or not 1 <= value <= _MOST_RANK:
             raise UpcyclingError(f"{path}: {name}={str(value)[:60]} is not the rank of an adapter.")
     for name, value in alphas.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not -_MOST_ALPHA <= value <= _MOST_ALPHA:  # or NaN
             raise UpcyclingError(f"{path}: {name}={str(value)[:60]} is not a number.")
     layers = said.get("layers_to_transform")
     if layers is not None and not all(

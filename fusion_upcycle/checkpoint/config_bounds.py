@@ -33,20 +33,30 @@ _MOST_LABELS = 10**5
 _BOUNDS: tuple[tuple[re.Pattern[str], int, int], ...] = tuple(
     (re.compile(names), least, most)
     for names, least, most in (
-        # Each of them is a module; the deepest model has 200.
-        (r"(num_)?hidden_layers|num_layers|n_layers?|(encoder|decoder)_layers", 1, 1000),
-        (r".*(layers|blocks|depth|stages)", 0, 1000),
+        # Each of them is a module, and takes 8 ms; the deepest model has 200.
+        (r"(num_)?hidden_layers|num_layers|n_layers?|(encoder|decoder)_layers", 1, 512),
+        (r".*(layers|blocks|depth|stages)", 0, 512),
         (r"hidden_size|d_model|n_embd|embed_dim", 1, 10**6),
         (r"intermediate_size|d_ff|n_inner|.*ffn_dim", 1, 10**8),
         (r"num_(attention|key_value)_heads|n_heads?", 1, 10**5),
         (r"head_dim", 1, 10**5),
         (r"vocab_size", 1, 10**9),
-        (r"max_position_embeddings|n_positions|n_ctx", 1, 2**24),
+        (r"max_position_embeddings", 1, 2**24),
+        (r"n_positions|n_ctx", 1, 2**17),  # of old families, which make tables of them
         (r"(num|n)_(local_|routed_|shared_)?experts", 0, 2**12),
         (r"image_size", 1, 4096),
         (r"num_channels", 1, 64),
+        (r"rotary_dim", 0, 2**16),
     )
 )
+#: Families whose class makes a table of numbers when it is built -> its two sizes, where they are
+#: said; else the second is at most the number.
+_TABLES = {
+    "xglm": ("max_position_embeddings", "d_model", 4096),
+    "gptj": ("n_positions", "rotary_dim", 256),
+    "codegen": ("n_positions", "rotary_dim", 256),
+}
+_LARGEST_TABLE = 2**25
 #: Any other whole number: 2**31 stands in real files for "no limit" (and 1e30 as a float).
 _MOST = 2**63 - 1
 #: Experts of all layers together; the largest model has 30,000.
@@ -101,6 +111,7 @@ def check_values(path: Path, data: dict[str, Any]) -> None:
                     f"to {most:,}."
                 )
     for part in _parts(data):
+        _check_table(path, part)
         layers = _largest(part, r".*layers|n_layer")
         experts = _largest(part, r".*experts")
         if layers * experts > _MOST_EXPERTS:
@@ -108,6 +119,16 @@ def check_values(path: Path, data: dict[str, Any]) -> None:
                 f"{path}: {experts} experts in {layers} layers are not of a model; there may be "
                 f"{_MOST_EXPERTS:,} together."
             )
+
+
+def _check_table(path: Path, part: dict[str, Any]) -> None:
+    rows, columns, usual = _TABLES.get(str(part.get("model_type")), ("", "", 0))
+    height, width = part.get(rows, 2048), part.get(columns, usual)
+    if type(height) is int and type(width) is int and height * width > _LARGEST_TABLE:
+        raise UpcyclingError(
+            f"{path}: {rows}={height} and {columns}={width} are not of a model; their product may "
+            f"be {_LARGEST_TABLE:,}."
+        )
 
 
 def _parts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from fusion_upcycle.checkpoint.writer import parse_size, plan_shards, write_shar
 from fusion_upcycle.checks import dtype_name, require_flag
 from fusion_upcycle.conversion.card import model_card
 from fusion_upcycle.conversion.conversion import Conversion
+from fusion_upcycle.conversion.finite import finite
 from fusion_upcycle.conversion.hub import check_upload, upload
 from fusion_upcycle.conversion.inherited import inherited
 from fusion_upcycle.errors import without_braces
@@ -82,8 +83,10 @@ def write_output(
     companions: Callable[[Path], list[str]],
     prove: Callable[[Path], Proof],
     options: OutputOptions,
+    put: Callable[[Path], Mapping[str, str] | None] | None = None,
     cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
+    proven: bool = True,
 ) -> Converted:
     """Write a planned conversion, prove it, and only then let the folder appear.
 
@@ -94,9 +97,12 @@ def write_output(
         companions: puts tokenizer, template, generation and licence files into the staged folder
             and returns their names.
         prove: staged folder -> proof; an error leaves no output.
+        put: puts what else this conversion has into the staged folder, before the companions, and
+            returns name -> SHA-256 of files that it hashed while it wrote them.
         cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
+        proven: whether `prove` proves; then all weights must be finite.
     """
     output = Path(os.path.realpath(output))
     shards = plan_shards(conversion.specs, options.max_shard_size)
@@ -118,7 +124,10 @@ def write_output(
         shards=record["shards"] if resumable else (),
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
-            hashed = write_shards(staging, shards, conversion.chunks, bar.update)
+            chunks = finite(conversion.chunks) if proven else conversion.chunks
+            hashed = write_shards(staging, shards, chunks, bar.update)
+            if put is not None:
+                hashed |= put(staging) or {}
             _write_json(staging / "config.json", readable_config(conversion.config))
             if conversion.architecture.ships is not None:
                 shutil.copy(conversion.architecture.ships, staging)

@@ -141,14 +141,15 @@ def to_folder(
     conversion: Conversion,
     folders: Folders,
     *,
-    put: Callable[[Path], object] | None = None,
+    put: Callable[[Path], Mapping[str, str] | None] | None = None,
     put_last: Callable[[Path], list[str]] | None = None,
     resumable: bool = True,
 ) -> Converted:
     """Stream a planned conversion to its folder; neither model is ever in memory.
 
     Args:
-        put: puts what this conversion has beside its weights into the staged folder.
+        put: puts what this conversion has beside its weights into the staged folder, and returns
+            name -> SHA-256 of files that it hashed while it wrote them.
         put_last: puts files beside those of the main model, or in their place; returns their names.
         resumable: whether the record tells exactly what is converted.
 
@@ -160,8 +161,6 @@ def to_folder(
     prove = _prover(conversion, folders.at(folders.main), folders.verify, folders.writing.progress)
 
     def companions(staging: Path) -> list[str]:
-        if put is not None:
-            put(staging)
         copied = copy_companions(folders.source, staging)
         return copied + [
             name
@@ -177,8 +176,10 @@ def to_folder(
         companions=companions,
         prove=prove,
         options=folders.writing,
+        put=put,
         cards=dict(folders.local) | dict(folders.adapters),
         resumable=resumable,
+        proven=folders.verify != "none",
     )
 
 
@@ -282,6 +283,7 @@ def save_model(
         prove=prove_written,
         options=options,
         resumable=False,  # nothing tells one live model from another
+        proven=proof.mode != "none",
     )
 
 

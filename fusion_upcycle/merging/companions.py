@@ -175,7 +175,8 @@ def _chat_templates(folder: Path) -> dict[str, str]:
         raise UpcyclingError(f"{folder} has a damaged chat template ({error!r}).") from error
     for name, text in found.items():
         # A name becomes that of a file in the output.
-        if not isinstance(text, str) or not _TEMPLATE_NAME.fullmatch(str(name)):
+        whole = isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
+        if not whole or not _TEMPLATE_NAME.fullmatch(str(name)):
             raise UpcyclingError(
                 f"{folder} has a chat template {name!r:.60} that is none, or whose name is no name "
                 "of a file. Repair tokenizer_config.json."
@@ -191,7 +192,14 @@ def _generation(folder: Path) -> dict[str, Any] | None:
     path = folder / _GENERATION
     if not path.is_file():
         return None
-    return {k: v for k, v in read_object(path).items() if k not in _NOT_OF_GENERATION}
+    said = {k: v for k, v in read_object(path).items() if k not in _NOT_OF_GENERATION}
+    for name, value in said.items():
+        ids = value if isinstance(value, list) else [value] * (value is not None)
+        if name.endswith("_token_id") and not all(type(n) is int for n in ids):
+            raise UpcyclingError(
+                f"{path}: {name}={str(value)[:60]} is no token id. Repair it, or remove the file."
+            )
+    return said
 
 
 def _carried_generation(

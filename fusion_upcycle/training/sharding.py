@@ -123,7 +123,9 @@ def plan_layout(config: "PreTrainedConfig", processes: int, expert_parallel: int
             f"{setting('strategy', 'fsdp')} shards its experts all the same."
         )
     num_experts = packed[0].shape[0]
-    widths = sorted({parameter.shape[-1] for parameter in packed})
+    widths = sorted({matrix.shape[-1] for matrix in packed if matrix.ndim == 3})
+    if any(bias.ndim < 3 for bias in packed):
+        widths = []  # which have no such axis, and are cut like the matrices
     if processes % expert_parallel or num_experts % expert_parallel:
         fit = [n for n in range(1, num_experts + 1) if num_experts % n == 0 and processes % n == 0]
         raise UpcyclingError(
@@ -138,8 +140,9 @@ def plan_layout(config: "PreTrainedConfig", processes: int, expert_parallel: int
             if _axis(n, expert_parallel, num_experts, widths) is not None
         ]
         raise UpcyclingError(
-            f"The {num_experts} experts of a layer, with matrices {' and '.join(map(str, widths))} "
-            f"wide, cannot be divided evenly among {processes} processes"
+            f"The {num_experts} experts of a layer, with "
+            + (f"matrices {' and '.join(map(str, widths))} wide" if widths else "biases")
+            + f", cannot be divided evenly among {processes} processes"
             + (f" in groups of expert_parallel={expert_parallel}" if expert_parallel > 1 else "")
             + f". Start {_either(fit)} processes."
         )
@@ -152,7 +155,7 @@ def _axis(processes: int, expert_parallel: int, num_experts: int, widths: list[i
     # With both on the first axis, a process's part would not be one piece of the tensor.
     if expert_parallel == 1 and num_experts % sharing == 0:
         return 0
-    return 2 if all(width % sharing == 0 for width in widths) else None
+    return 2 if widths and all(width % sharing == 0 for width in widths) else None
 
 
 def _either(numbers: list[int]) -> str:
@@ -161,11 +164,11 @@ def _either(numbers: list[int]) -> str:
 
 
 def packed_experts(model: "PreTrainedModel", architecture: Architecture | None) -> list[Any]:
-    """The parameters that hold the matrices of all experts of a layer, [E, ., .]; none if dense."""
+    """The parameters that hold what all experts of a layer have, [E, ...]; none if dense."""
     if architecture is None:
         return []
     modules = architecture.layer_modules(model, architecture.experts_module).values()
-    return [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 3]
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
 
 def selection_bias_parameters(
