@@ -136,6 +136,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step 0": partial(of_record, "studies/step0.py", RESULTS / "step0"),
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
+    "faults": partial(of_record, "faults/conversions.py", RESULTS / "faults"),
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
     "readers": partial(of_record, "readers.py", RESULTS / "readers"),
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),

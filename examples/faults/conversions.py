@@ -62,20 +62,20 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="K", help="only one point in K")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(read_run_record(arguments.table)).to_markdown())
+        print(table(read_run_record(arguments.table)))
         return
     if NOT_HERE:
         sys.exit(f"No faults can be made here: {NOT_HERE}.")
     with tempfile.TemporaryDirectory() as folder:
         record = try_all(Path(folder), arguments.every)
-    print(table({SECTION: record}).to_markdown())
+    print(table({SECTION: record}))
     if arguments.record:
         print(f"Run record: {write_run_record(SECTION, record, arguments.record)}")
     sys.exit(1 if any(found["wrong"] for found in record["kinds"].values()) else 0)
 
 
-def table(record: dict[str, Any]) -> Table:
-    """What was tried, how often, and what was wrong."""
+def table(record: dict[str, Any]) -> str:
+    """What was tried, how often, and what was wrong, in Markdown."""
     rows = []
     kinds = dict(record.get(SECTION, {}).get("kinds", {}))
     if training := record.get("training_faults"):
@@ -86,7 +86,9 @@ def table(record: dict[str, Any]) -> Table:
             rows.append([KINDS[kind], f"{found['tried']:,}", str(len(found["wrong"]))])
         else:
             rows.append([KINDS[kind], f"not tried: {found['left_out']}", ""])
-    return Table("Faults", ["fault", "tried", "wrong"], rows)
+    markdown = Table("Faults", ["fault", "tried", "wrong"], rows).to_markdown()
+    every = record.get(SECTION, {}).get("every", 1)
+    return markdown + (f"\n\nOne point in {every} was tried." if every > 1 else "")
 
 
 class Tally:
