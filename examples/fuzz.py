@@ -27,7 +27,15 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
-from fuzzing.engine import MOST_CPU_SECONDS, MOST_MEGABYTES, Outcome, atheris, fuzz, instrumented
+from fuzzing.engine import (
+    MOST_CPU_SECONDS,
+    MOST_MEGABYTES,
+    Outcome,
+    atheris,
+    fuzz,
+    instrumented,
+    warm_up,
+)
 
 with instrumented():
     from fuzzing.catalogue import surfaces
@@ -49,10 +57,11 @@ def main() -> None:
     record = summary(outcomes, options.seed, time.perf_counter() - started)
     for name, found in record["surfaces"].items():
         kinds = "; ".join(f"{kind} ({bad['count']})" for kind, bad in found["bad"].items())
+        count = sum(found["inputs"].values())
         print(
-            f"{name:26} {sum(found['inputs'].values()):>8,} inputs, {found['refused']:>8,} refused, "
-            f"{found['total_cpu_seconds']:.0f} CPU s, of one at most {found['cpu_seconds']:.2f} and "
-            f"{found['megabytes']:.0f} MB" + (f"; BAD: {kinds}" if kinds else "")
+            f"{name:26} {count:>8,} inputs, {found['refused']:>8,} refused, "
+            f"{found['total_cpu_seconds']:.0f} CPU s, of one at most {found['cpu_seconds']:.2f} "
+            f"and {found['megabytes']:.0f} MB" + (f"; BAD: {kinds}" if kinds else "")
         )
     print(
         f"{record['inputs']:,} inputs by {', '.join(record['engines'])}: {record['bad']} bad, in "
@@ -91,7 +100,8 @@ def run(
     context = multiprocessing.get_context("fork")  # torch and transformers are here already
     waiting, running, outcomes = list(zip(chosen, shares, strict=True)), [], []
     done = context.Value("q", 0, lock=False)
-    counters = []
+    counters: list[Any] = []
+    warm_up(scratch / "hypothesis")
     try:
         with progress_bar("Fuzzing", sum(shares), progress, unit="") as bar:
             while waiting or running:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from fusion_upcycle.errors import UpcyclingError
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import fuzz
-from fuzzing.surfaces import File, Surface
+fuzz: Any = import_module("fuzz")
+surfaces: Any = import_module("fuzzing.surfaces")
 
 INPUTS = 20_000
 
@@ -43,8 +43,8 @@ def test_no_input_does_anything_but_be_read_or_refused() -> None:
     for name, outcome in record["surfaces"].items():
         if name != "card":  # which refuses nothing: what is no card is left out
             assert outcome["refused"] > 0, name
-        # Not all is refused: inputs get behind the first check.
-        assert outcome["refused"] < sum(outcome["inputs"].values()), name
+        if name not in ("digests", "router statistics"):  # of which every bit counts
+            assert outcome["refused"] < sum(outcome["inputs"].values()), name
 
 
 def raises(folder: Path) -> None:
@@ -127,11 +127,11 @@ def test_each_kind_of_harm_is_noticed() -> None:
 
         return read
 
-    files = [File("x.json", [{"a": 1}])]
-    surfaces = [
-        Surface(harm.__name__, files, after_a_valid_one(harm), 1, patience=0.005)
+    files = [surfaces.File("x.json", [{"a": 1}])]
+    harmful = [
+        surfaces.Surface(harm.__name__, files, after_a_valid_one(harm), 1, patience=0.005)
         for harm, _ in HARMS
     ]
-    outcomes = fuzz.run(surfaces, len(HARMS), seed=0, jobs=2, progress=False)
+    outcomes = fuzz.run(harmful, len(HARMS), seed=0, jobs=2, progress=False)
     for (harm, kind), outcome in zip(HARMS, outcomes, strict=True):
         assert any(found.startswith(kind) for found in outcome["bad"]), (harm, outcome)

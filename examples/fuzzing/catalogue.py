@@ -61,7 +61,7 @@ def surfaces() -> tuple[Surface, ...]:
                 )
             ],
             _read_tensors,
-            200_000,
+            150_000,
         ),
         Surface(
             "weights: index",
@@ -78,14 +78,14 @@ def surfaces() -> tuple[Surface, ...]:
                 File(_SHARD, [valid.SMALL_HEADER], as_safetensors),
             ],
             _read_tensors,
-            60_000,
+            40_000,
         ),
-        Surface("config", [File("config.json", valid.configs())], read_config, 200_000),
+        Surface("config", [File("config.json", valid.configs())], read_config, 120_000),
         Surface(
             "config: planned",
             [File("config.json", [valid.read("dense/config.json")])],
             lambda folder: plan_folder(folder, make_options(num_experts=4)),
-            4_000,
+            3_000,
             _copy_of("dense"),
             patience=3,
         ),
@@ -101,7 +101,7 @@ def surfaces() -> tuple[Surface, ...]:
                 )
             ],
             _upcycle,
-            2_000,
+            80_000,
             _copy_of("dense"),
             patience=3,
         ),
@@ -127,7 +127,7 @@ def surfaces() -> tuple[Surface, ...]:
                 ),
             ],
             _formats,
-            80_000,
+            60_000,
         ),
         Surface(
             "tokenizers: compared",
@@ -136,7 +136,7 @@ def surfaces() -> tuple[Surface, ...]:
                 File("tokenizer_config.json", [valid.read("dense/tokenizer_config.json")]),
             ],
             lambda folder: compare_tokenizers({"a": models / "other", "b": folder}, "a"),
-            30_000,
+            20_000,
         ),
         Surface(
             "templates, generation",
@@ -165,7 +165,7 @@ def surfaces() -> tuple[Surface, ...]:
                 File("preprocessor_config.json", [{"size": {"height": 16, "width": 16}}]),
             ],
             lambda folder: _companions(folder, models / "plain", config),
-            60_000,
+            20_000,
             lambda folder: (models / "plain").mkdir(exist_ok=True),
         ),
         Surface(
@@ -178,7 +178,7 @@ def surfaces() -> tuple[Surface, ...]:
             "record: trained",
             [File(RECORD_FILE, [valid.read("moe/upcycling.json")])],
             lambda folder: upcycling_of(str(folder)),
-            20_000,
+            30_000,
         ),
         Surface(
             "digests",
@@ -195,14 +195,14 @@ def surfaces() -> tuple[Surface, ...]:
             "moments",
             [File(MOMENTS_FILE, [valid.moments(models)], as_safetensors)],
             read_moments,
-            40_000,
+            50_000,
             lambda folder: (folder / MOMENTS_FILE).parent.mkdir(),
         ),
         Surface(
             "adapter: config",
             [File(CONFIG_FILE, [valid.ADAPTER])],
             _adapter,
-            80_000,
+            60_000,
             lambda folder: shutil.copy(models / "adapter.safetensors", folder / WEIGHTS_FILE),
         ),
         Surface(
@@ -215,7 +215,7 @@ def surfaces() -> tuple[Surface, ...]:
                 ),
             ],
             lambda folder: open_model(Located(models / "dense", folder)),
-            10_000,
+            5_000,
             patience=3,
         ),
         Surface(
@@ -228,14 +228,14 @@ def surfaces() -> tuple[Surface, ...]:
                 )
             ],
             _statistics,
-            20_000,
+            11_000,
             _copy_of("merged"),
         ),
         Surface(
             "card",
             [File("README.md", [valid.CARD])],
             lambda folder: inherited({"a": folder}),
-            60_000,
+            31_000,
         ),
         Surface(
             "results",
@@ -245,7 +245,7 @@ def surfaces() -> tuple[Surface, ...]:
                 File("program_report.json", [valid.PROGRAM]),
             ],
             _results,
-            60_000,
+            20_000,
         ),
         Surface(
             "data",

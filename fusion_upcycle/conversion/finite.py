@@ -1,13 +1,13 @@
-"""Weights that are numbers: looked at while they are written, since no sample reaches all of them."""
+"""Weights that are numbers: looked at while written, since no sample text reaches all of them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from fusion_upcycle.errors import UpcyclingError, setting
 
-Chunks = Callable[[str], Iterable[Tensor]]
+Chunks = Callable[[str], Iterator[Tensor]]
 
 
 def finite(chunks: Chunks) -> Chunks:

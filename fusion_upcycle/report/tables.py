@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_upcycle.errors import plain
 from fusion_upcycle.report.record import RECORD_NAME
 from fusion_upcycle.untrusted import read_object
 
@@ -23,17 +24,18 @@ class Table:
     def to_markdown(self) -> str:
         """GitHub Markdown, without the title."""
         lines = [self.headers, ["---", *["---:"] * (len(self.headers) - 1)], *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join(plain(f"| {' | '.join(line)} |") for line in lines)
 
     def to_rich(self) -> "RichTable":
         """The table as `rich` prints it on a terminal."""
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(title=self.title)
         for index, header in enumerate(self.headers):
             table.add_column(header, justify="right" if index else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(Text(plain(cell)) for cell in row))  # `[red]` in a name is no markup
         return table
 
 
