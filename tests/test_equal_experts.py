@@ -90,7 +90,8 @@ class Counting:
         self.read: list[str] = []
 
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        self.read.append(name.removeprefix("model.layers."))
+        if ".experts." in name:
+            self.read.append(name.removeprefix("model.layers."))
         return self._planned.chunks(name, start, stop)
 
 

@@ -175,9 +175,7 @@ class CheckpointEvery(Checkpoint):
         if not saving:
             self._finish()
         if module.due(self._every) or late or stop:
-            self._finish()
-            self._writing = self._save(trainer)
-            next(self._writing, None)
+            self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         self._finish()
@@ -186,7 +184,13 @@ class CheckpointEvery(Checkpoint):
         """Wait for what is still being written, and give the checkpoint its name."""
         next(self._writing, None)
 
-    def _save(self, trainer: L.Trainer) -> Iterator[None]:
+    def _save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint, or, where processes save their parts, begin to."""
+        self._finish()
+        self._writing = self._written(trainer)
+        next(self._writing, None)
+
+    def _written(self, trainer: L.Trainer) -> Iterator[None]:
         """Write a checkpoint; what is written beside the training comes to an end after `yield`."""
         path = checkpoint_path(self._folder, trainer.global_step)
         with new_checkpoint(path, self._identity) as new:

@@ -92,7 +92,7 @@ class TrainingOptions:
             norms, others]`.
         precision: `32-true`, `bf16-mixed` or `bf16-true`. `bf16-mixed` is float32 weights and
             bfloat16 arithmetic: FSDP2's mixed precision with `strategy=fsdp`, else autocast, which
-            leaves experts of `grouped_mm` in float32 and is refused for them; in `bf16-true` a
+            leaves experts of grouped_mm in float32 and is refused for them; in `bf16-true` a
             small learning rate is lost in rounding.
         activation_checkpointing: recompute each layer in the backward pass: less memory, more time.
         compile: torch.compile the model; not with `strategy=fsdp`.
@@ -104,8 +104,8 @@ class TrainingOptions:
         num_nodes: Lightning's.
         strategy: `auto` (one device, else ddp), `ddp` or `fsdp`. With `fsdp` (FSDP2) each process
             loads, trains and saves its part of a folder's model, and nobody holds the whole.
-        expert_parallel: with `strategy=fsdp`, number of processes among which the experts of a
-            layer are dealt out: tokens go to them, where else weights come to the tokens.
+        expert_parallel: with `strategy=fsdp`, processes among which a layer's experts are dealt
+            out. Tokens go to them then, where else weights come to the tokens.
         log_every: steps between entries of the log; 0 leaves it at the end of the run, which always
             counts.
         checkpoint_every: steps between checkpoints, of which the last two are kept; 0 leaves it at

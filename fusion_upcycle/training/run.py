@@ -72,7 +72,11 @@ class Origin:
 
 
 def upcycling_of(folder: str) -> dict[str, Any] | None:
-    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
+    """How the model of a folder was made of a dense one, where sparse upcycling made it.
+
+    Raises:
+        UpcyclingError: its record is damaged.
+    """
     path = Path(folder).expanduser() / RECORD_FILE
     record = read_object(path) if path.is_file() else {}
     if record.get("method") != Upcycling.method:

@@ -138,26 +138,24 @@ class _Weights:
             return tensor
         return tensor.to(self.dtype or tensor.dtype).to(self.compute_dtype)
 
-    def blocks(self, name: str, rows: int) -> Iterator[Tensor]:
-        """A matrix, cast, so many rows at a time, each in the place of the one before.
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """Flat cast pieces of this size, but for the last; each takes the place of the one before.
 
-        New memory for each would fragment the heap.
+        One place for all tensors: new ones fragment the heap.
         """
-        width = self.source.specs[name].shape[1]
-        if self._place.numel() < (size := rows * width):
-            self._place = torch.empty(max(CHUNK_ELEMENTS, size), dtype=self.compute_dtype)
+        if self._place.numel() < elements:
+            self._place = torch.empty(max(CHUNK_ELEMENTS, elements), dtype=self.compute_dtype)
         filled = 0
         for chunk in self.source.chunks(name):
-            left = chunk.to(self.dtype or chunk.dtype)
-            while left.numel():
-                part = left[: size - filled]
-                self._place[filled : filled + part.numel()] = part
-                left, filled = left[part.numel() :], filled + part.numel()
-                if filled == size:
-                    yield self._place[:filled].view(-1, width)
+            cuts = list(range(elements - filled, chunk.numel(), elements))
+            for piece in chunk.tensor_split(cuts):
+                self._place[filled : filled + piece.numel()] = piece.to(self.dtype or piece.dtype)
+                filled += piece.numel()
+                if filled == elements:
+                    yield self._place[:elements]
                     filled = 0
         if filled:
-            yield self._place[:filled].view(-1, width)
+            yield self._place[:filled]
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Some rows of a matrix, cast: only these are read."""
@@ -246,12 +244,12 @@ def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
 
 def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
-    count, width = weights.source.specs[names["weight"]].shape
-    output, done = x.new_empty(*x.shape[:-1], count), 0
-    for block in weights.blocks(names["weight"], max(1, CHUNK_ELEMENTS // max(1, width))):
-        output[..., done : done + len(block)] = F.linear(x, block)
-        done += len(block)
-    assert done == count, (names, done, count)
+    length, width = weights.source.specs[names["weight"]].shape
+    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    output = x.new_empty(*x.shape[:-1], length)
+    blocks = weights.blocks(names["weight"], rows * width)
+    for block, part in zip(blocks, output.split(rows, dim=-1), strict=True):
+        part.copy_(F.linear(x, block.view(-1, width)))
     if "bias" in names:
         with weights.borrow(names["bias"]) as bias:
             output = output + weights.cast(bias)
