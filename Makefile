@@ -20,7 +20,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(BIN)/python -c pass 2>/dev/null && 
 UNUSABLE := rebuild
 endif
 
-.PHONY: help venv demo study real test test-full lint docs format clean rebuild
+.PHONY: help venv demo study real faults test test-full lint docs format clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,6 +37,12 @@ real: $(STAMP)  ## SmolLM2-135M through every documented command, then beside me
 	@$(call install,gguf and lm-eval,gguf -e '$(REAL_EXTRAS)')
 	@$(BIN)/python examples/real_model.py
 	@$(BIN)/python -m fusion_upcycle benchmark experiment=real_model
+
+# Not CI's: its tests take a part of the points (tests/faults).
+faults: $(DEV_STAMP)  ## a kill, an error, a power cut at every point of a conversion; killed training (25 minutes)
+	@$(BIN)/python examples/faults/conversions.py --record examples/results/faults
+	@$(BIN)/python examples/faults/training.py --record examples/results/faults
+	@$(BIN)/python examples/faults/conversions.py --table examples/results/faults
 
 test: lint docs  ## lint, documentation, types and tests: what CI runs
 	@echo "test: mypy"

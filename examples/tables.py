@@ -88,6 +88,10 @@ def merge() -> str:
     return script("benchmarks/merge.py").table(benchmark("merge")["merge"]).to_markdown()
 
 
+def plan() -> str:
+    return script("benchmarks/plan.py").table(benchmark("plan")["plan"]).to_markdown()
+
+
 def train() -> str:
     return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
 
@@ -132,11 +136,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "step 0": partial(of_record, "studies/step0.py", RESULTS / "step0"),
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
+    "faults": partial(of_record, "faults/conversions.py", RESULTS / "faults"),
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
     "readers": partial(of_record, "readers.py", RESULTS / "readers"),
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),
     "prototypes": partial(of_record, "prototypes.py", RESULTS / "prototypes"),
     "merge": merge,
+    "plan": plan,
     "train": train,
     **{f"study {name}": partial(study, name) for name in STUDIES},
     "study budget, costs": partial(study, "budget", "costs"),

@@ -3,17 +3,16 @@
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from signal import Signals
-
+from types import FrameType
+from typing import Any
 
 #: Characters of an error; a stranger's tensor may have a name of megabytes.
 _LONGEST = 4000
@@ -80,11 +79,45 @@ class Stopped(SystemExit):
         said: where the work stands, in words, for standard error; empty says nothing.
     """
 
-    def __init__(self, asked: "Signals", said: str):
+    def __init__(self, asked: signal.Signals, said: str):
         super().__init__(128 + asked)
         self.signal, self.said = asked, said
         if said:
             print(f"Stopped by {asked.name} {said}.", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Have SIGINT and SIGTERM end a program in one line: what came, and what it left.
+
+    A signal that is ignored stays so, and in other threads than the main one all do as they did.
+
+    Raises:
+        Stopped: one came in the block; its notes are what was said.
+    """
+    asked: list[Stopped] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(Stopped(signal.Signals(number), ""))
+        raise asked[-1]
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        before = {each: how for each, how in found.items() if how is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped in asked:
+            notes = getattr(stopped, "__notes__", ())
+            said = " ".join((f"Stopped by {stopped.signal.name}.", *notes))
+            print(said, file=sys.stderr, flush=True)
+        raise
+    finally:
+        for each, how in before.items():
+            signal.signal(each, how)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UpcyclingError:

@@ -68,16 +68,23 @@ def ended(process: Process, log: Path, seconds: float = 300) -> int:
     return process.exitcode
 
 
-def two_ranks(function: Callable[..., object], *arguments: Any, folder: Path) -> None:
-    """Call a function in two processes that find each other, as torchrun would start them."""
+def two_ranks(
+    function: Callable[..., object], *arguments: Any, folder: Path, ranks: int = 2, code: int = 0
+) -> None:
+    """Call a function in processes that find each other, as torchrun would start them.
+
+    Args:
+        ranks: how many there are.
+        code: with which they exit.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    shared |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     processes = [
         start(function, *arguments, log=log, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, log in enumerate(logs)
     ]
-    assert [ended(*pair) for pair in zip(processes, logs, strict=True)] == [0, 0]
+    assert {ended(*pair) for pair in zip(processes, logs, strict=True)} == {code}

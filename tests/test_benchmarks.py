@@ -208,3 +208,39 @@ def test_the_expansion_benchmark_measures_memory(
     # Weights in bfloat16 and moments in float32, without the headers of their files.
     assert run["bytes"] > run["parameters"]["total"] * (2 + 4 + 4)
     assert f"| {name} | " in expand.table(record).to_markdown()
+
+
+def test_a_plan_of_many_tensors_takes_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = script("plan")
+    monkeypatch.setattr(plan, "prepare", lambda *job: printed_by(script("convert").job(*job)))
+    monkeypatch.setattr(
+        plan, "printed", lambda *job: json.loads(printed_by(script("convert").job(*job)))
+    )
+    # Beyond the 32 files that are open at once, and the usual limit of a process is 1,024.
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        record = plan.measure(tmp_path, layers=33, experts=8, shards=300)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [run["shards"] for run in record.values()] == [300, 300]
+    assert record["upcycling"]["planned"] == record["expansion"]["tensors"] > 900
+    assert record["expansion"]["planned"] > 1700
+    (tmp_path / "record.json").write_text(json.dumps({"plan": record}))
+    main_of("plan", [f"--table={tmp_path / 'record.json'}"], monkeypatch)
+    assert "| expansion | 300 | " in capsys.readouterr().out
+    # A tensor costs 2 KB.
+    for run in record.values():
+        assert run["peak_bytes"] < 40 * 2**20
+
+
+@pytest.mark.full
+def test_a_plan_of_1000_shards_and_100000_tensors_takes_500_mb(tmp_path: Path) -> None:
+    plan = script("plan")
+    record = plan.measure(tmp_path, plan.LAYERS, plan.EXPERTS, plan.SHARDS)
+    assert record["upcycling"]["planned"] > 100_000 and record["expansion"]["planned"] > 200_000
+    for run in record.values():
+        assert run["shards"] == 1000
+        assert run["peak_bytes"] < 500e6

@@ -11,11 +11,8 @@ from transformers import PreTrainedModel
 
 from fusion_upcycle.conversion.run import to_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.inspection.economics import (
-    attention_score_flops,
-    economics,
-    embedding_parameters,
-)
+from fusion_upcycle.inspection.economics import economics, embedding_parameters
+from fusion_upcycle.live.cost import attention_score_flops
 from fusion_upcycle.upcycling.options import make_options
 from fusion_upcycle.upcycling.run import plan_model
 from fusion_upcycle.upcycling.upcycling import Upcycling

@@ -11,6 +11,8 @@ from tiny_moe import FAMILIES, moe_folder
 from transformers import PreTrainedModel
 
 from fusion_upcycle.architectures import MOE_FAMILIES
+from fusion_upcycle.checkpoint import digests
+from fusion_upcycle.checkpoint.digests import digest
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE, Moments, read_moments, write_moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion.live import expand_model
@@ -70,8 +72,12 @@ def test_parameters_and_moments_expand_alike(family: str, tmp_path: Path) -> Non
             assert torch.equal(larger.state_dict()[name], values[kind]), (name, kind)
 
 
-def test_as_many_experts_as_there_are_is_the_identity(tmp_path: Path) -> None:
+def test_as_many_experts_as_there_are_is_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = trained(tmp_path, "qwen2_moe")
+    read: list[str] = []
+    monkeypatch.setattr(digests, "digest", lambda path: (read.append(path.name), digest(path))[1])
     for new in ("copy", "reset", "scale"):
         output = tmp_path / new
         options = {"num_experts": 4, "optimizer_state": source, "new_moments": new}
@@ -79,6 +85,9 @@ def test_as_many_experts_as_there_are_is_the_identity(tmp_path: Path) -> None:
         assert_same_bits(flat(read_moments(output)), flat(read_moments(source)))
         assert_same_bits(tensors_of(output), tensors_of(source))
         assert done.record["optimizer_state"]["new_moments"] == new
+        # Hashed while it was written, and rightly.
+        assert Path(MOMENTS_FILE).name not in read and "config.json" in read
+        assert done.record["files"][MOMENTS_FILE] == digest(output / MOMENTS_FILE)
 
 
 def test_folders_give_what_one_process_gives(tmp_path: Path) -> None:

@@ -356,3 +356,44 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         next(pieces)
     with pytest.raises(UpcyclingError, match="changed while it was read"):
         reader.tensor("x")
+
+
+def test_a_file_that_is_cut_off_in_the_very_moment_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"x": torch.zeros(100_000)}, tmp_path / WEIGHTS)
+    reader, real = CheckpointReader(tmp_path), os.preadv
+
+    def cut_off(*arguments: Any) -> int:
+        os.truncate(tmp_path / WEIGHTS, 5_000)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", cut_off)
+    for read in (lambda: next(reader.chunks("x")), lambda: reader.tensor("x")):
+        with pytest.raises(UpcyclingError, match=r"model\.safetensors changed while it was read"):
+            read()
+
+
+def test_a_disk_that_cannot_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"x": torch.zeros(10)}, tmp_path / WEIGHTS)
+    reader = CheckpointReader(tmp_path)
+
+    def broken(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(UpcyclingError, match=r"model\.safetensors cannot be read: Input/output"):
+        reader.tensor("x")
+
+
+def test_memory_of_a_piece_is_used_again_only_when_nobody_looks_at_it(tmp_path: Path) -> None:
+    whole = torch.arange(5 * CHUNK_ELEMENTS, dtype=torch.float32)
+    save_file({"x": whole}, tmp_path / WEIGHTS)
+    reader = CheckpointReader(tmp_path)
+    assert torch.equal(torch.cat(list(reader.chunks("x"))), whole)  # all are held at once
+    views = [piece[7:9] for piece in reader.chunks("x")]
+    assert torch.equal(torch.cat(views), whole.view(5, -1)[:, 7:9].flatten())
+    del views
+    assert (
+        len({piece.data_ptr() for piece in reader.chunks("x")}) == 2
+    )  # the next, while one is held

@@ -18,8 +18,7 @@ from transformers import MixtralForCausalLM as Mixtral
 
 from fusion_upcycle.demo import demo_model
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.inspection.economics import attention_score_flops
-from fusion_upcycle.live.cost import active_parameters, looked_up_parameters
+from fusion_upcycle.live.cost import active_parameters, attention_score_flops, looked_up_parameters
 from fusion_upcycle.taskpool import ModelCostTaskPool, RoutingTaskPool, SeveralTaskPools
 from fusion_upcycle.texts.bootstrap import block_bootstrap, spread
 

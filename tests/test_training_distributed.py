@@ -20,12 +20,17 @@ from fusion_upcycle.training.run import Trained
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
 
 STEPS, CUT = 20, 10
-#: Strategy -> family, fields of the dense model, options: tied weights; a bias that is a parameter.
+#: Strategy -> family, fields of the dense model, options: tied weights. `fsdp` has its own tests.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddp": ("mixtral", {"tie_word_embeddings": True}, {}),
-    "fsdp": ("ernie4_5_moe", {}, {"bias_update_rate": 0.001}),
 }
-OPTIONS = {"learning_rate": 3e-3, "checkpoint_every": CUT}
+HELD_OUT = {"again": {"_target_": "tiny_training.documents", "count": 7}}
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "checkpoint_every": CUT,
+    "validate_every": CUT,
+    "validation": HELD_OUT,
+}
 
 
 Run = tuple[str, dict[str, Any], Path, dict[str, Any]]  # family, fields, folder, options
@@ -79,7 +84,7 @@ def one_process(strategy: str, folder: Path) -> Trained:
 @pytest.mark.early
 def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, as what two processes make is looked at from all sides."""
-    family, fields, options = CASES["fsdp"]
+    family, fields, options = CASES["ddp"]
     kept = {"output": tmp_path / "moments", "save_moments": True}
     run(moe_model(family, **fields), tmp_path / "before", 2, **kept)
     monkeypatch.setitem(options, "optimizer_state", str(tmp_path / "moments"))
@@ -101,6 +106,8 @@ def test_two_processes_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         record = json.loads((folder / "one, then two" / "out" / "training.json").read_text())
         assert record["router_learning_rate"] == whole.record["router_learning_rate"]
         assert record["router_learning_rate"]["value"] < OPTIONS["learning_rate"]
+        held_out = whole.record["validation"][STEPS]["again"]
+        assert record["validation"][str(STEPS)]["again"] == pytest.approx(held_out, rel=1e-5)
         assert record["resumed_from"] == f"step-{CUT:09d}"
         assert_one_goes_on(strategy, folder / "two", expected)
 

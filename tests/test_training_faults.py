@@ -4,6 +4,7 @@ import csv
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.checkpoints import STATE_FILE, CheckpointEvery, HashedCheckpointIO
 from fusion_upcycle.training.run import Trained
+from fusion_upcycle.training.work_folder import held
 from fusion_upcycle.verify import verify_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
@@ -29,7 +31,9 @@ OPTIONS |= {"validation": {"few": {"_target_": "tiny_training.documents", "count
 
 
 def train(folder: Path, **options: Any) -> Trained:
-    return run(moe_model(), folder, STEPS, output=folder / "out", **OPTIONS | options)
+    # Dropout too: its draws must be those of the step, not of the process.
+    model = moe_model(attention_dropout=0.2)
+    return run(model, folder, STEPS, output=folder / "out", **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +43,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
 
 
 def table(folder: Path) -> list[list[str]]:
-    """The log as it is written, but for the column that depends on the clock."""
+    """The log as it is written, but for the columns that depend on clock and machine."""
     with open(folder / "log" / "metrics.csv", encoding="utf-8", newline="") as lines:
         rows = list(csv.reader(lines))
-    column = rows[0].index("tokens_per_second")
-    return [[*row[:column], *row[column + 1 :]] for row in rows]
+    measured = ("tokens_per_second", "tokens_per_second_per_device", "peak_memory_gb")
+    places = {rows[0].index(name) for name in measured}
+    return [[cell for place, cell in enumerate(row) if place not in places] for row in rows]
 
 
 def assert_as(whole: tuple[Path, Trained], folder: Path) -> None:
@@ -65,8 +70,10 @@ KILLS = [
     ("fusion_upcycle.training.logs.Metrics.log_metrics", 1, "before"),
     ("fusion_upcycle.training.checkpoints._log", 2, "after"),  # of the first checkpoint
     ("torch.save", 1, "before"),
+    ("fusion_upcycle.training.checkpoint_folders.seal", 1, "before"),
     (MOVE, 1, "before"),
     (MOVE, 1, "after"),
+    ("fusion_upcycle.training.module.PretrainingModule.training_step", 2, "before"),
     ("fusion_upcycle.training.logs.Metrics.log_metrics", 1, "half"),
     ("fusion_upcycle.training.logs._replacing", 2, "before"),  # columns of a validation
     ("fusion_upcycle.training.checkpoint_folders._clear", 3, "before"),  # the old one renamed
@@ -88,20 +95,20 @@ def killed_at_each(folder: Path) -> None:
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, kill
 
 
-def killed(folder: Path, name: str, time: int, moment: str) -> None:
+def killed(folder: Path, name: str, number: int, moment: str) -> None:
     """Train until then."""
     original, calls = resolve_name(name), 0
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == time and moment == "half":
+        if calls == number and moment == "half":
             with open(folder / "log" / "metrics.csv", "a") as file:
                 file.write("0.125,0.2")
-        if calls == time and moment != "after":
+        if calls == number and moment != "after":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*arguments, **options)
-        if calls == time:
+        if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -110,6 +117,7 @@ def killed(folder: Path, name: str, time: int, moment: str) -> None:
     train(folder)
 
 
+@pytest.mark.early
 def test_a_run_killed_at_each_of_its_moments_ends_as_one_that_was_not(
     whole: tuple[Path, Trained], tmp_path: Path
 ) -> None:
@@ -154,13 +162,19 @@ def dying(monkeypatch: pytest.MonkeyPatch, saved: int) -> Iterator[None]:
         yield
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_alone(
     whole: tuple[Path, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with dying(monkeypatch, 3):
         train(tmp_path)
-    _, last = checkpoints_in(tmp_path / "work" / "checkpoints")
+    first, last = checkpoints_in(tmp_path / "work" / "checkpoints")
     flip(last / STATE_FILE, (last / STATE_FILE).stat().st_size // 2)
+    flip(first / "metrics.csv", 100)
+    with pytest.raises(UpcyclingError, match=r"06 is .*04 is damaged \(metrics\.csv differs\)"):
+        train(tmp_path)
+    flip(first / "metrics.csv", 100)
+    with held(tmp_path / "work"), pytest.raises(UpcyclingError, match="in use by another run"):
+        train(tmp_path)
     with (
         pytest.warns(UserWarning, match=r"step-000000006 is damaged \(state\.pt differs\)"),
         dying(monkeypatch, 1),
@@ -186,14 +200,14 @@ LIMITS = [
 ]
 
 
-def limited(original: Any, time: int, limit: int) -> Any:
+def limited(original: Any, number: int, limit: int) -> Any:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     calls = 0
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == time:
+        if calls == number:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             return original(*arguments, **options)
@@ -206,12 +220,12 @@ def limited(original: Any, time: int, limit: int) -> Any:
 def test_a_full_disk_ends_the_run_in_one_line_and_the_same_call_goes_on(
     whole: tuple[Path, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, time, limit, words in LIMITS:
+    for name, number, limit, words in LIMITS:
         with (
             monkeypatch.context() as patch,
             pytest.raises(UpcyclingError, match=f"{words}: .*File too large"),
         ):
-            patch.setattr(name, limited(resolve_name(name), time, limit))
+            patch.setattr(name, limited(resolve_name(name), number, limit))
             train(tmp_path)
         assert not list((tmp_path / "work" / "checkpoints").glob(".*")), name
         assert not (tmp_path / ".out.incomplete").exists(), name
@@ -257,7 +271,7 @@ def on_two_devices(folder: Path) -> None:
         flip(last / STATE_FILE, 1000)
         (folder / "flipped").touch()
     while not (folder / "flipped").exists():
-        pass
+        time.sleep(0.01)
     if rank == "0":
         with pytest.warns(UserWarning, match="step-000000004 is damaged"):
             trained = run(moe_model(), folder, 8, **options)

@@ -185,7 +185,8 @@ def test_a_chain_that_cannot_go_on_is_refused() -> None:
     training = {"_target_": target, "data": DATA, "tokens": 99_999}
     with pytest.raises(UpcyclingError, match=r"upcycling\.return_model"):
         UpcycleAndTrainAlgorithm(node, training)
-    with pytest.raises(UpcyclingError, match="by several processes"):
+    UpcycleAndTrainAlgorithm(node, training | {"devices": 2, "strategy": "fsdp"})
+    with pytest.raises(UpcyclingError, match=r"by several processes.*strategy=fsdp"):
         UpcycleAndTrainAlgorithm(node | {"return_model": True}, training | {"devices": 2})
 
 

@@ -84,8 +84,10 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(
     assert resumed.record["first"] == whole.record["first"]
     assert_same_bits(resumed.model.state_dict(), whole.model.state_dict())
     logs = [read_metrics(tmp_path / name / "log") for name in ("a", "whole")]
+    measured = ("tokens_per_second", "tokens_per_second_per_device", "peak_memory_gb")
     for row in (row for rows in logs for row in rows):
-        del row["tokens_per_second"]
+        for name in measured:
+            del row[name]
     assert logs[0] == logs[1]  # loads of steps before the signal too
 
 
@@ -240,8 +242,7 @@ def test_a_run_is_saved_when_minutes_have_passed(
         self._saved_at = next(clock)
 
     monkeypatch.setattr(CheckpointEvery, "_save", save)
-    with pytest.raises(IndexError):  # as there is no checkpoint
-        run(dense_model(vocab_size=257), tmp_path, 7, checkpoint_every=0, checkpoint_minutes=1.5)
+    run(dense_model(vocab_size=257), tmp_path, 7, checkpoint_every=0, checkpoint_minutes=1.5)
     assert saved == [2, 4, 6, 7]
     assert make_training_options(tokens=10**6).checkpoint_minutes == 30
 

@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import time
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +54,10 @@ def write(folder: Path, max_shard_size: int | str) -> list[Shard]:
 def staged(
     output: Path, *, overwrite: bool = False, total_bytes: int = 0, what: str = "this"
 ) -> AbstractContextManager[Path]:
-    return staging_folder(output, {"what": what}, total_bytes=total_bytes, overwrite=overwrite)
+    shards = [shard.file for shard in plan_shards(SPECS, 100)]
+    return staging_folder(
+        output, {"what": what}, total_bytes=total_bytes, overwrite=overwrite, shards=shards
+    )
 
 
 def finish(output: Path, text: str = "", *, overwrite: bool = False) -> None:
@@ -273,11 +276,24 @@ def test_a_link_to_an_empty_folder_can_be_the_output(tmp_path: Path) -> None:
     assert (tmp_path / "out" / RECORD_FILE).is_file()
 
 
+def disk(free: int, files: int = 10**6) -> SimpleNamespace:
+    """A disk with so many free bytes and inodes."""
+    return SimpleNamespace(f_bavail=free, f_frsize=1, f_files=10**6, f_favail=files)
+
+
+def test_a_disk_without_inodes_is_refused_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(10**9, files=20))
+    with pytest.raises(UpcyclingError, match="free inodes"), staged(tmp_path / "out"):
+        pytest.fail("started to write")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_refused_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**9, 10**9))
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(10**9))
     needs = pytest.raises(UpcyclingError, match=r"2\.1 GB are needed.*1\.0 GB are free")
     with needs, staged(tmp_path / "out", total_bytes=2 * 10**9):
         pytest.fail("started to write")
@@ -289,8 +305,7 @@ def test_finished_shards_count_as_room_already_taken(
 ) -> None:
     kill_while_writing(tmp_path / "out")
     done = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 64 * 2**20 + 1000))
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(64 * 2**20 + 1000))
     with staged(tmp_path / "out", total_bytes=done + 1000):
         pass
 
@@ -300,8 +315,7 @@ def test_a_full_disk_keeps_the_finished_shards_of_a_killed_run(
 ) -> None:
     kill_while_writing(tmp_path / "out")
     done = set(tmp_path.rglob("*.safetensors"))
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(0))
     with pytest.raises(UpcyclingError, match="free"):
         finish(tmp_path / "out")
     assert set(tmp_path.rglob("*.safetensors")) == done != set()
@@ -328,13 +342,12 @@ def test_a_second_writer_is_refused_and_does_not_disturb_the_first(tmp_path: Pat
 
 
 class Killed(BaseException):
-    """Stands for kill -9 where the folder that it leaves is put back by hand."""
+    """Stands for what a user sends: finished shards stay."""
 
 
 def kill_while_writing(output: Path, what: str = "this") -> list[str]:
     """Leave what a run killed in its last shard leaves; returns the finished shards."""
     shards = plan_shards(SPECS, 100)
-    kept = output.parent / "kept"
 
     def killed_in_the_last_shard(name: str) -> Iterator[Tensor]:
         for number, piece in enumerate(pieces(name)):
@@ -343,11 +356,7 @@ def kill_while_writing(output: Path, what: str = "this") -> list[str]:
             yield piece
 
     with pytest.raises(Killed), staged(output, what=what) as folder:
-        try:
-            write_shards(folder, shards, killed_in_the_last_shard, lambda _: None)
-        finally:
-            shutil.copytree(folder, kept)
-    kept.rename(folder)
+        write_shards(folder, shards, killed_in_the_last_shard, lambda _: None)
     assert list(folder.glob("*.part"))
     return [shard.file for shard in shards[:-1]]
 
@@ -464,6 +473,7 @@ def kill_when_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def put_back() -> None:
         monkeypatch.undo()
+        shutil.rmtree(folder, ignore_errors=True)
         kept.rename(folder)
         assert finished(folder)
 

@@ -2,11 +2,11 @@
 
     python examples/benchmarks/plan.py --record examples/benchmarks/results/plan.json
 
-A dense Llama of 999 tensors in 1,000 shards is planned to be a Mixtral of 100,000 tensors, and that
-Mixtral, in 1,000 shards itself, to be one of twice the experts. Both are hollow: headers, config and
-index as they are, and files without data, so that they take no disk. Each plan has a process of its
-own, on one thread: from opening the folder to the headers of the shards that would be written, and
-the record. Memory is the peak above what there was after the imports. One minute;
+A dense Llama of 1,002 tensors in 1,000 shards is planned to be a Mixtral of 100,680 tensors, and
+that Mixtral, in 1,000 shards itself, to be one of twice the experts. Both are hollow: headers,
+config and index as they are, and files without data, so that they take no disk. Each plan has a
+process of its own, on one thread: from opening the folder to the headers of the shards that would
+be written, and the record. Memory is the peak above what there was after the imports. One minute;
 `--table RECORD.json` prints a record as Markdown.
 """
 

@@ -6,7 +6,7 @@ Question: tokens per second and memory of continued pre-training: a dense model,
           token over the other model's.
 Command:  python examples/benchmarks/train.py --record examples/benchmarks/results/train.json
           python examples/benchmarks/train.py --table examples/benchmarks/results/train.json
-Needs:    two cores, 6 GB of memory, 5 minutes. On a GPU, for example: --precision bf16-mixed
+Needs:    two cores, 6 GB of memory, 5 minutes. On a GPU, for example: --precision bf16-true
           --hidden-size 2048 --layers 16 --context 2048 --batch 16 --peak-tflops 989
 Expected: the MoE reaches at least 0.85 of the prediction with `grouped_mm`, transformers' default.
 
@@ -28,7 +28,7 @@ from convert import write_record
 from rich.console import Console
 from train_job import Worker
 
-from fusion_upcycle.inspection.economics import TRAINING_PASSES
+from fusion_upcycle.live.cost import TRAINING_PASSES
 from fusion_upcycle.report.tables import Table
 
 MOE = {"num_experts": 8, "experts_per_token": 2}

@@ -10,7 +10,7 @@ from fashion import BATCH_SIZE, RECIPE, fit, pixels, scores
 from lab import Run
 
 from fusion_upcycle import upcycle
-from fusion_upcycle.inspection.economics import TRAINING_PASSES
+from fusion_upcycle.live.cost import TRAINING_PASSES
 from fusion_upcycle.live.loading import load_by_config
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.report.progress import loading_bars

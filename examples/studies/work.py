@@ -27,7 +27,7 @@ from fusion_upcycle.demo.recipe import (
 from fusion_upcycle.demo.texts import demo_documents
 from fusion_upcycle.demo.train import train_model
 from fusion_upcycle.importance.scores import Importance
-from fusion_upcycle.inspection.economics import TRAINING_PASSES, attention_score_flops
+from fusion_upcycle.live.cost import TRAINING_PASSES, attention_score_flops
 from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.report.progress import loading_bars
 from fusion_upcycle.training.options import make_training_options

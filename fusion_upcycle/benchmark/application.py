@@ -25,7 +25,7 @@ from fusion_upcycle.benchmark.processes import Processes
 from fusion_upcycle.benchmark.request import CONSOLE_NAME
 from fusion_upcycle.benchmark.run import Outcome, run_experiment
 from fusion_upcycle.checks import require_folder, require_whole
-from fusion_upcycle.errors import UpcyclingError, unknown
+from fusion_upcycle.errors import Stopped, UpcyclingError, unknown
 
 _GROUP = "benchmark"
 
@@ -111,7 +111,7 @@ def _job(config: DictConfig) -> None:
     except UpcyclingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         print("Interrupted: the same command goes on with what is not complete.", file=sys.stderr)
         sys.exit(130)
     if outcome.failed:

@@ -115,7 +115,8 @@ def differences(
         elif not path.is_file():
             problems.append(f"{name} is no file")
         elif digest(folder / name, progress) != expected[name]:
-            problems.append(f"{name} differs")
+            # Which of the two was changed, nothing else tells.
+            problems.append(f"{name} differs" + f" from {SUMS_FILE}" * (name == record))
     return problems
 
 

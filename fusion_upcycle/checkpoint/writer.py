@@ -71,8 +71,11 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> l
     ]
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, option: str = "max_shard_size") -> int:
     """Bytes from 5GB, 500MB, 2GiB, 1000000, ...
+
+    Args:
+        option: whose value it is, for the error.
 
     Raises:
         UpcyclingError: no size, or none above 0.
@@ -87,7 +90,7 @@ def parse_size(size: int | str) -> int:
     except (KeyError, ValueError, OverflowError):
         result = 0
     if result <= 0:
-        raise UpcyclingError(f"max_shard_size={size!r} is not a size such as 5GB or 500MB.")
+        raise UpcyclingError(f"{option}={size!r} is not a size such as 5GB or 500MB.")
     return result
 
 

@@ -13,8 +13,8 @@ from fusion_upcycle.cli.option_flags import Command, add_base, add_making
 from fusion_upcycle.cli.planning_flags import add_planning, planning_options
 from fusion_upcycle.cli.report_flags import add_report
 from fusion_upcycle.cli.spelling import flags_of
-from fusion_upcycle.cli.train_flags import add_train
-from fusion_upcycle.errors import ProofError, UpcyclingError, spelled
+from fusion_upcycle.cli.train_flags import add_export, add_train
+from fusion_upcycle.errors import ProofError, UpcyclingError, spelled, stopped_by_signals
 from fusion_upcycle.inspection.numbers import read_count
 
 DESCRIPTION = """\
@@ -69,9 +69,15 @@ With --source-tokens and --budget-tokens: whether to upcycle, to train the dense
 start from nothing, and with which settings; by our studies and a published scaling law, with how
 far your case is outside of both (docs/guide.md).
 
+With --gpus and --memory: what training takes of each GPU's memory, with ddp, fsdp and
+expert_parallel, and from how many GPUs on it fits. SOURCE may be an MoE then, and config.json is
+enough of it.
+
 With --recipe and no source, the published dense model is taken from its config: no weights needed.
 With both, the recipe's options are planned for your source; further options replace the recipe's.
 """
+
+_OF_MEMORY = ("gpus", "memory", "context_length", "micro_batch_size")
 
 INSPECT_EXAMPLES = """\
 examples:
@@ -80,15 +86,19 @@ examples:
   python -m fusion_upcycle inspect ./mistral-7b --recipe mixtral_8x7b
   python -m fusion_upcycle inspect ./llama-1b --num-experts 64 --experts-per-token 8 --granularity 8
   python -m fusion_upcycle inspect ./llama-1b --source-tokens 2T --budget-tokens 100B
+  python -m fusion_upcycle inspect --recipe mixtral_8x7b --gpus 64 --memory 80GB
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit status 0 done, 1 not proven, 2 wrong input."""
+    """Run the command line.
+
+    Exit status 0 done, 1 not proven, 2 wrong input, 130 and 143 ended by SIGINT and SIGTERM.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = takes_overrides(given) or _parser().parse_args(given)
     try:
-        with spelled(flags_of(getattr(parsed, "command", None))):
+        with spelled(flags_of(getattr(parsed, "command", None))), stopped_by_signals():
             parsed.run(parsed)
     except ProofError as error:
         sys.exit(_failed(error, 1))
@@ -147,6 +157,20 @@ def _parser() -> argparse.ArgumentParser:
         help="what you can spend, in tokens of training the dense source on; an MoE that costs "
         "more per token gets fewer",
     )
+    inspect.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="with --memory, what training takes of each of so many GPUs is said instead",
+    )
+    inspect.add_argument("--memory", metavar="SIZE", help="of each GPU, as in 80GB")
+    inspect.add_argument(
+        "--micro-batch-size",
+        type=int,
+        default=1,
+        metavar="B",
+        help="sequences of a forward pass on each GPU, with --gpus (default: 1)",
+    )
     inspect.set_defaults(run=_inspect, usage=inspect)
 
     upcycle = commands.add_parser(
@@ -168,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add_importance(commands)
     add_expand(commands)
     add_train(commands)
+    add_export(commands)
 
     verify = commands.add_parser(
         "verify",
@@ -227,9 +252,17 @@ def _upcycle(parsed: argparse.Namespace) -> None:
 def _inspect(parsed: argparse.Namespace) -> None:
     if parsed.source is None and parsed.recipe is None:
         parsed.usage.error("name a SOURCE, a --recipe, or both")
+    from fusion_upcycle.inspection.gpus import print_memory
     from fusion_upcycle.inspection.inspection import print_inspection
     from fusion_upcycle.upcycling.options import make_options
 
+    if parsed.gpus is not None or parsed.memory is not None:
+        print_memory(
+            parsed.source,
+            make_options(**planning_options(parsed)),
+            **{name: getattr(parsed, name) for name in ("base", "recipe", *_OF_MEMORY)},
+        )
+        return
     given = {}
     for name in ("tokens", "source_tokens", "budget_tokens"):
         text = getattr(parsed, name)

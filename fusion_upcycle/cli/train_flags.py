@@ -89,7 +89,9 @@ def _train(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.live.loading import load_by_config, load_processor
     from fusion_upcycle.training.objectives.clip import ClipTexts
     from fusion_upcycle.training.options import make_training_options
+    from fusion_upcycle.training.processes import is_first
     from fusion_upcycle.training.run import Origin, Places, train, upcycling_of
+    from fusion_upcycle.training.sharding import load_part
     from fusion_upcycle.training.summary import in_one_line
 
     options = make_training_options(**given_options(parsed))
@@ -97,9 +99,13 @@ def _train(parsed: argparse.Namespace) -> None:
     work = parsed.work_folder or output.with_name(f"{output.name}.training")
     work = Path(work).expanduser()
     places = Places(work, work / "logs", output, parsed.overwrite, not parsed.start_over)
-    model = load_by_config(parsed.model)
+    if options.strategy == "fsdp":
+        part = load_part(parsed.model, options)
+        model = part.model
+    else:
+        part, model = None, load_by_config(parsed.model)
     trained = train(
-        model,
+        part or model,
         load_processor(parsed.processor or parsed.model, model),
         options,
         data=_data(parsed),
@@ -110,8 +116,35 @@ def _train(parsed: argparse.Namespace) -> None:
         clip=parsed.clip_model and ClipTexts(parsed.clip_model),
         progress=not parsed.quiet,
     )
-    _say(trained.record, options.unit)
-    print(in_one_line(trained.record, output))
+    if is_first():
+        _say(trained.record, options.unit)
+        print(in_one_line(trained.record, output))
+
+
+def add_export(commands: "argparse._SubParsersAction[Command]") -> None:
+    """Add the command."""
+    export = commands.add_parser(
+        "export",
+        help="make a model folder of a checkpoint of a training",
+        description="Write a checkpoint of `train` as a Hugging Face folder, whatever number of "
+        "processes has saved it; in one process, one tensor in memory at a time.",
+        epilog="example:\n  python -m fusion_upcycle export "
+        "./trained.training/checkpoints/step-000001000 ./at-1000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("checkpoint", help="a folder step-* in checkpoints of a work folder")
+    export.add_argument("output", help="folder to make; appears only when complete")
+    export.add_argument("--save-moments", action="store_true", help="AdamW's moments, too")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    export.set_defaults(run=_export)
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from fusion_upcycle.training.export import export
+
+    checkpoint, output = (Path(p).expanduser() for p in (parsed.checkpoint, parsed.output))
+    record = export(checkpoint, output, moments=parsed.save_moments, overwrite=parsed.overwrite)
+    print(f"{output}: {record['class']} after step {record['steps']:,}")
 
 
 def _data(parsed: argparse.Namespace) -> dict[str, Any]:

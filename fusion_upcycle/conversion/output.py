@@ -1,6 +1,7 @@
 """An output folder: shards, config, companions, record and model card, all or nothing."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ def write_output(
     companions: Callable[[Path], list[str]],
     prove: Callable[[Path], Proof],
     options: OutputOptions,
+    put: Callable[[Path], Mapping[str, str] | None] | None = None,
     cards: Mapping[str, Path] | None = None,
     resumable: bool = True,
     proven: bool = True,
@@ -95,12 +97,14 @@ def write_output(
         companions: puts tokenizer, template, generation and licence files into the staged folder
             and returns their names.
         prove: staged folder -> proof; an error leaves no output.
+        put: puts what else this conversion has into the staged folder, before the companions, and
+            returns name -> SHA-256 of files that it hashed while it wrote them.
         cards: name of each source model -> folder, whose card the result's takes over from.
         resumable: whether the record tells exactly what is converted, so that the shards of a
             killed run can be kept.
         proven: whether `prove` proves; then all weights must be finite.
     """
-    output = output.resolve()
+    output = Path(os.path.realpath(output))
     shards = plan_shards(conversion.specs, options.max_shard_size)
     total = conversion.total_bytes
     record: dict[str, Any] = {
@@ -111,16 +115,19 @@ def write_output(
         "shards": [shard.file for shard in shards],
         "versions": versions(),
     }
-    fingerprint = record if resumable else record | {"run": uuid4().hex}
+    fingerprint = record if resumable else {"run": uuid4().hex}
     with staging_folder(
         output,
         fingerprint,
         total_bytes=total + conversion.bytes_beside,
         overwrite=options.overwrite,
+        shards=record["shards"] if resumable else (),
     ) as staging:
         with Measured() as writing, progress_bar("Writing", total, options.progress) as bar:
             chunks = finite(conversion.chunks) if proven else conversion.chunks
             hashed = write_shards(staging, shards, chunks, bar.update)
+            if put is not None:
+                hashed |= put(staging) or {}
             _write_json(staging / "config.json", readable_config(conversion.config))
             if conversion.architecture.ships is not None:
                 shutil.copy(conversion.architecture.ships, staging)

@@ -5,6 +5,7 @@ to_folder(plan(...), folders)                                          # streams
 to_model(plan(...), model, verify="auto")                              # in memory
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_upcycle.checkpoint.adapter_config import WEIGHTS_FILE, read_adapter_config
 from fusion_upcycle.checkpoint.located import Located, locate_model
+from fusion_upcycle.checkpoint.place import check_name
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import check_companions, copy_companions, locate, read_config
 from fusion_upcycle.conversion.adapted import open_tensors, put_on
@@ -113,7 +115,9 @@ def open_folders(
     """
     resolve_mode(verify, streaming=True)
     writing = OutputOptions(overwrite, max_shard_size, progress, push_to_hub)
-    output = Path(output).expanduser().resolve()
+    for path in (*given.values(), *(bases or {}).values(), output):
+        check_name(path)
+    output = Path(os.path.realpath(Path(output).expanduser()))
     located = {
         name: Located(locate(source)) if bases is None else locate_model(source, bases.get(name))
         for name, source in given.items()
@@ -137,14 +141,15 @@ def to_folder(
     conversion: Conversion,
     folders: Folders,
     *,
-    put: Callable[[Path], object] | None = None,
+    put: Callable[[Path], Mapping[str, str] | None] | None = None,
     put_last: Callable[[Path], list[str]] | None = None,
     resumable: bool = True,
 ) -> Converted:
     """Stream a planned conversion to its folder; neither model is ever in memory.
 
     Args:
-        put: puts what this conversion has beside its weights into the staged folder.
+        put: puts what this conversion has beside its weights into the staged folder, and returns
+            name -> SHA-256 of files that it hashed while it wrote them.
         put_last: puts files beside those of the main model, or in their place; returns their names.
         resumable: whether the record tells exactly what is converted.
 
@@ -156,8 +161,6 @@ def to_folder(
     prove = _prover(conversion, folders.at(folders.main), folders.verify, folders.writing.progress)
 
     def companions(staging: Path) -> list[str]:
-        if put is not None:
-            put(staging)
         copied = copy_companions(folders.source, staging)
         return copied + [
             name
@@ -173,6 +176,7 @@ def to_folder(
         companions=companions,
         prove=prove,
         options=folders.writing,
+        put=put,
         cards=dict(folders.local) | dict(folders.adapters),
         resumable=resumable,
         proven=folders.verify != "none",
@@ -312,9 +316,10 @@ def _identity(given: str | Path, at: Located, base: str | Path | None) -> dict[s
         below = {"base": _identity(base, Located(at.folder), None)}
     else:
         reader, below = CheckpointReader(at.folder), {}
+    place = Path(given).expanduser()
     return {
-        "name": str(given),
-        "from_hub": not Path(given).expanduser().exists(),
+        "name": str(place.absolute() if place.exists() else given),
+        "from_hub": not place.exists(),
         "files": {file.name: file.stat().st_size for file in reader.files},
         "modified": max(file.stat().st_mtime_ns for file in reader.files),
         # Set by the system itself: a file replaced by one of the same size and time shows here.

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fusion_upcycle.architectures.layout import file_layout
 from fusion_upcycle.checkpoint.tensors import TensorSource, TensorSpec
 from fusion_upcycle.conversion.card import CardWords, public_name
 from fusion_upcycle.conversion.conversion import Conversion
@@ -35,6 +34,7 @@ class Expansion(Conversion):
     Attributes:
         num_experts: E, experts per MoE layer of the source.
         expert_shape: F and D.
+        source_parameters: of the source's class, tied ones once.
         router_rows: MoE layer -> router [M, D], where `options.router_extension` does not make it.
         selection_biases: MoE layer -> selection bias [M], likewise; None copies that of the source.
     """
@@ -45,6 +45,7 @@ class Expansion(Conversion):
     options: ExpansionOptions
     num_experts: int
     expert_shape: tuple[int, int]
+    source_parameters: int
     router_rows: Mapping[int, Tensor] | None = None
     selection_biases: Mapping[int, Tensor] | None = None
 
@@ -187,7 +188,7 @@ class Expansion(Conversion):
     @property
     def parameters(self) -> dict[str, int]:
         """Parameters of the source and of the result, total and active per token."""
-        source = sum(spec.numel for spec in file_layout(self.source_config).specs.values())
+        source = self.source_parameters
         total = sum(spec.numel for spec in self.specs.values())
         expert = sum(math.prod(self._shape(part)) for part in self.architecture.parts)
         layers = len(self.layers) * expert

@@ -65,7 +65,7 @@ def check_state(folder: Path, config: "PreTrainedConfig", model: "Mapping[str, A
 
 def write_expanded_state(
     folder: Path, expansion: Expansion, staging: Path, new: str = "copy"
-) -> None:
+) -> dict[str, str]:
     """Write the expanded moments into the folder of the result, one expert in memory at a time.
 
     Args:
@@ -75,6 +75,9 @@ def write_expanded_state(
             about three times as long (betas 0.9 and 0.999). `scale`: `exp_avg` / c and
             `exp_avg_sq` / c^2 for a source expert that now has c places, among which its tokens
             are shared; the length of the first step is that of `copy`.
+
+    Returns:
+        Name of their file -> its SHA-256.
     """
     reader = moments_reader(folder)
     layers = _expert_parameters(expansion)
@@ -102,7 +105,7 @@ def write_expanded_state(
     path = staging / MOMENTS_FILE
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # of a killed run, and perhaps of other moments
-    write_shards(staging, [Shard(MOMENTS_FILE, specs)], chunks, lambda _: None)
+    return write_shards(staging, [Shard(MOMENTS_FILE, specs)], chunks, lambda _: None)
 
 
 def check_new_moments(options: ExpansionOptions, new: str, *, used: bool) -> None:

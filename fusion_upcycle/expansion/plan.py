@@ -109,6 +109,7 @@ def plan_expansion(
         specs={},
         num_experts=num_experts,
         expert_shape=(size, hidden),
+        source_parameters=sum(spec.numel for spec in before.specs.values()),
     )
     _fill(expansion, untied)
     if options.extends_by_bias and not expansion.is_identity:

@@ -137,10 +137,11 @@ def expand(
     )
     expansion = prepared.expansion.with_state(state, new_moments)
 
-    def put(staging: Path) -> None:
-        if state is not None:
-            write_expanded_state(state, expansion, staging, new_moments)
+    def put(staging: Path) -> dict[str, str]:
         prepared.put_scores(staging)
+        if state is None:
+            return {}
+        return write_expanded_state(state, expansion, staging, new_moments)
 
     # Rows that were given say nothing of themselves in the record.
     return to_folder(expansion, folders, put=put, resumable=router_rows is None)

@@ -15,7 +15,7 @@ from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checkpoint.tensors import TensorSource
 from fusion_upcycle.errors import UpcyclingError
-from fusion_upcycle.live.tensors import LiveTensors, whole
+from fusion_upcycle.live.tensors import LiveTensors, first_elements, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -64,12 +64,14 @@ def model_identity(source: TensorSource, config: "PreTrainedConfig") -> dict[str
 def state_sha256(model: "PreTrainedModel", setting: str) -> str:
     """The same digest of a live model of any kind, by its own names of tensors.
 
+    Of one that is sharded, called by every process; nothing is gathered but these elements.
+
     Args:
         setting: what must be the same beside the weights.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return _digest(setting, shapes, {n: t.flatten()[:_ELEMENTS] for n, t in tensors.items()})
+    return _digest(setting, shapes, first_elements(tensors, _ELEMENTS))
 
 
 def _digest(

@@ -1,8 +1,9 @@
 """A live MoE model seen through the names of its checkpoint files: to read, and to fill."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures.base import Architecture
@@ -54,3 +55,43 @@ class LiveTensorsOnCPU(LiveTensors):
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as it is; one that FSDP2 shards, gathered, which every process must ask for."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """What of a tensor is in this process, and where it begins on each axis of the whole."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, (0,) * tensor.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, starts = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local(), starts
+
+
+def first_elements(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The first elements of each tensor, flat; nothing is gathered but these.
+
+    Where tensors are sharded, every process must ask.
+    """
+    found = {name: tensor for name, tensor in tensors.items() if not hasattr(tensor, "to_local")}
+    firsts = {name: tensor.flatten()[:count] for name, tensor in found.items()}
+    sharded = {name: tensor for name, tensor in tensors.items() if name not in found}
+    if not sharded:
+        return firsts
+    # Each element as the largest that any process has: where none is, that is minus infinity.
+    own = {name: _own_first(tensor, count) for name, tensor in sharded.items()}
+    together = torch.cat(list(own.values()))
+    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    sizes = [len(each) for each in own.values()]
+    return firsts | dict(zip(own, together.split(sizes), strict=True))
+
+
+def _own_first(tensor: Tensor, count: int) -> Tensor:
+    local, starts = own_part(tensor)
+    numbers = torch.arange(min(count, tensor.numel()))
+    places = torch.stack(torch.unravel_index(numbers, tensor.shape), 1) - torch.tensor(starts)
+    here = ((places >= 0) & (places < torch.tensor(local.shape))).all(1)
+    found = torch.full((len(numbers),), -torch.inf, device=local.device)
+    found[here.to(local.device)] = local[tuple(places[here].to(local.device).T)].float()
+    return found

@@ -32,7 +32,8 @@ from fusion_upcycle.training.options import TrainingOptions, make_training_optio
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fusion_upcycle.training.run import Origin
+    from fusion_upcycle.training.run import Origin, Places
+    from fusion_upcycle.training.sharding import Part
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         """Number of processes that train, on all machines together."""
         return self._options.devices * self._options.num_nodes
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the model only."""
+        return self._options.strategy == "fsdp"
+
     @spelled_by_maker
     def run(self, modelpool: "BaseModelPool | PreTrainedModel") -> "PreTrainedModel":
         """Train `_pretrained_` of a pool, or a model.
@@ -125,10 +131,23 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         found = as_folder(plain(modelpool._models["_pretrained_"]))
         name = "in memory" if found is None else found[1]
         require_findable(None if found is None else name, "modelpool.models._pretrained_")
-        model = load_eagerly(modelpool, "_pretrained_")
         # Only a state of the dense model has to be carried over to the experts.
         made = None if self._state is None else upcycling_of(name)
+        if self.sharded and found is not None:
+            auto_class, _, options = found
+            return self.train(
+                self.load_part(name, auto_class, options), processor, Origin(name, made)
+            )
+        model = load_eagerly(modelpool, "_pretrained_")
         return self.train(model, processor, Origin(name, made))
+
+    def load_part(
+        self, folder: str, auto_class: Any = None, options: Mapping[str, Any] | None = None
+    ) -> "Part":
+        """What this process trains of the model of a folder."""
+        from fusion_upcycle.training.sharding import load_part
+
+        return load_part(folder, self._options, auto_class=auto_class, **options or {})
 
     def load_processor(self, modelpool: Any) -> Any:
         """The tokenizer or image processor that was asked for, else the pool's.
@@ -160,9 +179,9 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         return modelpool.load_tokenizer()
 
     def train(
-        self, model: "PreTrainedModel", processor: Any, origin: "Origin"
+        self, model: "PreTrainedModel | Part", processor: Any, origin: "Origin"
     ) -> "PreTrainedModel":
-        """Train a model and leave the run record."""
+        """Train a model, or this process's part of one, and leave the run record."""
         from fusion_upcycle.training.objectives.clip import ClipTexts
         from fusion_upcycle.training.run import train
         from fusion_upcycle.training.summary import in_one_line
@@ -173,7 +192,7 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
             processor,
             self._options,
             data=self._data,
-            places=self._places(),
+            places=self.places(),
             origin=origin,
             validation=self._validation,
             optimizer_state=self._state,
@@ -193,7 +212,12 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         if path := write_run_record(self.section, record):
             log.info("Run record: %s", path)
 
-    def _places(self) -> Any:
+    def places(self) -> "Places":
+        """Where the run reads and writes.
+
+        Raises:
+            UpcyclingError: nothing says where checkpoints are to be.
+        """
         from fusion_upcycle.training.run import Places
 
         run = hydra_output_folder()
@@ -222,7 +246,8 @@ def _known_classes(name: str) -> Known | None:
 class UpcycleAndTrainAlgorithm(BaseAlgorithm):
     """Sparse upcycling of the pool's dense model, then training of the MoE, in one run.
 
-    The run record has both: the conversion in `method`, the training in `training`.
+    The run record has both: the conversion in `method`, the training in `training`. With
+    `training.strategy=fsdp` the first process writes the MoE to a folder, and each loads its part.
 
     Args:
         upcycling: options of `SparseUpcyclingAlgorithm`.
@@ -243,11 +268,13 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         with spelled(overrides_at("method.training")):
             self._second: ContinuedPretrainingAlgorithm = instantiate(training, _recursive_=False)
         self._second.section = "training"
+        if self._second.sharded:
+            return
         if self._second.processes > 1 and self._first.save_checkpoint is not None:
             raise UpcyclingError(
                 "upcycling.save_checkpoint cannot be written by several processes at once: pass "
-                "method.upcycling.save_checkpoint=null, so that each upcycles in memory, or run "
-                "method=sparse_upcycling first."
+                "method.training.strategy=fsdp, or method.upcycling.save_checkpoint=null, so that "
+                "each upcycles in memory, or run method=sparse_upcycling first."
             )
         if not self._first.return_model:
             raise UpcyclingError(
@@ -266,9 +293,33 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         prepare(self._program)
         self._second._program = self._program
         processor = self._second.load_processor(modelpool)
+        options = self._first._options.to_json()
+        if self._second.sharded:
+            folder = self._made_once(modelpool, options)
+            with spelled(overrides_at("method.training")):
+                part = self._second.load_part(str(folder))
+                return self._second.train(part, processor, Origin(str(folder), options))
         with spelled(overrides_at("method.upcycling")):
             moe = self._first.run(modelpool)
         assert moe is not None
         name = self._first.save_checkpoint or "sparse upcycling in memory"
         with spelled(overrides_at("method.training")):
-            return self._second.train(moe, processor, Origin(name, self._first._options.to_json()))
+            return self._second.train(moe, processor, Origin(name, options))
+
+    def _made_once(self, modelpool: BaseModelPool, options: dict[str, Any]) -> Path:
+        """The MoE's folder, written by the first process, or by an earlier run of the same."""
+        from fusion_upcycle.training import launching
+        from fusion_upcycle.training.processes import is_first, together
+        from fusion_upcycle.training.run import upcycling_of
+
+        training, given = self._second._options, self._first.save_checkpoint
+        with spelled(overrides_at("method.training")):
+            launching.start(training.devices, training.num_nodes, training.accelerator)
+            folder = self._second.places().work / "upcycled" if given is None else Path(given)
+        folder = folder.expanduser()
+        with together(lambda reason: f"Writing {folder} failed: {reason}."):
+            if is_first() and upcycling_of(str(folder)) != options:
+                self._first.save_checkpoint, self._first.return_model = str(folder), False
+                with spelled(overrides_at("method.upcycling")):
+                    self._first.run(modelpool)
+        return folder

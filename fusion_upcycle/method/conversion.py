@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from fusion_upcycle.checkpoint.source import read_config
 from fusion_upcycle.checks import AUTO, require_flag
 from fusion_upcycle.conversion.output import OutputOptions
 from fusion_upcycle.conversion.run import SOURCE, save_model
-from fusion_upcycle.errors import UpcyclingError, setting, unknown
+from fusion_upcycle.errors import UpcyclingError, setting, stopped_by_signals, unknown
 from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.method.pool import (
     PooledFolder,
@@ -56,6 +57,7 @@ class ConversionAlgorithm(BaseAlgorithm):
     verify: str
     return_model: bool
     _writing: OutputOptions
+    _by_config = False  # set by `spelled_by_maker`
 
     def _check_target(self, target: str) -> None:
         if target not in self._targets:
@@ -105,6 +107,11 @@ class ConversionAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: models that cannot be used; a result that cannot be proven.
         """
+        # Where a program runs it; else Ctrl-C is Python's own.
+        with stopped_by_signals() if self._by_config else nullcontext():
+            return self._run(modelpool)
+
+    def _run(self, modelpool: Any) -> "PreTrainedModel | None":
         prepare(self._program)
         output = None if self.save_checkpoint is None else Path(self.save_checkpoint).expanduser()
         if output is not None:

@@ -9,8 +9,7 @@ from fusion_bench import BaseTaskPool, auto_register_config
 from fusion_bench.taskpool.dummy import get_model_summary
 
 from fusion_upcycle.checks import require_whole
-from fusion_upcycle.inspection.economics import attention_score_flops
-from fusion_upcycle.live.cost import active_parameters, head_of_images, looked_up_parameters
+from fusion_upcycle.live.cost import active_parameters, forward_flops, head_of_images
 from fusion_upcycle.live.inputs import (
     image_shape,
     image_tokens,
@@ -75,7 +74,6 @@ class ModelCostTaskPool(BaseTaskPool):
         images = model.main_input_name == "pixel_values"
         prompt, new = (image_tokens(model), 0) if images else self._lengths(model)
         active = active_parameters(model)
-        scores = attention_score_flops(model.config.get_text_config(), prompt)
         # A head of images sees one token of each.
         rarely = head_of_images(model) * (1 - 1 / prompt) if images else 0
         with Measured() as measured:
@@ -83,7 +81,7 @@ class ModelCostTaskPool(BaseTaskPool):
         cost = {
             "total_parameters": model.num_parameters(),
             "active_parameters": active,
-            "flops_per_token": 2 * (active - looked_up_parameters(model) - rarely) + scores,
+            "flops_per_token": forward_flops(model, prompt) - 2 * rarely,
             "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "prefill_tokens_per_second": self.batch_size * prompt / prefill,
             "peak_memory_bytes": peak,

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import logits_of_last, max_positions, num_embeddings
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.live.sharing import ALONE, Share
 from fusion_upcycle.texts.bootstrap import block_bootstrap, spread
 from fusion_upcycle.texts.tokens import check_vocabulary, packed, start_token
 
@@ -35,6 +36,7 @@ def perplexity(
     stride: int,
     batch_size: int = 8,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Score every token of the documents once, in sliding windows over one packed stream.
 
@@ -47,7 +49,8 @@ def perplexity(
     earlier so that it is full: no padding. A window scores what the windows before it did not, so
     each token sees at least ``context_length - stride`` tokens before it, or all there are.
 
-    ``model`` is a transformers causal LM on its own device; module modes are restored.
+    ``model`` is a transformers causal LM on its own device; module modes are restored. ``share`` is
+    of the batches, among processes that all call this with the same text: all get all numbers.
 
     Returns ``loss_nats_per_token``; ``perplexity``, its exponential; ``bits_per_byte``, the loss of
     all scored tokens in bits over the UTF-8 bytes of the documents, which compares models of
@@ -66,10 +69,11 @@ def perplexity(
     check_vocabulary(int(ids_N.max()), num_embeddings(model))
 
     with evaluating(model):
-        nats, windows = _score(
-            model, ids_N, counted_N, context_length, stride, batch_size, progress
+        windows = _score(
+            model, ids_N, counted_N, context_length, stride, batch_size, progress, share
         )
 
+    nats = math.fsum(nats for nats, _ in windows)
     tokens = int(counted_N.sum())
     loss = nats / tokens
     if not loss < _LARGEST_LOSS:  # also true for NaN
@@ -162,31 +166,37 @@ def _score(
     stride: int,
     batch_size: int,
     progress: bool,
-) -> tuple[float, list[tuple[float, int]]]:
-    """Nats of all counted tokens, and nats and counted tokens of each window."""
+    share: Share,
+) -> list[tuple[float, int]]:
+    """Nats and counted tokens of each window."""
     inputs = len(ids_N) - 1  # the last token is only predicted
     length_C = min(context_length, inputs)
     starts = [*range(0, inputs - length_C, stride), inputs - length_C]
+    ends = [start + length_C for start in starts]  # the last row of a window predicts this token
     # The first window scores all its tokens and the others at most the last `stride`, so that it
     # goes alone and the others need `stride` rows of logits only.
-    batches = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
+    every = range(len(starts))
+    batches = [every[:1], *(every[i : i + batch_size] for i in every[1::batch_size])]
     device = next(model.parameters()).device
-    total, scored_until = 0.0, 0
-    windows = []
-    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, leave=False):
-        ids_BC = torch.stack([ids_N[start : start + length_C] for start in batch]).to(device)
-        keep = length_C if batch[0] == 0 else stride
-        outputs = model(input_ids=ids_BC, use_cache=False, **logits_of_last(model, keep))
-        logits_BSV = outputs.logits[:, -keep:]
-        for start, logits_SV in zip(batch, logits_BSV, strict=True):
-            end = start + length_C  # the last row of this window predicts token `end`
-            new = end - scored_until
+    found: dict[int, list[tuple[float, int]]] = {}
+    mine = tqdm(
+        share.of(len(batches)), desc="perplexity", unit="batch", disable=not progress, leave=False
+    )
+    for number in mine:
+        batch = batches[number]
+        chosen = [ids_N[starts[window] : ends[window]] for window in batch]
+        keep = length_C if number == 0 else stride
+        outputs = model(
+            input_ids=torch.stack(chosen).to(device), use_cache=False, **logits_of_last(model, keep)
+        )
+        found[number] = []
+        for window, logits_SV in zip(batch, outputs.logits[:, -keep:], strict=True):
+            end = ends[window]
+            new = end - (ends[window - 1] if window else 0)
             targets = ids_N[end - new + 1 : end + 1].to(logits_SV.device)
             # One window at a time: a batch of float32 copies for a large V would not fit.
             nats_S = cross_entropy(logits_SV[-new:].float(), targets, reduction="none")
             counted_S = counted_N[end - new + 1 : end + 1]
             nats = float(nats_S.double().cpu()[counted_S].sum())
-            windows.append((nats, int(counted_S.sum())))
-            total += nats
-            scored_until = end
-    return total, windows
+            found[number].append((nats, int(counted_S.sum())))
+    return [window for batch in share.gathered(found) for window in batch]

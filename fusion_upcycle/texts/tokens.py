@@ -1,6 +1,7 @@
 """Text as token ids: by a model's own tokenizer, and whether the model has these ids."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +55,12 @@ def packed(
     *,
     start: int | None,
     separator: int | None = None,
+    encoded: Callable[[Iterable[list[str]]], Iterable[list[list[int]]]] | None = None,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Documents that are not empty as one stream, read as it is asked for.
+
+    Args:
+        encoded: `encode` of batches of documents, in order; by default one after the other.
 
     Yields:
         What stands before a document, and its tokens: `start` before the first one, `separator`,
@@ -65,8 +70,9 @@ def packed(
     separator = tokenizer.eos_token_id if separator is None else separator
     between = [] if separator is None else [separator]
     rest = (document for document in documents if document)
-    while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
-        for ids in encode(tokenizer, batch):
+    batches = iter(lambda: list(islice(rest, _DOCUMENTS_AT_ONCE)), [])
+    for batch in (encoded or partial(map, partial(encode, tokenizer)))(batches):
+        for ids in batch:
             yield before, ids
             before = between
 

@@ -23,6 +23,8 @@ from fusion_upcycle.training.processes import gathered, is_first, together
 
 RECORD_FILE = "checkpoint.json"
 _PATTERN = re.compile(r"step-\d{9}")
+#: Of an identity, what no option sets: its key -> what another version of ours does otherwise.
+_BY_VERSION = {"checkpoint": "the format of checkpoints", "order": "the order of examples"}
 #: Of versions whose checkpoints were single files without digests.
 _OLD_PATTERN = "step-*.ckpt"
 
@@ -209,7 +211,12 @@ def _read(path: Path) -> tuple[str, Any]:
 def _other_fields(where: str, saved: Any, wanted: Any) -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in dict.fromkeys([*saved, *wanted]):
-            name = f"{where}.{key}" if where else str(key)
+            name = f"{where}.{key}" if where else _BY_VERSION.get(key, str(key))
             yield from _other_fields(name, saved.get(key), wanted.get(key))
+    elif saved != wanted and where in _BY_VERSION.values():
+        yield (
+            f"{where} was version {saved or 1}, is {wanted} in this version of fusion_upcycle "
+            "(the one that began the run can end it)"
+        )
     elif saved != wanted:
         yield f"{where} was {saved}, is {wanted}"

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,15 +22,15 @@ from fusion_upcycle.training.checkpoint_folders import (
 )
 from fusion_upcycle.training.logs import METRICS_FILE, Metrics
 from fusion_upcycle.training.processes import is_first
+from fusion_upcycle.training.saved import STATE_FILE, load_state
 from fusion_upcycle.training.stopping import Stopping
+from fusion_upcycle.training.strategy import PartsStrategy
 
 if TYPE_CHECKING:
     from fusion_upcycle.training.module import PretrainingModule
 
 #: Raised when another version of ours could not go on with what is in one.
 CHECKPOINT_VERSION = 3
-#: In a checkpoint: Lightning's, tensors and plain data, so that loading runs no code.
-STATE_FILE = "state.pt"
 _KEPT = 2
 
 
@@ -104,6 +104,7 @@ class CheckpointEvery(Checkpoint):
     Args:
         folder: of the checkpoints.
         identity: what a run must share to go on from one, JSON.
+        describe: writes into the folder what an export of it needs, in the first process.
         resumed: what this run goes on from.
         metrics: the log.
         every: steps; 0 is the end of the run only.
@@ -118,6 +119,7 @@ class CheckpointEvery(Checkpoint):
         self,
         folder: Path,
         identity: Mapping[str, Any],
+        describe: Callable[[Path], object],
         resumed: Path | None,
         metrics: Metrics,
         *,
@@ -126,6 +128,8 @@ class CheckpointEvery(Checkpoint):
         stopping: Stopping,
     ):
         self._folder, self._identity, self._metrics = folder, identity, metrics
+        self._describe = describe
+        self._writing: Iterator[None] = iter(())
         self._every, self._seconds = every, 60 * minutes
         self._stopping, self._saved_at = stopping, time.monotonic()
         self._good = [] if resumed is None else [resumed]
@@ -149,13 +153,17 @@ class CheckpointEvery(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """The last callback of a step, to whose row the others have added theirs."""
+        """The last callback of a step, to whose row the others have added theirs.
+
+        Raises:
+            UpcyclingError: the log or a checkpoint could not be written; in all processes.
+        """
         failed = _log(trainer, module)
         late = self._seconds > 0 and time.monotonic() - self._saved_at >= self._seconds
         # Clocks differ and a signal may reach one process only, but all must save the same step.
-        wish = [late, self._stopping.asked is not None, failed is not None]
+        wish = [late, self._stopping.asked is not None, failed is not None, _is_saving(trainer)]
         wishes = torch.tensor(wish, dtype=torch.float32, device=trainer.strategy.root_device)
-        late, stop, fail = trainer.strategy.reduce(wishes, reduce_op="max").bool().tolist()
+        late, stop, fail, saving = trainer.strategy.reduce(wishes, reduce_op="max").bool().tolist()
         if fail:
             raise UpcyclingError(
                 f"Writing the log failed: {failed or 'in the first process'}. When that is mended, "
@@ -164,14 +172,31 @@ class CheckpointEvery(Checkpoint):
         if stop and self._stopping.asked is None:
             self._stopping.asked = signal.SIGTERM  # of another process
         trainer.should_stop |= stop
+        if not saving:
+            self._finish()
         if module.due(self._every) or late or stop:
             self._save(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        """Wait for what is still being written, and give the checkpoint its name."""
+        next(self._writing, None)
+
     def _save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint, or, where processes save their parts, begin to."""
+        self._finish()
+        self._writing = self._written(trainer)
+        next(self._writing, None)
+
+    def _written(self, trainer: L.Trainer) -> Iterator[None]:
+        """Write a checkpoint; what is written beside the training comes to an end after `yield`."""
         path = checkpoint_path(self._folder, trainer.global_step)
         with new_checkpoint(path, self._identity) as new:
             trainer.save_checkpoint(new.folder / STATE_FILE)
             if is_first():
+                self._describe(new.folder)
                 if self.io.error is not None:
                     raise self.io.error
                 assert self.io.digest is not None
@@ -179,6 +204,10 @@ class CheckpointEvery(Checkpoint):
                 for logger in trainer.loggers:
                     logger.save()
                 shutil.copyfile(self._metrics.path, new.folder / METRICS_FILE)
+            if isinstance(strategy := trainer.strategy, PartsStrategy):
+                yield
+                assert strategy.saving is not None
+                new.hashed |= strategy.saving.result()
         self._good = [*self._good, path][-_KEPT:]
         if is_first():
             keep_only(self._folder, self._good)
@@ -196,9 +225,10 @@ def _log(trainer: L.Trainer, module: "PretrainingModule") -> OSError | None:
     return None
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint's `STATE_FILE`, its tensors mapped from the disk; runs no code."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _is_saving(trainer: L.Trainer) -> bool:
+    """Whether this process is still writing its part of a checkpoint."""
+    saving = getattr(trainer.strategy, "saving", None)
+    return saving is not None and not saving.done()
 
 
 def named_state(state: dict[str, Any], names: Any) -> dict[str, Any]:

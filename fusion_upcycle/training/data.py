@@ -10,9 +10,12 @@ document's last token predicts.
 import hashlib
 import json
 import shutil
+import socket
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +24,16 @@ import numpy.typing as npt
 
 from fusion_upcycle.checkpoint.digests import differences, seal
 from fusion_upcycle.checkpoint.durable import make_folder, move
-from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.texts.documents import Documents, open_documents
-from fusion_upcycle.texts.tokens import packed
+from fusion_upcycle.texts.tokens import encode, packed
+from fusion_upcycle.training.processes import (
+    can_talk,
+    gathered,
+    is_first,
+    shared_map,
+    together,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +42,8 @@ Tokens = npt.NDArray[np.int32]
 
 _STREAM_FILE = "tokens.bin"
 _FACTS_FILE = "facts.json"
+_PATIENCE = 4 * 3600.0  # seconds that one waits for what another packs
+_SEEN = 60.0  # seconds until a folder must be seen that is there
 _VERSION = 1  # raised when the same text gives other tokens: part of the cache key
 
 
@@ -83,14 +95,17 @@ def pack_sources(
 ) -> list[PackedText]:
     """Tokenise every source, or take it from `cache`, where its digests are checked.
 
-    Each process reads all of it for that, at 1.7 GB/s: 2.4 s for a billion tokens of 4 bytes.
+    The first process reads the documents, writes the stream and checks it (at 1.7 GB/s: 2.4 s for
+    a billion tokens of 4 bytes); all that have found each other tokenise, batch by batch. Nothing
+    is locked: see `fusion_upcycle.training.work_folder`.
 
     Args:
         sources: name -> what `fusion_upcycle.texts.documents` takes; a mapping may say
             `tokens: N` for the first N tokens only, which a data set with `streaming: true` must:
             a stream is written to disk first, so that its order is known and a run can be resumed
             anywhere.
-        cache: folder; processes that ask at the same time wait for the one that writes.
+        cache: folder, one for all processes; those that have not found each other yet wait for what
+            the first one writes.
         where: the option that names them, for errors.
         separator: token id that begins each document.
 
@@ -117,9 +132,7 @@ class _Packer:
 
 
 def _pack(name: str, spec: Any, where: str, packer: _Packer) -> PackedText:
-    from filelock import FileLock
-
-    limit, cache = None, packer.cache
+    limit = None
     if isinstance(spec, Mapping) and "_target_" not in spec:
         limit = spec.get("tokens")
         spec = {key: value for key, value in spec.items() if key != "tokens"}
@@ -129,30 +142,82 @@ def _pack(name: str, spec: Any, where: str, packer: _Packer) -> PackedText:
             )
         if limit is not None and (not isinstance(limit, int) or limit < 2):
             raise UpcyclingError(f"{where}.tokens={limit!r} must be a whole number, 2 or more.")
-    documents = open_documents(spec, where)
+
+    def failed(reason: object) -> str:
+        return (
+            f"Packing {where} in {packer.cache} failed: {reason}. When that is mended, the same "
+            "command goes on."
+        )
+
+    known: tuple[Path, dict[str, Any] | None] | None = None
+    documents: Documents | None = None
+    with together(failed):
+        if is_first() or not can_talk():
+            documents = open_documents(spec, where)
+            folder = _folder(documents, packer, limit)
+            facts, damage = _look(folder)
+            if facts is None and not is_first():
+                facts = _awaited(folder, where)
+            if damage and is_first():
+                warnings.warn(
+                    f"Packed text of {where} in {folder} is damaged ({damage}): it is packed "
+                    "again.",
+                    stacklevel=4,
+                )
+            known = folder, facts
+    agreed = gathered(known)[0]
+    assert agreed is not None
+    folder, facts = agreed
+    if facts is None:
+        with together(failed), shared_map(partial(encode, packer.tokenizer)) as encoded:
+            if documents is not None:
+                make_folder(packer.cache)
+                facts = _write(folder, documents, packer, where, limit, encoded)
+        facts = gathered(facts)[0]
+    return PackedText(name, _opened(folder), **facts)
+
+
+def _folder(documents: Documents, packer: _Packer, limit: int | None) -> Path:
     content = json.dumps([_VERSION, packer.identity, documents.fingerprint, limit])
-    folder = cache / hashlib.sha256(content.encode()).hexdigest()[:24]
-    try:
-        facts, _ = _look(folder)
-        if facts is None:
-            make_folder(cache)
-            with FileLock(f"{folder}.lock"):
-                facts, damage = _look(folder)  # another process may have packed it by now
-                if damage:
-                    warnings.warn(
-                        f"Packed text of {where} in {folder} is damaged ({damage}): it is packed "
-                        "again.",
-                        stacklevel=4,
-                    )
-                if facts is None:
-                    facts = _write(folder, documents, packer, where, limit)
-    except OSError as error:
-        raise UpcyclingError(
-            f"Packing {where} in {cache} failed: {error}. When that is mended, the same command "
-            "goes on."
-        ) from error
-    stream = np.memmap(folder / _STREAM_FILE, dtype=np.int32, mode="r")
-    return PackedText(name, stream, **facts)
+    return packer.cache / hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def _awaited(folder: Path, where: str) -> dict[str, Any]:
+    """What the first process has packed, which this one cannot talk to yet.
+
+    Raises:
+        UpcyclingError: it has not, after some hours.
+    """
+    until = time.monotonic() + _PATIENCE
+    while (facts := _look(folder)[0]) is None:
+        if time.monotonic() > until:
+            raise UpcyclingError(
+                f"The first process has not packed {where} in {folder} for {_PATIENCE / 3600:.3g} "
+                f"hours. {setting('work_folder')} must be one folder for all processes; pack it "
+                "before, in a short run of one process."
+            )
+        time.sleep(0.2)
+    return facts
+
+
+def _opened(folder: Path) -> Tokens:
+    """The stream, as soon as this process sees what the first one has put there.
+
+    Raises:
+        UpcyclingError: it does not, after a minute.
+    """
+    until = time.monotonic() + _SEEN  # network file systems remember what was not there
+    while True:
+        try:
+            return np.memmap(folder / _STREAM_FILE, dtype=np.int32, mode="r")
+        except FileNotFoundError:
+            if time.monotonic() > until:
+                raise UpcyclingError(
+                    f"{folder}, which the first process has packed, is not there for this one "
+                    f"({socket.gethostname()}). {setting('work_folder')} must be one folder for "
+                    "all processes, on a disk that they share."
+                ) from None
+            time.sleep(0.2)
 
 
 def _look(folder: Path) -> tuple[dict[str, Any] | None, str]:
@@ -176,9 +241,13 @@ def _write(
     packer: _Packer,
     where: str,
     limit: int | None,
+    encoded: Callable[[Iterable[list[str]]], Iterable[list[list[int]]]],
 ) -> dict[str, Any]:
-    """Make `folder`, with the stream and what is known of it, in one step; returns that."""
-    temporary = folder.with_name(f".{folder.name}.incomplete")  # of a kill, or ours by the lock
+    """Make `folder`, with the stream and what is known of it, in one step; returns that.
+
+    Only the first process of a run writes, and one run at a time has the folder.
+    """
+    temporary = folder.with_name(f".{folder.name}.incomplete")
     for left in (temporary, folder):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
@@ -186,7 +255,9 @@ def _write(
     start = packer.separator
     try:
         with open(temporary / _STREAM_FILE, "wb") as file:
-            texts = packed(packer.tokenizer, documents.texts, start=start, separator=start)
+            texts = packed(
+                packer.tokenizer, documents.texts, start=start, separator=start, encoded=encoded
+            )
             for before, tokens in texts:
                 ids = np.array(before + tokens, dtype=np.int32)
                 ids = ids[: None if limit is None else limit - written]

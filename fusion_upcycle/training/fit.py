@@ -4,13 +4,14 @@ Shapes: B windows, T tokens of a window.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusion_upcycle.architectures.layout import with_kept_dtypes
 from fusion_upcycle.errors import UpcyclingError, setting
+from fusion_upcycle.live.experts import find_experts
 from fusion_upcycle.live.routers import Routers
 from fusion_upcycle.training.options import TrainingOptions
 
@@ -34,6 +35,15 @@ def check_fit(model: "PreTrainedModel", options: TrainingOptions, routers: Route
             f"freeze={list(options.freeze)} leaves no parameter of this "
             f"{model.config.model_type} model to train. Leave one group out."
         )
+    implementation = getattr(model.config, "_experts_implementation", None)
+    autocast = options.precision == "bf16-mixed" and options.strategy != "fsdp"
+    if autocast and implementation == "grouped_mm" and find_experts(model, routers):
+        raise UpcyclingError(
+            f"precision=bf16-mixed with strategy={options.strategy}: autocast leaves experts of "
+            f"{implementation} in float32. Pass {setting('strategy', 'fsdp')}, which casts them, "
+            f"on one device too; or {setting('experts_implementation', 'eager')}, or "
+            f"{setting('precision', '32-true')}."
+        )
     if options.attention == "document":
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
         used = model.config._attn_implementation
@@ -55,51 +65,54 @@ def document_positions(ids_BT: Tensor, separator: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Before:
-    """What training changes of a model besides its values."""
+    """What training changes of a model besides its values.
 
-    model_class: type["PreTrainedModel"]
-    config: Any
+    Attributes:
+        dtypes: live name -> dtype of a tensor; of a part of a model those of its files.
+        trained: name -> whether a parameter requires gradients.
+    """
+
     dtypes: dict[str, torch.dtype]
     trained: dict[str, bool]
 
     @classmethod
-    def of(cls, model: "PreTrainedModel") -> "Before":
-        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    def of(
+        cls, model: "PreTrainedModel", in_files: dict[str, torch.dtype] | None = None
+    ) -> "Before":
+        dtypes = in_files or {name: t.dtype for name, t in model.state_dict().items()}
         trained = {name: p.requires_grad for name, p in model.named_parameters()}
-        return cls(type(model), model.config, dtypes, trained)
+        return cls(dtypes, trained)
 
-    def restored(
-        self, model: "PreTrainedModel", saved: dict[str, torch.Tensor], *, sharded: bool
-    ) -> "PreTrainedModel":
-        """The trained model, whole and with its old dtypes; a new one where it was sharded."""
-        if sharded:
-            model = self.model_class._from_config(self.config, dtype=torch.float32)
-            model.load_state_dict({k.removeprefix("model."): t for k, t in saved.items()})
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            tensor.data = tensor.data.to(self.dtypes[name])
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the model."""
+        return self.dtypes[next(iter(self.trained))]
+
+    def restore(self, model: "PreTrainedModel", *, sharded: bool) -> None:
+        """Make the trained model as it came, in evaluation mode; a part of one stays float32."""
+        if not sharded:
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                tensor.data = tensor.data.to(self.dtypes[name])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trained[name])
         if model.is_activation_checkpointing:
             model.activation_checkpointing_disable()
-        return model.eval()
+        model.eval()
 
 
-def prepare(model: "PreTrainedModel", options: TrainingOptions) -> None:
+def prepare(model: "PreTrainedModel", options: TrainingOptions, *, sharded: bool = False) -> None:
     """Weights to float32, or for `bf16-true` to bfloat16 where transformers does not keep float32.
 
     Also sets activation checkpointing and the implementation of the experts.
 
+    Args:
+        sharded: a process's part, which was loaded in the right dtypes.
+
     Raises:
         UpcyclingError: an `experts_implementation` that the model does not have.
     """
-    model.float()
-    if options.precision == "bf16-true":
-        state = model.state_dict(keep_vars=True)
-        whole = {name: tensor.data for name, tensor in state.items()}
-        model.bfloat16()
-        for name, tensor in with_kept_dtypes(model).items():
-            if tensor.dtype == torch.float32:
-                state[name].data = whole[name]
+    if not sharded:
+        _cast(model, options)
     if options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if options.experts_implementation is not None:
@@ -109,3 +122,14 @@ def prepare(model: "PreTrainedModel", options: TrainingOptions) -> None:
             raise UpcyclingError(
                 f"experts_implementation={options.experts_implementation}: {error}"
             ) from error
+
+
+def _cast(model: "PreTrainedModel", options: TrainingOptions) -> None:
+    model.float()
+    if options.precision == "bf16-true":
+        state = model.state_dict(keep_vars=True)
+        whole = {name: tensor.data for name, tensor in state.items()}
+        model.bfloat16()
+        for name, tensor in with_kept_dtypes(model).items():
+            if tensor.dtype == torch.float32:
+                state[name].data = whole[name]

@@ -22,7 +22,6 @@ from torch.nn.functional import cross_entropy
 from fusion_upcycle.checkpoint.moments import Moments
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.routers import find_routers
-from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training.checkpoints import named_state, numbered_state
 from fusion_upcycle.training.fit import check_fit
 from fusion_upcycle.training.health import RoutingTotals
@@ -83,21 +82,7 @@ class PretrainingModule(L.LightningModule):
     # --- what Lightning asks for ------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Shard for FSDP2, decoder layer by decoder layer, and compile."""
-        if self.options.strategy == "fsdp":
-            from torch.distributed.fsdp import FSDPModule, fully_shard
-
-            assert self.device_mesh is not None
-            if isinstance(self.model, FSDPModule):
-                return
-            mesh = self.device_mesh["data_parallel"]
-            layers = self.model._no_split_modules or ()
-            biases = self.routers.selection_biases()
-            whole = {bias for bias in biases if isinstance(bias, torch.nn.Parameter)}
-            for module in self.model.modules():
-                if type(module).__name__ in layers:
-                    fully_shard(module, mesh=mesh, ignored_params=whole)
-            fully_shard(self.model, mesh=mesh, ignored_params=whole)
+        """Compile; a model that is sharded has been loaded so."""
         if self.options.compile:
             self.model.compile()
 
@@ -117,21 +102,14 @@ class PretrainingModule(L.LightningModule):
         """Optimizer state goes by parameter name, the same for every strategy and device count."""
         checkpoint["last_metrics"], checkpoint["first_loss"] = self.last_metrics, self.first_loss
         checkpoint["routing"] = self.routing.state(self.trainer.strategy.reduce)
-        names = (
-            [name for name, _ in self.named_parameters()]
-            if self.options.strategy == "fsdp"
-            else self._optimizer_names()
-        )
-        states = checkpoint["optimizer_states"]
+        names, states = self._optimizer_names(), checkpoint["optimizer_states"]
         checkpoint["optimizer_states"] = [named_state(state, names) for state in states]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.last_metrics, self.first_loss = checkpoint["last_metrics"], checkpoint["first_loss"]
         self.routing.restore(checkpoint["routing"])
-        if self.options.strategy != "fsdp":  # which has loaded it by name
-            names = self._optimizer_names()
-            states = checkpoint["optimizer_states"]
-            checkpoint["optimizer_states"] = [numbered_state(state, names) for state in states]
+        names, states = self._optimizer_names(), checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [numbered_state(s, names) for s in states if s]
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         return optimizer_groups(self.model, self._groups, self.options, self.router_rate)
@@ -219,14 +197,29 @@ class PretrainingModule(L.LightningModule):
 
     def _clip(self, optimizer: Any) -> float:
         """Clip the gradients where they are too large, and return the norm they had."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(whole(total))
+        by_mesh: dict[Any, list[Tensor]] = {}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        total = self._norm({mesh: [p.grad for p in found] for mesh, found in by_mesh.items()})
+        norm = float(total)
         limit = self.options.gradient_clip
         # clip_grad_norm_ would multiply by 1 too: all experts' gradients, read and written again.
         if limit and norm + 1e-6 > limit:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+            for parameters in by_mesh.values():
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
         return norm
+
+    def _norm(self, gradients: dict[Any, list[Any]]) -> Tensor:
+        """Of all gradients together, by the devices that share them; None stands for no sharing."""
+        here = torch.nn.utils.get_total_norm(gradients.pop(None, []))
+        parts = [gradient for found in gradients.values() for gradient in found]
+        if not parts:
+            return here
+        # Each element is on one device: meshes differ, and need not be asked.
+        assert all(place.is_shard() for part in parts for place in part.placements)
+        own = torch.nn.utils.get_total_norm([part.to_local() for part in parts]).square()
+        return (here.square() + self.trainer.strategy.reduce(own, reduce_op="sum")).sqrt()
 
     def _require_finite(self, losses: Tensor, norm: float, step: int) -> None:
         if bool(losses.isfinite().all()) and norm < float("inf"):

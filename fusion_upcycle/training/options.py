@@ -26,11 +26,13 @@ MAY_CHANGE = (
     "devices",
     "num_nodes",
     "strategy",
+    "expert_parallel",
     "log_every",
     "checkpoint_every",
     "checkpoint_minutes",
     "save_moments",
     "validate_every",
+    "peak_tflops",
 )
 
 
@@ -88,18 +90,22 @@ class TrainingOptions:
         freeze: groups of parameters that are not trained: `routers`, `experts`, `ffn`, `attention`,
             `embeddings`, `norms`, `others`. Experts only is `[routers, ffn, attention, embeddings,
             norms, others]`.
-        precision: Lightning's: `32-true`, `bf16-mixed` or `bf16-true`. `bf16-mixed` is float32
-            weights and bfloat16 arithmetic; in `bf16-true` a small learning rate is lost in
-            rounding.
+        precision: `32-true`, `bf16-mixed` or `bf16-true`. `bf16-mixed` is float32 weights and
+            bfloat16 arithmetic: FSDP2's mixed precision with `strategy=fsdp`, else autocast, which
+            leaves experts of grouped_mm in float32 and is refused for them; in `bf16-true` a
+            small learning rate is lost in rounding.
         activation_checkpointing: recompute each layer in the backward pass: less memory, more time.
-        compile: torch.compile the model.
+        compile: torch.compile the model; not with `strategy=fsdp`.
         experts_implementation: `grouped_mm`, `batched_mm` or `eager`; by default transformers'
             choice.
         accelerator: Lightning's: `auto`, `cpu`, `cuda` or another.
-        devices: per node; start as many processes with torchrun, or let Lightning.
+        devices: per node; start as many processes with torchrun, or, but for `strategy=fsdp`, let
+            Lightning.
         num_nodes: Lightning's.
-        strategy: `auto` (one device, else ddp), `ddp` or `fsdp`. `fsdp` is FSDP2, by Lightning's
-            `ModelParallelStrategy`, which shards weights, gradients and moments.
+        strategy: `auto` (one device, else ddp), `ddp` or `fsdp`. With `fsdp` (FSDP2) each process
+            loads, trains and saves its part of a folder's model, and nobody holds the whole.
+        expert_parallel: with `strategy=fsdp`, processes among which a layer's experts are dealt
+            out. Tokens go to them then, where else weights come to the tokens.
         log_every: steps between entries of the log; 0 leaves it at the end of the run, which always
             counts.
         checkpoint_every: steps between checkpoints, of which the last two are kept; 0 leaves it at
@@ -109,6 +115,8 @@ class TrainingOptions:
         save_moments: whether the result's folder has AdamW's moments too (`optimizer_state`), 8
             bytes for each trained parameter.
         validate_every: steps between validations; 0 leaves it at the end.
+        peak_tflops: of a device in bfloat16, for the share of it that is used (MFU); by default
+            what is known of the GPU. Without one, and for images and pairs, no share is shown.
 
     Raises:
         UpcyclingError: an option out of range, an unknown name, or options that do not fit each
@@ -147,14 +155,16 @@ class TrainingOptions:
     devices: int = 1
     num_nodes: int = 1
     strategy: str = choice("auto", STRATEGIES)
+    expert_parallel: int = 1
     log_every: int = 10
     checkpoint_every: int = 500
     checkpoint_minutes: float = 30.0
     save_moments: bool = False
     validate_every: int = 0
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("context_length", "batch_size", "devices", "num_nodes"):
+        for name in ("context_length", "batch_size", "devices", "num_nodes", "expert_parallel"):
             require_whole(name, getattr(self, name), at_least=1)
         for name in ("tokens", "examples", "micro_batch_size"):
             if getattr(self, name) is not None:
@@ -197,6 +207,7 @@ class TrainingOptions:
                 f"{self.unit}={self.budget} is less than one step of batch_size={self.batch_size}"
                 f"{windows}: give {setting(self.unit, self.per_step)} or more, or a smaller step."
             )
+        self._check_strategy()
         world = self.devices * self.num_nodes
         share = self.batch_size // world
         if self.batch_size % world or share % (self.micro_batch_size or share):
@@ -206,10 +217,25 @@ class TrainingOptions:
                 "batch_size that is a multiple of devices * num_nodes * micro_batch_size."
             )
 
+    def _check_strategy(self) -> None:
+        if self.expert_parallel > 1 and self.strategy != "fsdp":
+            raise UpcyclingError(
+                f"expert_parallel={self.expert_parallel} deals experts out among processes, which "
+                f"strategy={self.strategy} cannot. Pass {setting('strategy', 'fsdp')}, or "
+                f"{setting('expert_parallel', 1)}."
+            )
+        if self.compile and self.strategy == "fsdp":
+            raise UpcyclingError(
+                "compile with strategy=fsdp is not tried here. Pass "
+                f"{setting('compile', False)}, or {setting('strategy', 'ddp')}."
+            )
+
     def _check_numbers(self) -> None:
         require_number("learning_rate", self.learning_rate, above=0.0)
         if self.router_learning_rate is not None:
             require_number("router_learning_rate", self.router_learning_rate, above=0.0)
+        if self.peak_tflops is not None:
+            require_number("peak_tflops", self.peak_tflops, above=0.0)
         for name in ("weight_decay", "gradient_clip", "balance_weight", "z_weight"):
             require_number(name, getattr(self, name))
         require_number("bias_update_rate", self.bias_update_rate)

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fusion_upcycle.errors import UpcyclingError, unknown
 from fusion_upcycle.training.objectives.base import Source
+from fusion_upcycle.training.permutation import permuted
 
 _PERIOD = 1000  # examples in which every source has its share
+_BLOCK = 1024  # places of an order that are computed together
 
 
 class ExampleOrder(Dataset[dict[str, Any]]):
@@ -40,7 +42,7 @@ class ExampleOrder(Dataset[dict[str, Any]]):
         self._sizes = [len(source) for source in sources]
         self._starts = np.cumsum([0, *self._sizes])
         self._pattern = None if mixture is None else _pattern(_shares(sources, mixture))
-        self._shuffled = lru_cache(maxsize=2 * len(sources))(self._shuffle)
+        self._blocks = lru_cache(maxsize=2 * len(sources))(self._block)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         source, index = self.place(number)
@@ -50,7 +52,7 @@ class ExampleOrder(Dataset[dict[str, Any]]):
         """Source of the run's example `number`, 0 on, and which of its own that is."""
         if self._pattern is None:
             passes, place = divmod(number, int(self._starts[-1]))
-            among_all = int(self._shuffled(-1, passes)[place])
+            among_all = self._shuffled(-1, passes, place)
             source = int(np.searchsorted(self._starts, among_all, side="right")) - 1
             return source, among_all - int(self._starts[source])
         periods, place = divmod(number, _PERIOD)
@@ -58,21 +60,18 @@ class ExampleOrder(Dataset[dict[str, Any]]):
         same = self._pattern == source
         before = periods * int(same.sum()) + int(same[:place].sum())
         passes, place = divmod(before, self._sizes[source])
-        return source, int(self._shuffled(source, passes)[place])
+        return source, self._shuffled(source, passes, place)
 
-    def _shuffle(self, source: int, passes: int) -> npt.NDArray[np.int64]:
-        """Order of the examples of one source, or of all (-1), in one pass.
+    def _shuffled(self, source: int, passes: int, place: int) -> int:
+        block, offset = divmod(place, _BLOCK)
+        return int(self._blocks(source, passes, block)[offset])
 
-        Sorted by a hash (splitmix64's finaliser) rather than by a library's shuffle, whose results
-        may change from version to version.
-        """
+    def _block(self, source: int, passes: int, number: int) -> npt.NDArray[np.int64]:
+        """Block `number` of the order of one source's examples, or of all (-1), in one pass."""
         size = int(self._starts[-1]) if source < 0 else self._sizes[source]
         key = (self._seed * 1_000_003 + source + 1) * 1_000_003 + passes
-        with np.errstate(over="ignore"):
-            x = np.arange(size, dtype=np.uint64) + np.uint64(key * 0x9E3779B97F4A7C15 % 2**64)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+        start = number * _BLOCK
+        return permuted(np.arange(start, min(start + _BLOCK, size)), size, key)
 
 
 class StepSampler(Sampler[list[int]]):

@@ -94,18 +94,19 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of AdamW, with their `names` and largest `learning_rate`.
 
-    Weight decay is for matrices only: norms, biases and other vectors have none.
+    Weight decay is for matrices only: norms, biases and other vectors have none. What is sharded
+    among other processes (experts, in expert parallelism) has groups of its own, as torch asks.
     """
     rates = {False: options.learning_rate}
     if router_rate is not None:
         rates[True] = router_rate.value
-    found: dict[tuple[bool, bool], dict[str, Any]] = {}
+    found: dict[tuple[bool, bool, Any], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_router, decayed = groups[name] == "routers", parameter.ndim >= 2
         group = found.setdefault(
-            (is_router, decayed),
+            (is_router, decayed, getattr(parameter, "device_mesh", None)),
             {
                 "params": [],
                 "names": [],

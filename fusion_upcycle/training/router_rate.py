@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusion_upcycle.live.routers import Routers
+from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training.options import TrainingOptions
 
 #: Largest ratio of the routers' learning rate to the root mean square of a router's weights at
@@ -30,11 +31,11 @@ def fitting_rate(learning_rate: float, row_std: float) -> float:
 
 
 def row_std(routers: Routers) -> float:
-    """Root mean square of the router weights of a model, which must not be sharded yet.
+    """Root mean square of the router weights of a model.
 
     That of the layer where it is smallest, as one rate has to fit all; layers of zeros have none.
     """
-    weights: list[Any] = [routers.weight(layer) for layer in routers.modules]
+    weights = [whole(routers.weight(layer)) for layer in routers.modules]
     sizes = [math.sqrt(float(weight.detach().double().square().mean())) for weight in weights]
     return min((size for size in sizes if size), default=0.0)
 

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from fusion_upcycle.architectures.layout import own_class_name
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, TRAINING_RECORD_FILE, check_output
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import UpcyclingError, setting
@@ -22,14 +24,9 @@ from fusion_upcycle.training.checkpoint_folders import (
     keep_only,
     latest_checkpoint,
 )
-from fusion_upcycle.training.checkpoints import (
-    CHECKPOINT_VERSION,
-    STATE_FILE,
-    CheckpointEvery,
-    load_state,
-)
+from fusion_upcycle.training.checkpoints import CHECKPOINT_VERSION, CheckpointEvery
 from fusion_upcycle.training.churn import RouterChurn
-from fusion_upcycle.training.export import export
+from fusion_upcycle.training.export import describe, export
 from fusion_upcycle.training.figure import save_routing
 from fusion_upcycle.training.fit import Before, prepare
 from fusion_upcycle.training.health import RouterHealth
@@ -43,7 +40,11 @@ from fusion_upcycle.training.options import MAY_CHANGE, TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.pages import kept_pages
 from fusion_upcycle.training.parameters import count_parameters
+from fusion_upcycle.training.permutation import ORDER_VERSION
 from fusion_upcycle.training.router_rate import RouterRate
+from fusion_upcycle.training.saved import STATE_FILE
+from fusion_upcycle.training.seen import Seen
+from fusion_upcycle.training.sharding import Part
 from fusion_upcycle.training.stopping import Stopping
 from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
@@ -71,7 +72,11 @@ class Origin:
 
 
 def upcycling_of(folder: str) -> dict[str, Any] | None:
-    """How the model of a folder was made of a dense one, where sparse upcycling made it."""
+    """How the model of a folder was made of a dense one, where sparse upcycling made it.
+
+    Raises:
+        UpcyclingError: its record is damaged.
+    """
     path = Path(folder).expanduser() / RECORD_FILE
     record = read_object(path) if path.is_file() else {}
     if record.get("method") != Upcycling.method:
@@ -106,7 +111,8 @@ class Trained:
     """A finished run.
 
     Attributes:
-        model: trained, in eval mode, in the dtypes it came in.
+        model: trained, in eval mode, in the dtypes it came in; with `strategy=fsdp` this process's
+            part, in the dtype of the training, to be run by all processes together.
         record: what was done, JSON; also in the output's `training.json`.
     """
 
@@ -115,7 +121,7 @@ class Trained:
 
 
 def train(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | Part",
     processor: Any,
     options: TrainingOptions,
     *,
@@ -133,7 +139,8 @@ def train(
     one folder for all.
 
     Args:
-        model: changed in place, but under `strategy=fsdp`, whose result is a new model.
+        model: changed in place; with `strategy=fsdp` this process's part, as
+            `fusion_upcycle.training.sharding.load_part` makes it.
         processor: the model's tokenizer, or its image processor.
         data: name -> documents, as `fusion_upcycle.texts.documents` takes them; for other
             objectives as `fusion_upcycle.tables.pairs` or `.images` takes them, without a split
@@ -167,7 +174,7 @@ def train(
 
 
 def _train(
-    model: "PreTrainedModel",
+    given: "PreTrainedModel | Part",
     processor: Any,
     options: TrainingOptions,
     *,
@@ -180,6 +187,19 @@ def _train(
     progress: bool,
     stopping: Stopping,
 ) -> Trained:
+    part = given if isinstance(given, Part) else None
+    model = given.model if isinstance(given, Part) else given
+    if (part is None) == (options.strategy == "fsdp"):
+        raise UpcyclingError(
+            f"strategy={options.strategy} trains "
+            + (
+                "a model of a folder, of which each process loads its part: give the folder "
+                "(modelpool.models._pretrained_=FOLDER, or "
+                "fusion_upcycle.training.sharding.load_part)."
+                if part is None
+                else f"whole models, and this is a part. Pass {setting('strategy', 'fsdp')}."
+            )
+        )
     objective = objective_for(model, processor, options, clip)
     sources = objective.read(data, places.work / "data")
     order = ExampleOrder(sources, options.mixture, options.seed)
@@ -191,19 +211,42 @@ def _train(
     exported = resumed is not None and _is_output_of(run, places)
     if places.output is not None and not exported:
         check_output(places.output, overwrite=places.overwrite)
-    before = Before.of(model)
-    prepare(model, options)
+    before = Before.of(model, None if part is None else part.dtypes)
+    prepare(model, options, sharded=part is not None)
     moments = None
     if optimizer_state is not None and resumed is None:
         moments = load_moments(optimizer_state, model, origin.upcycling)
+    seen = Seen(model, options)
     module = PretrainingModule(model, objective, options, moments=moments)
-    parameters = count_parameters(model, module.routers)
+    begun = {
+        "method": "continued pre-training",
+        "objective": objective.name,
+        "source": vars(origin),
+        "class": own_class_name(model),
+        "dtype": dtype_name(before.dtype),
+        "parameters": count_parameters(model, module.routers),
+        "router_learning_rate": module.router_rate and module.router_rate.to_json(),
+        "optimizer_state": None if optimizer_state is None else str(optimizer_state),
+        "data": {source.name: source.to_json() for source in sources},
+        "log": str(places.log),
+        "run": run,
+        "options": options.to_json(),
+        "versions": versions(),
+    }
     health, scores = RouterHealth(), Validation()
     churn = RouterChurn(objective.collate([order[0]]))
     metrics = Metrics(places.log)
     saving = CheckpointEvery(
         checkpoints,
         identity,
+        partial(
+            describe,
+            model=model,
+            processor=processor,
+            dtypes=before.dtypes,
+            objective=objective,
+            record=begun,
+        ),
         resumed,
         metrics,
         every=options.checkpoint_every,
@@ -211,7 +254,7 @@ def _train(
         stopping=stopping,
     )
     with quiet_lightning(), Measured() as cost:
-        callbacks: list[Callback] = [health, churn, scores]
+        callbacks: list[Callback] = [health, churn, scores, seen]
         trainer = make_trainer(
             options, callbacks, saving, stopping, metrics, work=places.work, progress=progress
         )
@@ -229,38 +272,25 @@ def _train(
             trainer.fit(module, loader, ckpt_path=state, weights_only=True)
     module.routers.close()
     stopping.after_fit(_stand(trainer, options, checkpoints, places.resume))
-    saved = load_state(saving.last / STATE_FILE)
-    trainer.strategy.barrier()  # all have opened it, and it may be removed
-    model = before.restored(model, saved["state_dict"], sharded=options.strategy == "fsdp")
-    record = {
-        "method": "continued pre-training",
-        "objective": objective.name,
-        "source": vars(origin),
-        "class": type(model).__name__,
-        "dtype": dtype_name(model.dtype),
-        "parameters": parameters,
-        "router_learning_rate": module.router_rate and module.router_rate.to_json(),
-        "optimizer_state": None if optimizer_state is None else str(optimizer_state),
-        "data": {source.name: source.to_json() for source in sources},
+    before.restore(model, sharded=part is not None)
+    ended = {
+        "steps": options.steps,
+        f"{options.unit}_trained": options.steps * options.per_step,
         "resumed_from": None if resumed is None else resumed.name,
         "first": {objective.loss: module.first_loss},
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
-        "cost": _cost(cost, options, module.first_step),
-        "log": str(places.log),
-        "run": run,
-    } | _settings(options)
+        "cost": _cost(cost, options, module.first_step, seen, trainer.world_size),
+    }
     if trainer.is_global_zero:
         metrics.sync()
     if places.output is not None and not exported and trainer.is_global_zero:
         export(
-            model,
-            processor,
+            saving.last,
             places.output,
-            objective=objective,
-            record=record,
-            moments=saved["optimizer_states"][0]["state"] if options.save_moments else None,
+            ended=ended,
+            moments=options.save_moments,
             overwrite=places.overwrite,
         )
     if places.output is not None and trainer.is_global_zero:
@@ -270,7 +300,7 @@ def _train(
         if progress and figure is not None:
             print(f"Routing: {figure}", flush=True)
     trainer.strategy.barrier()
-    return Trained(model, record)
+    return Trained(model, begun | ended)
 
 
 def _checkpoints(places: Places) -> Path:
@@ -309,20 +339,14 @@ def _announce(rate: RouterRate | None, progress: bool) -> None:
         warnings.warn(rate.warning, stacklevel=3)
 
 
-def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, float | int]:
-    """What this process took, and how fast it was, validation included."""
+def _cost(
+    cost: Measured, options: TrainingOptions, first_step: int, seen: Seen, world: int
+) -> dict[str, float | int]:
+    """What this process took, and how fast the run was, validation and saving included."""
     done = (options.steps - first_step) * options.per_step
     speed = done / cost.cpu_seconds if cost.cpu_seconds else 0.0
-    return cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
-
-
-def _settings(options: TrainingOptions) -> dict[str, Any]:
-    return {
-        "options": options.to_json(),
-        "steps": options.steps,
-        f"{options.unit}_trained": options.steps * options.per_step,
-        "versions": versions(),
-    }
+    found = cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
+    return found | seen.of_run(done / cost.wall_seconds, world)
 
 
 def _identity(
@@ -335,6 +359,9 @@ def _identity(
     fields = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     return {
         "checkpoint": CHECKPOINT_VERSION,
+        "order": ORDER_VERSION,
+        # Others save a model whole, and go on from such only.
+        "sharded": options.strategy == "fsdp",
         "model": state_sha256(model, json.dumps(fields, sort_keys=True, default=str)),
         "options": {k: v for k, v in options.to_json().items() if k not in MAY_CHANGE},
         "data": {source.name: source.digest for source in sources},

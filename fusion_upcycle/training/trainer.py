@@ -4,7 +4,7 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 
 from fusion_upcycle.training.checkpoints import CheckpointEvery
 from fusion_upcycle.training.logs import Metrics, Progress, TensorBoard
@@ -12,6 +12,7 @@ from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.order import ExampleOrder, StatelessLoader, StepSampler
 from fusion_upcycle.training.stopping import Stopping
+from fusion_upcycle.training.strategy import PartsStrategy
 
 
 def make_loader(
@@ -48,16 +49,15 @@ def make_trainer(
     strategy: str | Strategy = options.strategy
     world = options.devices * options.num_nodes
     if strategy == "fsdp":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
+        strategy = PartsStrategy(world)
+    autocast = options.precision == "bf16-mixed" and options.strategy != "fsdp"
     return L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=strategy,
-        # Weights are cast by us, which leaves in float32 what transformers keeps there.
-        precision="bf16-mixed" if options.precision == "bf16-mixed" else "32-true",
+        # Weights are cast by us or FSDP2: what transformers keeps in float32 stays there.
+        precision="bf16-mixed" if autocast else "32-true",
         max_steps=options.steps,
         max_epochs=1,
         logger=[metrics, TensorBoard(metrics.path.parent)],

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
+from fusion_upcycle.live.sharing import Share
+
 if TYPE_CHECKING:
     from fusion_upcycle.training.module import PretrainingModule
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 class Validation(L.Callback):
     """Score what the objective holds out.
 
-    Every device scores all of it, as a sharded model needs.
+    The devices share the batches, and each has the numbers of all, which are those of one device.
 
     Attributes:
         results: step -> name of the examples -> metrics.
@@ -37,7 +39,8 @@ class Validation(L.Callback):
         objective = module.objective
         if not objective.held_out or not module.due(module.options.validate_every):
             return
-        found = {name: objective.score(module.model, name) for name in objective.held_out}
+        share = Share(trainer.global_rank, trainer.world_size)
+        found = {name: objective.score(module.model, name, share) for name in objective.held_out}
         self.results[trainer.global_step] = found
         module.write(
             {

@@ -138,12 +138,32 @@ class _Weights:
             return tensor
         return tensor.to(self.dtype or tensor.dtype).to(self.compute_dtype)
 
-    def cast_block(self, block: Tensor) -> Tensor:
-        """Cast into the one place that all blocks use in turn: new ones fragment the heap."""
-        if self._place.numel() < block.numel():
-            self._place = torch.empty(max(CHUNK_ELEMENTS, block.numel()), dtype=self.compute_dtype)
-        place = self._place[: block.numel()].view(block.shape)
-        return place.copy_(block.to(self.dtype or block.dtype))
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """Flat cast pieces of this size, but for the last; each takes the place of the one before.
+
+        One place for all tensors: new ones fragment the heap.
+        """
+        if self._place.numel() < elements:
+            self._place = torch.empty(max(CHUNK_ELEMENTS, elements), dtype=self.compute_dtype)
+        filled = 0
+        for chunk in self.source.chunks(name):
+            cuts = list(range(elements - filled, chunk.numel(), elements))
+            for piece in chunk.tensor_split(cuts):
+                self._place[filled : filled + piece.numel()] = piece.to(self.dtype or piece.dtype)
+                filled += piece.numel()
+                if filled == elements:
+                    yield self._place[:elements]
+                    filled = 0
+        if filled:
+            yield self._place[:filled]
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Some rows of a matrix, cast: only these are read."""
+        width = self.source.specs[name].shape[1]
+        wanted, places = ids.unique(return_inverse=True)
+        chunks = (self.source.chunks(name, n * width, (n + 1) * width) for n in wanted.tolist())
+        table = torch.cat([piece for row in chunks for piece in row]).view(-1, width)
+        return self.cast(table)[places]
 
     def read_into(self, place: Tensor, name: str, start: int) -> None:
         """Read and cast a range of a tensor, piece by piece, into contiguous memory."""
@@ -219,17 +239,17 @@ def _replace(module: nn.Module, attribute: str, value: Tensor) -> None:
 
 
 def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
-    with weights.borrow(name) as table:  # only the rows of these tokens are read
-        return weights.cast(F.embedding(ids, table))
+    return weights.rows(name, ids)
 
 
 def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
-    with weights.borrow(names["weight"]) as weight:
-        rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-        output = x.new_empty(*x.shape[:-1], len(weight))
-        for block, part in zip(weight.split(rows), output.split(rows, dim=-1), strict=True):
-            part.copy_(F.linear(x, weights.cast_block(block)))
+    length, width = weights.source.specs[names["weight"]].shape
+    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    output = x.new_empty(*x.shape[:-1], length)
+    blocks = weights.blocks(names["weight"], rows * width)
+    for block, part in zip(blocks, output.split(rows, dim=-1), strict=True):
+        part.copy_(F.linear(x, block.view(-1, width)))
     if "bias" in names:
         with weights.borrow(names["bias"]) as bias:
             output = output + weights.cast(bias)

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.modes import evaluating
+from fusion_upcycle.live.sharing import ALONE, Share
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -150,25 +151,29 @@ class Objective(ABC):
         return list(self._held_out)
 
     @torch.inference_mode()
-    def score(self, model: "PreTrainedModel", name: str) -> dict[str, Any]:
+    def score(self, model: "PreTrainedModel", name: str, share: Share = ALONE) -> dict[str, Any]:
         """Loss, and accuracy of classifiers, over all examples of what is held out.
+
+        Args:
+            share: of the batches, among processes that all call this; all get all numbers.
 
         Returns:
             `loss_nats_per_token`, or `_image`; `accuracy`; `targets` that were counted.
         """
         source, device = self._held_out[name], next(model.parameters()).device
-        nats, right, counted = 0.0, 0, 0
+        every, size = range(len(source)), self._batch_size
+        found: dict[int, tuple[float, int, int]] = {}
         with evaluating(model):
-            for start in range(0, len(source), self._batch_size):
-                chosen = range(start, min(start + self._batch_size, len(source)))
+            for number in share.of(-(-len(source) // size)):
+                chosen = every[number * size : (number + 1) * size]
                 batch = self.collate([source.example(index, index) for index in chosen])
                 batch = {key: tensor.to(device) for key, tensor in batch.items()}
                 logits = self.logits(model(**self.inputs(model, batch)), batch)
                 logits, targets = logits.flatten(0, -2).float(), self.targets(batch).flatten()
                 losses = cross_entropy(logits, targets, reduction="none")
-                nats += float(losses.double().sum())
-                right += int((logits.argmax(-1) == targets).sum())
-                counted += self.counted(batch)
+                right = int((logits.argmax(-1) == targets).sum())
+                found[number] = (float(losses.double().sum()), right, self.counted(batch))
+        nats, right, counted = (sum(part) for part in zip(*share.gathered(found), strict=True))
         accuracy = {"accuracy": right / counted} if self._rights else {}
         loss = {f"loss_nats_per_{self.target}": nats / counted}
         return {**accuracy, **loss, f"{self.target}s": counted}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.inputs import max_positions, num_embeddings
+from fusion_upcycle.live.sharing import ALONE, Share
 from fusion_upcycle.models.modeling_sparse import BIDIRECTIONAL
 from fusion_upcycle.texts.documents import named_documents
 from fusion_upcycle.texts.perplexity import perplexity
@@ -84,7 +85,7 @@ class CausalLM(Objective):
     def targets(self, batch: Batch) -> Tensor:
         return batch["ids"][:, 1:]
 
-    def score(self, model: "PreTrainedModel", name: str) -> dict[str, Any]:
+    def score(self, model: "PreTrainedModel", name: str, share: Share = ALONE) -> dict[str, Any]:
         """Perplexity and bits per byte, in windows that overlap by half."""
         context_length = self._options.context_length
         return perplexity(
@@ -94,4 +95,5 @@ class CausalLM(Objective):
             context_length=context_length,
             stride=max(1, context_length // 2),
             batch_size=self._batch_size,
+            share=share,
         )
