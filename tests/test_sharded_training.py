@@ -1,5 +1,6 @@
 """Parts of a model are trained, saved, gone on from and exported: gloo processes on the CPU."""
 
+import copy
 import io
 import json
 import os
@@ -12,15 +13,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from fusion_bench.modelpool import CausalLMPool
 from processes import two_ranks
 from safetensors.torch import load_file
-from tiny import assert_same_bits, tensors_of
-from tiny_training import moe_model, options_for, run
+from tiny import assert_same_bits, dense_model, load, tensors_of
+from tiny_training import DATA, TOKENIZER, moe_model, options_for, run
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.errors import UpcyclingError
+from fusion_upcycle.method import UpcycleAndTrainAlgorithm
 from fusion_upcycle.training import strategy
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.export import export
@@ -48,7 +51,8 @@ class Stop(Exception):
 
 def train_part(model: Path, folder: Path, ranks: int, stop: int = STEPS, **options: Any) -> Any:
     """Train this process's part; up to a step, as if it was ended there."""
-    given = options_for(STEPS, devices=ranks, **options)
+    own = {name: value for name, value in options.items() if name != "optimizer_state"}
+    given = options_for(STEPS, devices=ranks, **own)
     part = load_part(model, make_training_options(**given))
     original = PretrainingModule.training_step
 
@@ -116,6 +120,22 @@ def second_two(model: Path, folder: Path) -> None:
     with pytest.raises(Stop):
         train_part(model, folder / "turns", 2, 2 * SAVED, **EP)
     train_part(model, folder / "turns", 2, **FSDP)
+    moments = {"optimizer_state": str(folder / "fsdp" / "out")}
+    with pytest.raises(Stop):
+        train_part(model, folder / "warm", 2, 2, **EP, **moments)
+    chain(folder).run(CausalLMPool({"_pretrained_": str(folder / "dense")}, tokenizer=None))
+
+
+def chain(folder: Path, **training: Any) -> UpcycleAndTrainAlgorithm:
+    """A dense folder upcycled by one process, and trained by all."""
+    method = "fusion_upcycle.method."
+    upcycling = {"_target_": f"{method}SparseUpcyclingAlgorithm", "num_experts": 4}
+    upcycling |= {"experts_per_token": 2, "expert_init": "noise", "verify": "none"}
+    options = options_for(2, **FSDP | {"bias_update_rate": 0.0, "devices": 2})
+    options |= {"_target_": f"{method}ContinuedPretrainingAlgorithm", "data": DATA}
+    options |= {"tokenizer": str(folder / "dense"), "progress": False}
+    options |= {"save_checkpoint": str(folder / "chain")}
+    return UpcycleAndTrainAlgorithm(upcycling, options | training)
 
 
 def one(model: Path, folder: Path) -> None:
@@ -144,9 +164,12 @@ def test_parts_of_a_model_are_trained(tmp_path: Path) -> None:
     assert_exported(parts, tmp_path / "exported")
     with pytest.raises(UpcyclingError, match="sharded was True, is False"):
         run(model, tmp_path / "turns", STEPS, **OPTIONS)
+    dense_model("llama", vocab_size=257).save_pretrained(tmp_path / "dense")
+    TOKENIZER.save_pretrained(tmp_path / "dense")
     two_ranks(second_two, source, tmp_path, folder=tmp_path)
     two_ranks(one, source, tmp_path, folder=tmp_path, ranks=1)
 
+    model_again = copy.deepcopy(model)
     run(model, tmp_path / "whole", STEPS, **OPTIONS)
     fsdp, ep = tmp_path / "fsdp", tmp_path / "ep"
     for folder in (fsdp, ep, tmp_path / "turns", tmp_path / "alone"):
@@ -163,6 +186,14 @@ def test_parts_of_a_model_are_trained(tmp_path: Path) -> None:
             assert torch.equal(bias, tensors_of(fsdp / "out")[name])
     names = ("step", "lm_nats_per_token", "total", "gradient_norm", "churn", "layer_1/load_0")
     assert losses(tmp_path / "killed", *names) == losses(fsdp, *names)
+    warm = {"optimizer_state": str(fsdp / "out")}
+    run(model_again, tmp_path / "warm whole", STEPS, **OPTIONS, **warm)
+    pairs = zip(losses(tmp_path / "warm"), losses(tmp_path / "warm whole")[:2], strict=True)
+    assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs)
+    record = json.loads((tmp_path / "chain" / "training.json").read_text())
+    assert record["source"]["name"] == str(tmp_path / "chain.training" / "upcycled")
+    assert record["source"]["upcycling"]["num_experts"] == 4
+    assert load(tmp_path / "chain").config.num_local_experts == 4
     killed = tmp_path / "killed" / "out"
     assert_same_bits(tensors_of(killed), tensors_of(fsdp / "out"))
     assert_same_bits(load_file(killed / MOMENTS_FILE), load_file(fsdp / "out" / MOMENTS_FILE))

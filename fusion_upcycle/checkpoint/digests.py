@@ -93,8 +93,14 @@ def differences(
     recorded: Mapping[str, str] | None,
     record: str,
     progress: Callable[[int], object] = lambda _: None,
+    *,
+    part: slice = slice(None),
 ) -> list[str]:
-    """What of a folder is not as it was written, in words; the arguments are `check_files`'."""
+    """What of a folder is not as it was written, in words; the arguments are `check_files`'.
+
+    Args:
+        part: of the files, in the order of their names, that are read; others are only there.
+    """
     sums = folder / SUMS_FILE
     listed = dict(_listed(sums)) if sums.is_file() else {}
     problems = []
@@ -108,7 +114,7 @@ def differences(
     problems += [
         f"{name} was not written here" for name in sorted(there - expected.keys() - {SUMS_FILE})
     ]
-    for name in sorted(expected.keys() & there):
+    for name in sorted(expected.keys() & there)[part]:
         path = folder / name
         if path.is_symlink() and not _in_cache(folder, name):
             problems.append(f"{name} has become a link")

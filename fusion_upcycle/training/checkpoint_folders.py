@@ -19,7 +19,7 @@ from typing import Any
 from fusion_upcycle.checkpoint.digests import differences, seal
 from fusion_upcycle.checkpoint.durable import make_folder, move, sync
 from fusion_upcycle.errors import UpcyclingError, setting
-from fusion_upcycle.training.processes import gathered, is_first, together
+from fusion_upcycle.training.processes import gathered, is_first, place, together
 
 RECORD_FILE = "checkpoint.json"
 _PATTERN = re.compile(r"step-\d{9}")
@@ -95,8 +95,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:
     """The newest checkpoint to go on from; None where there is none at all.
 
-    It is read whole, for its digests (1.7 GB/s for each process); those before it only where it is
-    not good.
+    It is read whole, for its digests (1.7 GB/s for each process; those that can talk to each other
+    share its files); those before it only where it is not good.
 
     Args:
         identity: what it must have been made with, JSON.
@@ -201,7 +201,10 @@ def _read(path: Path) -> tuple[str, Any]:
     try:
         record = json.loads((path / RECORD_FILE).read_bytes())
         files = {str(name): str(found) for name, found in record["files"].items()}
-        return "; ".join(differences(path, files, RECORD_FILE)), record["identity"]
+        number, processes = place()
+        mine = differences(path, files, RECORD_FILE, part=slice(number, None, processes))
+        found = dict.fromkeys(problem for each in gathered(mine) for problem in each)
+        return "; ".join(found), record["identity"]
     except OSError as error:
         return str(error), None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -74,5 +74,7 @@ def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        # Each process has read the value itself.
+        mesh, places = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value, mesh, places, src_data_rank=None)
     return value.to(parameter.device, parameter.dtype)

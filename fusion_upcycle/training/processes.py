@@ -27,6 +27,11 @@ def is_first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _NUMBERS)
 
 
+def place() -> tuple[int, int]:
+    """The number of this process, and how many there are; before they can talk, it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if can_talk() else (0, 1)
+
+
 def gathered(value: Any) -> list[Any]:
     """The value that each process gives, by their numbers; before they can talk, only this one's.
 

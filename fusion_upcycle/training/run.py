@@ -269,7 +269,8 @@ def _train(
             metrics.begin(resumed and resumed / METRICS_FILE)
         loader = make_loader(order, objective, options, trainer)
         on_cpu = trainer.strategy.root_device.type == "cpu"
-        with kept_pages() if on_cpu else nullcontext():
+        # Of a part, what is gathered layer by layer would be kept in many sizes.
+        with kept_pages() if on_cpu and part is None else nullcontext():
             state = resumed and resumed / STATE_FILE
             trainer.fit(module, loader, ckpt_path=state, weights_only=True)
     module.routers.close()
