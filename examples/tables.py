@@ -141,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readers": partial(of_record, "readers.py", RESULTS / "readers"),
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),
     "prototypes": partial(of_record, "prototypes.py", RESULTS / "prototypes"),
+    "memory": partial(of_record, "memory.py", RESULTS / "memory", "markdown"),
     "merge": merge,
     "plan": plan,
     "train": train,

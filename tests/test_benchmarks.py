@@ -20,6 +20,7 @@ import pytest
 from tiny import dense_folder
 
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.training.options import make_training_options
 
 FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
 
@@ -153,7 +154,7 @@ class TrainedHere:
                 script("train_job").main(command[2], told)
         self.stdin, self.stdout = io.StringIO(), io.StringIO(told.getvalue())
 
-    def kill(self) -> None: ...
+    def terminate(self) -> None: ...
 
     def communicate(self) -> None: ...
 
@@ -193,6 +194,17 @@ def test_the_training_benchmark_measures_every_model(
     assert dense["parameters"] < wide["parameters"] < moe["parameters"]
     # The router is all that the MoE computes more than a dense model of its active size.
     assert moe["flops_per_token"] - wide["flops_per_token"] < 0.02 * wide["flops_per_token"]
+
+
+def test_the_training_benchmark_shares_a_step_in_every_way() -> None:
+    ways = script("train").shared_by(2)
+    names = ("ddp", "fsdp", "expert_parallel=2")
+    assert list(ways) == [f"MoE, 2 processes, {name}" for name in names]
+    for way in ways.values():
+        options = make_training_options(tokens=2**16, accelerator="cpu", **way)
+        command = script("train_job").Worker._python(SimpleNamespace(_arguments={"options": way}))
+        assert options.devices == 2 and command[-2:] == ["--nproc-per-node", "2"]
+    assert script("train").shared_by(1) == {}
 
 
 @pytest.mark.usefixtures("jobs_run_here")

@@ -9,7 +9,6 @@ from tiny import assert_same_bits, files_of, tensors_of
 from tiny_moe import moe_folder, moe_model
 
 from fusion_upcycle import expand, expand_model
-from fusion_upcycle.checkpoint import staging
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.expansion import expansion
 
@@ -67,15 +66,15 @@ def test_only_the_same_expansion_goes_on_with_what_a_killed_one_left(
             expand(source, output, overwrite=True, **options)
 
     start()
-    assert files_of(tmp_path) == before  # Ctrl-C leaves nothing
+    left = files_of(tmp_path)
+    assert before.items() <= left.items() and not output.exists()
+    assert all(name.startswith(".out.incomplete/") for name in left.keys() - before.keys())
     expected = {}
     for seed in (0, 1):
         expand(source, tmp_path / f"seed{seed}", seed=seed, **options)
         expected[seed] = tensors_of(tmp_path / f"seed{seed}")
     for seed in (0, 1):
-        with monkeypatch.context() as patch:  # a kill leaves all
-            patch.setattr(staging, "_remove", lambda *_: None)
-            start()
+        start()  # what Ctrl-C leaves is what a kill does
         shard = next((tmp_path / ".out.incomplete").glob("model-00001*"))
         written = shard.stat().st_mtime_ns
         done = expand(source, output, seed=seed, overwrite=True, **options)

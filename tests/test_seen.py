@@ -1,9 +1,11 @@
 """Speed, MFU and memory of a run: against what is counted and measured by other means."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import CONTEXT, moe_model, run
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")
 def test_mfu_is_counted_flops_over_the_given_peak(tmp_path: Path) -> None:
     model = moe_model()
     flops = TRAINING_PASSES * forward_flops(model, CONTEXT)
-    record = run(model, tmp_path, 4, peak_tflops=0.5).record
+    options: dict[str, Any] = {
+        "peak_tflops": 0.5,
+        "checkpoint_every": 2,
+        "output": tmp_path / "out",
+    }
+    record = run(model, tmp_path, 4, **options).record
     rows = read_metrics(tmp_path / "log")
     assert len(rows) == 4
     for row in rows:
@@ -28,6 +35,13 @@ def test_mfu_is_counted_flops_over_the_given_peak(tmp_path: Path) -> None:
     cost = record["cost"]
     assert cost["mfu"] == pytest.approx(cost["tokens_per_second"] * flops / 0.5e12)
     assert cost["peak_memory_bytes"] == pytest.approx(1e9 * rows[-1]["peak_memory_gb"])
+    waited = [row["save_seconds"] for row in rows]
+    assert waited[1] < waited[2] / 2 <= waited[3] / 2 < cost["save_seconds"] / 2
+    assert cost["export_seconds"] > 0
+    events = EventAccumulator(str(next((tmp_path / "log" / "tensorboard").iterdir()))).Reload()
+    assert {"mfu", "save_seconds", "peak_memory_gb", "export_seconds"} <= set(
+        events.Tags()["scalars"]
+    )
     assert cost["tokens_per_second"] < 4 * 64 / sum(64 / row["tokens_per_second"] for row in rows)
 
 

@@ -1,26 +1,18 @@
-"""An output appears whole or not at all, and stays: kills before every step, and a power cut.
+"""An output appears whole or not at all, and stays; `tests/faults` has what kills and errors do."""
 
-A kill is a process of its own that exits before its n-th change of the disk. A power cut is the
-order of syncs: what is not synced before a name changes may be gone after it.
-"""
-
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dense_folder, files_of
+from tiny import files_of
 
-from fusion_upcycle import upcycle
-from fusion_upcycle.checkpoint import durable, staging
+from fusion_upcycle.checkpoint import durable
 from fusion_upcycle.checkpoint.durable import exchange, make_folder, sync_tree
 from fusion_upcycle.checkpoint.staging import RECORD_FILE, staging_folder
 from fusion_upcycle.errors import UpcyclingError
-
-CHANGES = ("rename", "unlink", "rmdir", "mkdir", "fsync")
 
 
 def write(output: Path, text: str, overwrite: bool = True) -> None:
@@ -34,63 +26,6 @@ def write(output: Path, text: str, overwrite: bool = True) -> None:
 
 def contents(text: str) -> dict[str, bytes]:
     return {name: text.encode() for name in ("weights", "inner/template", RECORD_FILE)}
-
-
-def in_a_process_that_dies(run: Callable[[], None], step: int, exchanging: bool) -> bool:
-    """Whether the process was killed, before its change number `step`; else it ended by itself."""
-    child = os.fork()
-    if child == 0:
-        count = itertools.count()
-
-        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if next(count) == step:
-                    os._exit(9)
-                return real(*args, **kwargs)
-
-            return call
-
-        for name in CHANGES:
-            setattr(os, name, dying(getattr(os, name)))
-        staging.exchange = dying(exchange if exchanging else lambda *_: False)  # type: ignore[attr-defined]
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9), status
-    return status == 9
-
-
-@pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "two renames"])
-@pytest.mark.parametrize("before", [None, "old"], ids=["new", "overwrite"])
-def test_a_kill_before_any_step_loses_nothing_and_the_next_run_ends_it(
-    before: str | None, exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exchanging:
-        monkeypatch.setattr(staging, "exchange", lambda *_: False)
-    killed = 0
-    for step in itertools.count():
-        folder = tmp_path / str(step)
-        output = folder / "out"
-        if before is not None:
-            write(output, before)
-        died = in_a_process_that_dies(lambda: write(output, "new"), step, exchanging)  # noqa: B023
-        kept = folder.glob(".out.replaced-*")
-        whole = [contents("new"), *([] if before is None else [contents(before)])]
-        found = files_of(output)
-        found.pop("conversion.json", None)  # goes last
-        if found or before is not None:
-            # Between two renames the old output has another name, from which it comes back.
-            assert found in whole or any(files_of(old) == contents("old") for old in kept)
-        write(output, "new")
-        assert files_of(output) == contents("new")
-        assert [path.name for path in folder.iterdir()] == ["out"]  # nothing is left beside it
-        if not died:
-            break
-        killed += 1
-    assert killed >= (20 if before else 12)
 
 
 def test_an_old_output_that_is_back_is_not_overwritten_unasked(tmp_path: Path) -> None:
@@ -131,36 +66,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
         seen.append(("remove", path_of(path, dir_fd)))
         unlink(path, dir_fd=dir_fd)
 
-    def exchanged(a: Path, b: Path) -> bool:
-        seen.append(("rename", str(b)))
-        return exchange(a, b)
-
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(os, "unlink", removed)
-    monkeypatch.setattr(staging, "exchange", exchanged)
     yield seen
-
-
-def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_old_one_goes(
-    events: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    source, output = dense_folder(tmp_path / "dense"), tmp_path / "out"
-    for seed in (0, 1):  # the second replaces the first
-        events.clear()
-        upcycle(source, output, seed=seed, overwrite=True, max_shard_size="30KB", progress=False)
-        named = events.index(("rename", str(output)))
-        synced = {Path(path) for kind, path in events[:named] if kind == "sync"}
-        for path in (output, *output.rglob("*")):
-            there = path.relative_to(output)
-            assert tmp_path / ".out.incomplete" / there in synced, there
-        lasting = events.index(("sync", str(tmp_path)), named)
-        gone = [
-            place
-            for place, (kind, path) in enumerate(events)
-            if kind == "remove" and ".out.replaced-" in path
-        ]
-        assert bool(gone) == bool(seed) and all(place > lasting for place in gone)
 
 
 def test_folders_that_are_made_are_on_the_disk(

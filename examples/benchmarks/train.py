@@ -4,7 +4,8 @@ Question: tokens per second and memory of continued pre-training: a dense model,
           experts, top-2) with each experts implementation of transformers, and a dense model of the
           MoE's active size. The prediction is the dense model's throughput, times its FLOPs per
           token over the other model's.
-Command:  python examples/benchmarks/train.py --record examples/benchmarks/results/train.json
+Command:  python examples/benchmarks/train.py --processes 2 \\
+              --record examples/benchmarks/results/train.json
           python examples/benchmarks/train.py --table examples/benchmarks/results/train.json
 Needs:    two cores, 6 GB of memory, 5 minutes. On a GPU, for example: --precision bf16-true
           --hidden-size 2048 --layers 16 --context 2048 --batch 16 --peak-tflops 989
@@ -12,7 +13,9 @@ Expected: the MoE reaches at least 0.85 of the prediction with `grouped_mm`, tra
 
 What runs is `fusion_upcycle.training.run.train`, whole steps of it: our Lightning module with its
 losses, clipping, AdamW, router health and logs. Each model has a process of its own; the processes
-take turns of a few steps, so that they share the noise of the machine. Medians of all steps.
+take turns of a few steps, so that they share the noise of the machine. Medians of all steps. With
+`--processes 2` the MoE is also trained by two that share each step, with ddp, fsdp and expert
+parallelism: their CPU seconds together count.
 """
 
 import argparse
@@ -101,6 +104,7 @@ def measure(
         kinds = {DENSE: ("dense", {}), WIDE: ("wide", {})}
         for name in implementations:
             kinds[moe_name(name)] = ("moe", {"experts_implementation": name})
+        kinds |= {name: ("moe", way) for name, way in shared_by(options.processes).items()}
         models: dict[str, dict[str, Any]] = {n: dict(costs[k]) for n, (k, _) in kinds.items()}
         workers = {
             name: Worker(folder / kind, training | choice, options.steps, options.memory)
@@ -128,6 +132,21 @@ def measure(
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "models": models,
+    }
+
+
+def shared_by(processes: int) -> dict[str, dict[str, Any]]:
+    """The ways to train the MoE in several processes, which share the batch of a step."""
+    if processes == 1:
+        return {}
+    ways = {"ddp": {}, "fsdp": {}, f"expert_parallel={processes}": {"expert_parallel": processes}}
+    return {
+        f"MoE, {processes} processes, {name}": {
+            "devices": processes,
+            "strategy": "ddp" if name == "ddp" else "fsdp",
+            **way,
+        }
+        for name, way in ways.items()
     }
 
 
@@ -245,6 +264,7 @@ def _options() -> argparse.Namespace:
         ("steps", 2),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    parser.add_argument("--processes", type=int, default=1, help="that share a CPU's MoE too (1)")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--implementations", nargs="+", help="of the experts (all there are)")

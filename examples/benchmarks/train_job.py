@@ -38,10 +38,12 @@ class Turns:
             wall, cpu = (end - start for end, start in zip(now, self.before, strict=True))
             self.measured.append({"wall": wall, "cpu": cpu})
         if self.passes >= WARM_UP and len(self.measured) % self.steps == 0:
-            tell(self.report, {"steps": self.measured, "peak_bytes": self._peak_bytes()})
+            # Of several processes the first one waits, and the others for it, in what they share.
+            if self.report is not None:
+                tell(self.report, {"steps": self.measured, "peak_bytes": self._peak_bytes()})
+                if not sys.stdin.readline():
+                    raise SystemExit
             self.measured = []
-            if not sys.stdin.readline():
-                raise SystemExit
             now = self._now()
         self.passes += 1
         self.before = now
@@ -51,7 +53,17 @@ class Turns:
             import torch
 
             torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
+        return time.perf_counter(), self._cpu_seconds()
+
+    def _cpu_seconds(self) -> float:
+        """Of all processes together."""
+        import torch
+        import torch.distributed as dist
+
+        seconds = torch.tensor(time.process_time(), dtype=torch.float64)
+        if dist.is_initialized() and dist.get_world_size() > 1 and not self.cuda:
+            dist.all_reduce(seconds)
+        return float(seconds)
 
     def _peak_bytes(self) -> int:
         """Of the GPU's memory, or of the process's."""
@@ -82,17 +94,24 @@ def work(
 
     from fusion_upcycle.training.options import make_training_options
     from fusion_upcycle.training.run import Origin, Places, train
+    from fusion_upcycle.training.sharding import load_part
 
     cuda = options["accelerator"] != "cpu" and torch.cuda.is_available()
     if not cuda:
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
-    trained = AutoModelForCausalLM.from_pretrained(model)
-    trained.register_forward_pre_hook(Turns(steps, report, cuda=cuda))
+    asked = make_training_options(tokens=BUDGET, **options)
+    if asked.strategy == "fsdp":
+        part = load_part(model, asked)
+        trained, given = part.model, part
+    else:
+        trained = given = AutoModelForCausalLM.from_pretrained(model)
+    first = os.environ.get("RANK", "0") == "0"
+    trained.register_forward_pre_hook(Turns(steps, report if first else None, cuda=cuda))
     text = {"_target_": "fusion_upcycle.demo.domain_text", "domain": "prose", "split": "train"}
     train(
-        trained,
+        given,
         AutoTokenizer.from_pretrained(model),
-        make_training_options(tokens=BUDGET, **options),
+        asked,
         data={"prose": text},
         places=Places(Path(folder) / "work", Path(folder) / "logs"),
         origin=Origin(model),
@@ -125,7 +144,7 @@ class Worker:
         """Begin, and wait until it is warm, or has failed; says which."""
         with (self._work / "log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(self._arguments)],
+                [*self._python(), __file__, json.dumps(self._arguments)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -133,6 +152,12 @@ class Worker:
             )
         told = self._told()
         return {"failed": told["failed"]} if "failed" in told else {}
+
+    def _python(self) -> list[str]:
+        """One process, or torchrun and several."""
+        devices = self._arguments["options"].get("devices", 1)
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+        return [sys.executable, *(several if devices > 1 else [])]
 
     def turn(self) -> dict[str, Any]:
         """Some steps: wall and CPU seconds of each, and peak memory."""
@@ -145,7 +170,7 @@ class Worker:
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            self._process.terminate()  # torchrun ends the processes that it has started
             self._process.communicate()
 
     def _told(self) -> dict[str, Any]:

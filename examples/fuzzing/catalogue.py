@@ -61,7 +61,7 @@ def surfaces() -> tuple[Surface, ...]:
                 )
             ],
             _read_tensors,
-            150_000,
+            199_000,
         ),
         Surface(
             "weights: index",
@@ -101,7 +101,7 @@ def surfaces() -> tuple[Surface, ...]:
                 )
             ],
             _upcycle,
-            80_000,
+            1_000,
             _copy_of("dense"),
             patience=3,
         ),
@@ -109,7 +109,7 @@ def surfaces() -> tuple[Surface, ...]:
             "tokenizer.json",
             [File("tokenizer.json", valid.tokenizers())],
             lambda folder: (take_sample(folder / "tokenizer.json", config), _formats(folder)),
-            100_000,
+            80_000,
         ),
         Surface(
             "tokenizers: other formats",
@@ -195,7 +195,7 @@ def surfaces() -> tuple[Surface, ...]:
             "moments",
             [File(MOMENTS_FILE, [valid.moments(models)], as_safetensors)],
             read_moments,
-            50_000,
+            80_000,
             lambda folder: (folder / MOMENTS_FILE).parent.mkdir(),
         ),
         Surface(
@@ -256,7 +256,7 @@ def surfaces() -> tuple[Surface, ...]:
             lambda folder: load_documents(
                 [str(folder / "data.jsonl"), str(folder / "text.txt")], "data"
             ),
-            40_000,
+            60_000,
         ),
     )
 

@@ -87,6 +87,7 @@ def add_train(commands: "argparse._SubParsersAction[Command]") -> None:
 
 def _train(parsed: argparse.Namespace) -> None:
     from fusion_upcycle.live.loading import load_by_config, load_processor
+    from fusion_upcycle.report.record import Measured
     from fusion_upcycle.training.objectives.clip import ClipTexts
     from fusion_upcycle.training.options import make_training_options
     from fusion_upcycle.training.processes import is_first
@@ -99,18 +100,19 @@ def _train(parsed: argparse.Namespace) -> None:
     work = parsed.work_folder or output.with_name(f"{output.name}.training")
     work = Path(work).expanduser()
     places = Places(work, work / "logs", output, parsed.overwrite, not parsed.start_over)
-    if options.strategy == "fsdp":
-        part = load_part(parsed.model, options)
-        model = part.model
-    else:
-        part, model = None, load_by_config(parsed.model)
+    with Measured() as loading:
+        if options.strategy == "fsdp":
+            part = load_part(parsed.model, options)
+            model = part.model
+        else:
+            part, model = None, load_by_config(parsed.model)
     trained = train(
         part or model,
         load_processor(parsed.processor or parsed.model, model),
         options,
         data=_data(parsed),
         places=places,
-        origin=Origin(parsed.model, upcycling_of(parsed.model)),
+        origin=Origin(parsed.model, upcycling_of(parsed.model), loading.wall_seconds),
         validation=data_pairs("--validation", parsed.validation) or None,
         optimizer_state=parsed.optimizer_state and Path(parsed.optimizer_state).expanduser(),
         clip=parsed.clip_model and ClipTexts(parsed.clip_model),
@@ -161,4 +163,13 @@ def _say(record: dict[str, Any], unit: str) -> None:
     for name, metrics in record["validation"][steps[-1]].items() if steps else ():
         shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         print(f"  {name}: {shown}")
-    print(f"{record['cost'][f'{unit}_per_cpu_second']:.4g} {unit} per CPU second")
+    cost, load = record["cost"], record["source"]["load_seconds"]
+    print(f"{cost[f'{unit}_per_cpu_second']:.4g} {unit} per CPU second")
+    mfu = f", MFU {cost['mfu']:.1%}" if "mfu" in cost else ""
+    rate, each = (cost[f"{unit}_per_second{of}"] for of in ("", "_per_device"))
+    print(
+        f"{rate:.4g} {unit}/s, {each:.4g} of each device{mfu}; largest memory of a process "
+        f"{cost['peak_memory_bytes'] / 1e9:.3g} GB; "
+        f"load {load:.3g} s, save {cost['save_seconds']:.3g} s, export "
+        f"{cost.get('export_seconds', 0.0):.3g} s"
+    )

@@ -25,7 +25,7 @@ from fusion_upcycle.method.pool import (
 from fusion_upcycle.method.sparse_upcycling import SparseUpcyclingAlgorithm
 from fusion_upcycle.method.spelling import overrides_at, spelled_by_maker
 from fusion_upcycle.report.program import has_saved, prepare
-from fusion_upcycle.report.record import hydra_output_folder, write_run_record
+from fusion_upcycle.report.record import Measured, hydra_output_folder, write_run_record
 from fusion_upcycle.tables.images import Known
 from fusion_upcycle.training.options import TrainingOptions, make_training_options
 
@@ -133,13 +133,13 @@ class ContinuedPretrainingAlgorithm(BaseAlgorithm):
         require_findable(None if found is None else name, "modelpool.models._pretrained_")
         # Only a state of the dense model has to be carried over to the experts.
         made = None if self._state is None else upcycling_of(name)
-        if self.sharded and found is not None:
-            auto_class, _, options = found
-            return self.train(
-                self.load_part(name, auto_class, options), processor, Origin(name, made)
-            )
-        model = load_eagerly(modelpool, "_pretrained_")
-        return self.train(model, processor, Origin(name, made))
+        with Measured() as loading:
+            if self.sharded and found is not None:
+                auto_class, _, options = found
+                model: Any = self.load_part(name, auto_class, options)
+            else:
+                model = load_eagerly(modelpool, "_pretrained_")
+        return self.train(model, processor, Origin(name, made, loading.wall_seconds))
 
     def load_part(
         self, folder: str, auto_class: Any = None, options: Mapping[str, Any] | None = None
@@ -297,8 +297,10 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         if self._second.sharded:
             folder = self._made_once(modelpool, options)
             with spelled(overrides_at("method.training")):
-                part = self._second.load_part(str(folder))
-                return self._second.train(part, processor, Origin(str(folder), options))
+                with Measured() as loading:
+                    part = self._second.load_part(str(folder))
+                origin = Origin(str(folder), options, loading.wall_seconds)
+                return self._second.train(part, processor, origin)
         with spelled(overrides_at("method.upcycling")):
             moe = self._first.run(modelpool)
         assert moe is not None

@@ -113,6 +113,7 @@ class CheckpointEvery(Checkpoint):
 
     Attributes:
         last: checkpoint of this run.
+        seconds: that training has waited for checkpoints; what is written beside it is not in them.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class CheckpointEvery(Checkpoint):
         self._folder, self._identity, self._metrics = folder, identity, metrics
         self._describe = describe
         self._writing: Iterator[None] = iter(())
-        self._every, self._seconds = every, 60 * minutes
+        self._every, self._seconds, self.seconds = every, 60 * minutes, 0.0
         self._stopping, self._saved_at = stopping, time.monotonic()
         self._good = [] if resumed is None else [resumed]
         self.io = HashedCheckpointIO()
@@ -172,13 +173,17 @@ class CheckpointEvery(Checkpoint):
         if stop and self._stopping.asked is None:
             self._stopping.asked = signal.SIGTERM  # of another process
         trainer.should_stop |= stop
+        began = time.perf_counter()
         if not saving:
             self._finish()
         if module.due(self._every) or late or stop:
             self._save(trainer)
+        self.seconds += time.perf_counter() - began
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        began = time.perf_counter()
         self._finish()
+        self.seconds += time.perf_counter() - began
 
     def _finish(self) -> None:
         """Wait for what is still being written, and give the checkpoint its name."""

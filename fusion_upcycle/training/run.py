@@ -65,10 +65,12 @@ class Origin:
     Attributes:
         name: folder, Hub id or class.
         upcycling: options by which it was made of a dense model, as in `upcycling.json`.
+        load_seconds: that it took to load; None of one that was in memory.
     """
 
     name: str
     upcycling: dict[str, Any] | None = None
+    load_seconds: float | None = None
 
 
 def upcycling_of(folder: str) -> dict[str, Any] | None:
@@ -274,7 +276,7 @@ def _train(
     module.routers.close()
     stopping.after_fit(_stand(trainer, options, checkpoints, places.resume))
     before.restore(model, sharded=part is not None)
-    ended = {
+    ended: dict[str, Any] = {
         "steps": options.steps,
         f"{options.unit}_trained": options.steps * options.per_step,
         "resumed_from": None if resumed is None else resumed.name,
@@ -282,18 +284,20 @@ def _train(
         "final": module.last_metrics,
         "validation": scores.results,
         "router_warning": health.warning,
-        "cost": _cost(cost, options, module.first_step, seen, trainer.world_size),
+        "cost": _cost(cost, options, module.first_step)
+        | seen.of_run(cost.wall_seconds, module.first_step, trainer),
     }
     if trainer.is_global_zero:
         metrics.sync()
     if places.output is not None and not exported and trainer.is_global_zero:
-        export(
-            saving.last,
-            places.output,
-            ended=ended,
-            moments=options.save_moments,
-            overwrite=places.overwrite,
-        )
+        with seen.exporting(trainer, ended["cost"]):
+            export(
+                saving.last,
+                places.output,
+                ended=ended,
+                moments=options.save_moments,
+                overwrite=places.overwrite,
+            )
     if places.output is not None and trainer.is_global_zero:
         keep_only(checkpoints, ())
     if module.routers and trainer.is_global_zero:
@@ -340,14 +344,11 @@ def _announce(rate: RouterRate | None, progress: bool) -> None:
         warnings.warn(rate.warning, stacklevel=3)
 
 
-def _cost(
-    cost: Measured, options: TrainingOptions, first_step: int, seen: Seen, world: int
-) -> dict[str, float | int]:
-    """What this process took, and how fast the run was, validation and saving included."""
+def _cost(cost: Measured, options: TrainingOptions, first_step: int) -> dict[str, Any]:
+    """What this process took, validation and saving included."""
     done = (options.steps - first_step) * options.per_step
     speed = done / cost.cpu_seconds if cost.cpu_seconds else 0.0
-    found = cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
-    return found | seen.of_run(done / cost.wall_seconds, world)
+    return cost.as_record() | {f"{options.unit}_per_cpu_second": speed}
 
 
 def _identity(

@@ -1,12 +1,17 @@
 """What a run is seen by: speed, share of the devices' peak, memory; in logs, bar and record."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from fusion_upcycle.live.cost import TRAINING_PASSES, forward_flops
 from fusion_upcycle.report.memory import peak_bytes
+from fusion_upcycle.training.checkpoints import CheckpointEvery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +41,15 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
+def _saving(trainer: L.Trainer) -> float:
+    """Seconds that training has waited for checkpoints."""
+    saving = trainer.checkpoint_callback
+    assert isinstance(saving, CheckpointEvery)
+    return saving.seconds
+
+
 class Seen(L.Callback):
-    """Speed per device, MFU and memory of each log, and of the run.
+    """Speed per device, MFU, memory and seconds of saving of each log, and of the run.
 
     MFU, model FLOPs utilisation [PaLM, arXiv 2204.02311, appendix B]: FLOPs of the active
     parameters and of attention to what a token sees, forward and backward, recomputation left out,
@@ -77,22 +89,40 @@ class Seen(L.Callback):
         largest = float(trainer.strategy.reduce(mine, reduce_op="max"))
         self._largest = round(largest * 2**20)
         found["peak_memory_gb"] = self._largest / 1e9
+        found["save_seconds"] = _saving(trainer)
         module.write(found)
         module.last_metrics |= found
-        bar = ("mfu", "peak_memory_gb")
+        bar = ("mfu", "peak_memory_gb", "save_seconds")
         shown: Any = {name: found[name] for name in bar if name in found}
         module.log_dict(shown, prog_bar=True, logger=False)
 
-    def of_run(self, per_second: float, world: int) -> dict[str, float | int]:
-        """For the record.
+    def of_run(self, seconds: float, first_step: int, trainer: L.Trainer) -> dict[str, float | int]:
+        """For the record: of all devices together, validation and saving included.
 
         Args:
-            per_second: tokens or examples, of all devices.
-            world: how many there are.
+            seconds: that the run took.
+            first_step: of this process.
         """
-        unit = self._options.unit
-        speed = {f"{unit}_per_second": per_second} | self._speed(per_second, world)
-        return speed | {"peak_memory_bytes": self._largest}
+        options = self._options
+        rate = (options.steps - first_step) * options.per_step / seconds
+        found: dict[str, float | int] = {f"{options.unit}_per_second": rate}
+        found |= self._speed(rate, trainer.world_size)
+        return found | {"peak_memory_bytes": self._largest, "save_seconds": _saving(trainer)}
+
+    @contextmanager
+    def exporting(self, trainer: L.Trainer, cost: dict[str, Any]) -> Iterator[None]:
+        """Add what the block took to the run's costs and to TensorBoard.
+
+        It cannot be in the folder that is exported, whose record is a part of it.
+        """
+        began = time.perf_counter()
+        yield
+        cost["export_seconds"] = time.perf_counter() - began
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                found = {"export_seconds": cost["export_seconds"]}
+                logger.log_metrics(found, step=self._options.steps)
+                logger.save()
 
     def _speed(self, per_second: float, world: int) -> dict[str, float]:
         found = {f"{self._options.unit}_per_second_per_device": per_second / world}

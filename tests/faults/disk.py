@@ -33,7 +33,7 @@ class Disk:
         self._image = folder / "disk.img"
         subprocess.run(["truncate", "-s", size, self._image], check=True)
         few = [] if inodes is None else ["-N", str(inodes)]
-        subprocess.run(["mkfs.ext4", "-q", "-F", *few, self._image], check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-b", "4096", *few, self._image], check=True)
 
     @contextmanager
     def mounted(self) -> Iterator[Path]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disk import Disk, no_disk
 from points import ERRORS, Whole, cases
 from shim import NOT_HERE, Call, Fault, Warm
 from tiny import files_of
@@ -161,6 +162,42 @@ def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_old_one_goes
         gone = [n for n, c in enumerate(calls) if ".out.replaced-" in str(c.path) and removes(c)]
         assert lasting > named and bool(gone) == (case.before is not None)
         assert all(n > lasting for n in gone)
+
+
+@pytest.mark.skipif(bool(no_disk()), reason=no_disk() or "runs")
+def test_a_power_cut_leaves_the_old_output_or_the_new_one(warm: Warm, tmp_path: Path) -> None:
+    disk = Disk(tmp_path, "200M")
+    with disk.mounted() as mounted:
+        case = next(
+            case
+            for case in cases(tmp_path / "models", mounted / "watched")
+            if case.name == "upcycle --overwrite"
+        )
+        whole = case.whole(warm)
+        named = place(whole, "exchange", 0)
+        for point in (named, named + 1, named + 3):
+            assert whole.cut_off(disk, warm, point) == [], whole.calls[point]
+        case.set_up()
+        assert case.run(warm).status == 0
+        assert whole.on_the_disk(disk, done=True) == []
+        (case.output / "README.md").write_text("")
+        os.sync()  # what is looked at is what is on the disk
+        assert whole.on_the_disk(disk, done=True) != []
+
+
+@pytest.mark.skipif(bool(no_disk()), reason=no_disk() or "runs")
+def test_a_disk_that_is_full_of_bytes_or_of_files_ends_in_one_line(
+    warm: Warm, wholes: dict[str, Whole], tmp_path: Path
+) -> None:
+    arguments = list(wholes["upcycle --overwrite"].case.arguments)
+    for said, size, inodes in (("free disk", "30M", None), ("free inodes", "200M", 60)):
+        (folder := tmp_path / said).mkdir()
+        with Disk(folder, size, inodes).mounted() as mounted:
+            arguments[2] = mounted / "out"
+            ended = warm.run(arguments)
+            assert ended.status == 2 and ended.said.startswith(f"error: Not enough {said}")
+            assert len(ended.said.splitlines()) == 1
+            assert [path.name for path in mounted.iterdir()] == ["lost+found"]
 
 
 def names(call: Call, output: Path) -> bool:
