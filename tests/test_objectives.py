@@ -31,6 +31,7 @@ from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.order import ExampleOrder
 from fusion_upcycle.training.parameters import count_parameters, group_of_parameters
 from fusion_upcycle.training.run import Origin
+from fusion_upcycle.training.seen import MEASURED
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
 
@@ -59,7 +60,7 @@ def losses(folder: Path) -> list[float]:
 
 def logged(folder: Path) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in row.items() if "second" not in k} for row in read_metrics(folder / "log")
+        {k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(folder / "log")
     ]
 
 

@@ -20,6 +20,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.checkpoints import STATE_FILE, CheckpointEvery, HashedCheckpointIO
 from fusion_upcycle.training.run import Trained
+from fusion_upcycle.training.seen import MEASURED
 from fusion_upcycle.training.work_folder import held
 from fusion_upcycle.verify import verify_files
 
@@ -46,9 +47,8 @@ def table(folder: Path) -> list[list[str]]:
     """The log as it is written, but for the columns that depend on clock and machine."""
     with open(folder / "log" / "metrics.csv", encoding="utf-8", newline="") as lines:
         rows = list(csv.reader(lines))
-    measured = ("tokens_per_second", "tokens_per_second_per_device", "peak_memory_gb")
-    places = {rows[0].index(name) for name in measured}
-    return [[cell for place, cell in enumerate(row) if place not in places] for row in rows]
+    places = [place for place, name in enumerate(rows[0]) if name not in MEASURED]
+    return [[row[place] for place in places] for row in rows]
 
 
 def assert_as(whole: tuple[Path, Trained], folder: Path) -> None:

@@ -4,7 +4,7 @@ Question: `kill -9` at random moments of `python -m fusion_upcycle train`, each 
           command, as on spot instances: is the model the same, and the log?
 Command:  python examples/faults/training.py --record examples/results/faults  (1 minute of CPU)
 Expected: all runs equal in every file but `training.json`, which has the time that was taken, and
-          in every column of `metrics.csv` but `tokens_per_second`; nothing left in the work folder.
+          in every column of `metrics.csv` but speed and memory; nothing left in the work folder.
 
 The moments are drawn evenly from the CPU time that a whole run takes, so that they fall into the
 packing, the steps, the checkpoints, the export and the clean-up alike, however busy the machine.
@@ -116,12 +116,14 @@ def differences(whole: Run, run: Run) -> str:
 
 
 def _log(run: Run) -> list[list[str]]:
-    """The table as it is written, but for the column that depends on the clock."""
+    """The table as it is written, but for the columns that depend on clock and machine."""
+    from fusion_upcycle.training.seen import MEASURED
+
     table = run.folder / "out.training" / "logs" / "metrics.csv"
     with open(table, encoding="utf-8", newline="") as lines:
         rows = list(csv.reader(lines))
-    column = rows[0].index("tokens_per_second")
-    return [[*row[:column], *row[column + 1 :]] for row in rows]
+    places = [place for place, name in enumerate(rows[0]) if name not in MEASURED]
+    return [[row[place] for place in places] for row in rows]
 
 
 def _warm() -> None:

@@ -189,10 +189,10 @@ STRAY = {
     "cohere2": _LAYER_NORMS,
 }
 
-#: Noise of every transformers config: no reader of a causal language model looks at it.
-_NOT_WRITTEN = frozenset(
+#: Noise of every transformers config where it says what all say: a reader of a causal language
+#: model looks at none of it, one of a classifier needs its labels.
+_USUAL = frozenset(
     {
-        "_name_or_path",
         "chunk_size_feed_forward",
         "id2label",
         "is_encoder_decoder",
@@ -212,11 +212,16 @@ def readable_config(config: "PreTrainedConfig") -> dict[str, Any]:
     `num_local_experts`; older readers (transformers 4, vLLM, llama.cpp) look for `rope_theta`,
     `rope_scaling`, `partial_rotary_factor`, `torch_dtype`, and the other one.
     """
+    from transformers import PreTrainedConfig
+
     if hasattr(config, "dense_model_type"):  # ours: what transformers writes, and our code's place
         from fusion_upcycle.models import auto_map
 
         return config.to_dict() | {"auto_map": auto_map(config)}
-    data = {key: value for key, value in config.to_dict().items() if key not in _NOT_WRITTEN}
+    usual = PreTrainedConfig().to_dict()
+    written = config.to_dict().items()
+    data = {k: v for k, v in written if k not in _USUAL or v != usual[k]}
+    data.pop("_name_or_path", None)
     rope = data.get("rope_parameters")
     if rope:
         data["rope_theta"] = rope["rope_theta"]

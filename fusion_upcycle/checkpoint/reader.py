@@ -146,6 +146,8 @@ class CheckpointReader:
         return torch.frombuffer(memory, dtype=dtype, count=count)
 
     def _view(self, place: _Place, dtype: torch.dtype, start: int, count: int) -> Tensor:
+        if count <= 0:
+            return torch.empty(0, dtype=dtype)
         self._check_unchanged(place.file)
         pages = self._mapped(place.file)
         with warnings.catch_warnings():

@@ -64,7 +64,8 @@ def describe(
     _write_json(about / "config.json", readable_config(config))
     if model.can_generate():
         model.generation_config.save_pretrained(about)
-    processor.save_pretrained(about)
+    if hasattr(processor, "save_pretrained"):  # a function that makes tensors of images has none
+        processor.save_pretrained(about)
     names = ("loss", "unit", "target", "pipeline_tag")
     _write_json(
         about / _ABOUT_FILE,

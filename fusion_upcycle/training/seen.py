@@ -32,6 +32,11 @@ PEAK_TFLOPS = {
     "A100": 312.0,
 }
 
+#: Columns of the log that depend on clock and machine; two equal runs are equal in all others.
+MEASURED = frozenset(
+    f"{unit}_per_second{of}" for unit in ("tokens", "examples") for of in ("", "_per_device")
+) | {"mfu", "peak_memory_gb", "save_seconds"}
+
 
 def peak_tflops(device: torch.device) -> float | None:
     """Of a GPU in the table; None for a CPU and for any other, as a guess would be none."""

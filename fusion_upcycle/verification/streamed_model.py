@@ -89,7 +89,7 @@ def streamed_model(
             module.streamed = True
         elif id(module) not in read and type(module).forward is nn.Linear.forward:
             names = {p: file_name(f"{name}.{p}") for p, _ in module.named_parameters()}
-            module.forward = _reading(_linear, names, weights)
+            module.forward = _reading(_linear, (names, module.weight.shape), weights)
             module.streamed = True
 
     def pieces(live: str) -> Sequence[LiveSlot]:
@@ -242,14 +242,15 @@ def _embed(ids: Tensor, name: str, weights: _Weights) -> Tensor:
     return weights.rows(name, ids)
 
 
-def _linear(x: Tensor, names: Mapping[str, str], weights: _Weights) -> Tensor:
+def _linear(x: Tensor, named: tuple[Mapping[str, str], torch.Size], weights: _Weights) -> Tensor:
     """`F.linear`, a block of rows at a time: an output head can be larger than a layer."""
-    length, width = weights.source.specs[names["weight"]].shape
-    rows = max(1, CHUNK_ELEMENTS // max(1, width))
-    output = x.new_empty(*x.shape[:-1], length)
-    blocks = weights.blocks(names["weight"], rows * width)
-    for block, part in zip(blocks, output.split(rows, dim=-1), strict=True):
-        part.copy_(F.linear(x, block.view(-1, width)))
+    names, (length, width) = named  # a source that is seen split knows no shape of the whole
+    output = x.new_zeros(*x.shape[:-1], length)
+    if length and width:  # shared experts may have none
+        rows = max(1, CHUNK_ELEMENTS // width)
+        blocks = weights.blocks(names["weight"], rows * width)
+        for block, part in zip(blocks, output.split(rows, dim=-1), strict=True):
+            part.copy_(F.linear(x, block.view(-1, width)))
     if "bias" in names:
         with weights.borrow(names["bias"]) as bias:
             output = output + weights.cast(bias)
