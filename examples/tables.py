@@ -24,7 +24,7 @@ from fusion_upcycle.comparison.results import read_results
 from fusion_upcycle.comparison.rows import find_tasks, make_rows
 from fusion_upcycle.comparison.tables import scores
 from fusion_upcycle.options import markdown_table
-from fusion_upcycle.report.tables import bits_per_byte_table, read_run_record
+from fusion_upcycle.report.tables import Table, bits_per_byte_table, read_run_record
 
 EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
@@ -96,6 +96,30 @@ def train() -> str:
     return script("benchmarks/train.py").table(benchmark("train")["train"], "main").to_markdown()
 
 
+def fuzz() -> str:
+    record = json.loads((RESULTS / "fuzz" / "fuzz.json").read_text())
+    found = Table(
+        "",
+        ("what is read", "inputs", "refused", "bad", "most CPU s of one", "most MB of one"),
+        [
+            (
+                name,
+                f"{sum(surface['inputs'].values()):,}",
+                f"{surface['refused']:,}",
+                str(sum(bad["count"] for bad in surface["bad"].values())),
+                f"{surface['cpu_seconds']:.2f}",
+                f"{surface['megabytes']:.0f}",
+            )
+            for name, surface in record["surfaces"].items()
+        ],
+    )
+    engines = " and ".join(f"{count:,} by {name}" for name, count in record["engines"].items())
+    return (
+        f"{found.to_markdown()}\n\n{record['inputs']:,} inputs ({engines}), seed {record['seed']}, "
+        f"{record['bad']} bad."
+    )
+
+
 def experiment(name: str) -> str:
     """The scores of an experiment's runs, as its report has them."""
     folder = RESULTS / name
@@ -137,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exactness": partial(of_record, "exactness.py", RESULTS),
     "convert": convert,
     "faults": partial(of_record, "faults/conversions.py", RESULTS / "faults"),
+    "fuzz": fuzz,
     "recipes": partial(of_record, "recipes.py", RESULTS / "recipes"),
     "readers": partial(of_record, "readers.py", RESULTS / "readers"),
     "merging": partial(of_record, "merging.py", RESULTS / "merging"),
