@@ -362,7 +362,7 @@ def test_a_weight_that_is_no_number_is_found_wherever_it_is(value: float, tmp_pa
 def test_what_transformers_makes_of_a_forged_generation_config_is_ours(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense")
     (source / "generation_config.json").write_text('{"pad_token_id": [7, 7]}')
-    with pytest.raises(UpcyclingError, match="cannot load .*TypeError"):
+    with pytest.raises(UpcyclingError, match=r"cannot load .*TypeError"):
         upcycle(source, tmp_path / "moe", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
