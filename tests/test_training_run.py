@@ -446,10 +446,14 @@ def test_routing_is_logged_for_every_layer_and_expert(tmp_path: Path) -> None:
     assert list((tmp_path / "log" / "tensorboard").rglob("events*"))
 
 
-def test_the_progress_bar_shows_loss_and_speed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_progress_bar_shows_loss_and_speed_also_of_a_run_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(moe_model(), tmp_path, 3, progress=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying_at(patch, 2)
+        run(moe_model(), tmp_path, 3, checkpoint_every=1)
+    capsys.readouterr()
+    run(moe_model(), tmp_path, 3, checkpoint_every=1, progress=True)
     said = capsys.readouterr()
     assert "training: 100%" in said.out + said.err
     assert "lm_nats_per_token=" in said.out + said.err

@@ -24,7 +24,14 @@ METRICS_FILE = "metrics.csv"
 class Progress(TQDMProgressBar):
     """Steps, time left, loss and tokens per second."""
 
+    def on_train_start(self, trainer: Any, *arguments: Any) -> None:
+        super().on_train_start(trainer, *arguments)
+        self._begin(trainer)  # a resumed run starts no epoch
+
     def on_train_epoch_start(self, trainer: Any, *arguments: Any) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: Any) -> None:
         bar = self.train_progress_bar
         bar.reset(self.total_train_batches)
         bar.initial = bar.n = trainer.global_step  # of a resumed run, or time left would be wrong
