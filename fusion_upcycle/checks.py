@@ -101,8 +101,13 @@ def _dotted_name(function: Callable[..., Any]) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether an option, which may come from a command line as text, is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether an option, which may come from a command line as text, is a finite number.
+
+    A whole one from 2^63 on is none: nothing here counts so far, and no float or tensor takes it.
+    """
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
 
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")

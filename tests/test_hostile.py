@@ -17,7 +17,10 @@ from fusion_upcycle.checkpoint.adapter_config import read_adapter_config
 from fusion_upcycle.checkpoint.reader import CheckpointReader
 from fusion_upcycle.checkpoint.source import check_companions, read_config
 from fusion_upcycle.checkpoint.tokenizer_file import check_tokenizer, ends, tokenizing
+from fusion_upcycle.checks import is_number
 from fusion_upcycle.comparison.results import read_results
+from fusion_upcycle.comparison.rows import find_tasks, make_rows
+from fusion_upcycle.comparison.tables import make_tables
 from fusion_upcycle.conversion.inherited import inherited
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
 from fusion_upcycle.errors import UpcyclingError, plain, plain_logger
@@ -334,6 +337,53 @@ def test_a_report_is_made_of_results_only(said: Any, tmp_path: Path) -> None:
     (tmp_path / "run_record.json").write_text(json.dumps(said))
     with pytest.raises(UpcyclingError, match=r"run_record\.json|too large"):
         read_results([tmp_path])
+
+
+BENCHMARK = {
+    "purpose": "test",
+    "experiment": "e",
+    "row": "a",
+    "settings": {},
+    "position": 1,
+    "group": "g",
+    "reference": None,
+    "models": ["a"],
+    "subset": False,
+    "seed": 0,
+    "trials": 0,
+    "tasks": {},
+    "error": None,
+    "arguments": [],
+    "costs": {"wall_seconds": 1.5},
+    "report": {"pool": {"a": {"accuracy": 0.5}, "cost": {"total_parameters": 1}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"models": [["a"]]}, "models is"),
+        ({"tasks": {"pool": ["a"]}}, "tasks is"),
+        ({"costs": {"wall_seconds": "../../x"}}, "seconds is"),
+        ({"report": {"pool": {"a": {"accuracy": 0.5}, "cost": {"total_parameters": [1]}}}}, "cost"),
+    ],
+)
+def test_a_table_is_made_of_numbers_and_names(said: Any, words: str, tmp_path: Path) -> None:
+    def tables(section: dict[str, Any]) -> object:
+        (tmp_path / "run_record.json").write_text(json.dumps({"benchmark": section}))
+        results = read_results([tmp_path])
+        tasks = find_tasks(results)
+        return make_tables(make_rows(results, tasks), tasks)
+
+    assert tables(BENCHMARK)
+    with pytest.raises(UpcyclingError, match=f"run_record.json.*{words}"):
+        tables(BENCHMARK | said)
+
+
+@pytest.mark.parametrize("value", [2**63, -(10**400), float("inf"), "1", True])
+def test_a_number_is_finite_and_fits(value: object) -> None:
+    assert not is_number(value)
+    assert is_number(2**63 - 1) and is_number(0.5)
 
 
 # --- weights --------------------------------------------------------------------------------------

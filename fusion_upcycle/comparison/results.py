@@ -7,6 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from fusion_upcycle.checks import is_number
 from fusion_upcycle.comparison.metrics import primary_metric
 from fusion_upcycle.errors import UpcyclingError, plain
 from fusion_upcycle.report.record import MANIFEST_NAME, RECORD_NAME
@@ -81,6 +82,21 @@ class Result:
     seconds: float | None = None
     tokens: float | None = None
     proof: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what tables could not be made of.
+
+        Raises:
+            TypeError: something of another kind; the readers put it down to the file.
+        """
+        kinds = {"models": (self.models, str), "tasks": (self.tasks.values(), dict)}
+        for name, (values, kind) in kinds.items():
+            if not all(isinstance(value, kind) for value in values):
+                raise TypeError(f"{name} is {getattr(self, name)!r:.60}")
+        for name in ("seconds", "tokens"):
+            value = getattr(self, name)
+            if value is not None and not is_number(value):
+                raise TypeError(f"{name} is {value!r:.60}")
 
     @property
     def label(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from fusion_upcycle.checks import is_number
 from fusion_upcycle.comparison.metrics import (
     is_share,
     lower_is_better,
@@ -13,6 +14,7 @@ from fusion_upcycle.comparison.metrics import (
     stderr_of,
 )
 from fusion_upcycle.comparison.results import NOT_TASKS, Result
+from fusion_upcycle.errors import UpcyclingError
 
 #: Of models as they are, and of bounds; their rows do not compete.
 REFERENCES = "Reference Results"
@@ -94,13 +96,22 @@ class Row:
         return Score(seeds[0], joint, seeds)
 
     def fact(self, section: str, name: str) -> float | None:
-        """A number that is no task's, as of `cost` or `routing`; the mean over seeds."""
-        values = [
-            report[section][name]
-            for result in self.results
-            for report in result.report.values()
-            if isinstance(report, dict) and name in (report.get(section) or {})
-        ]
+        """A number that is no task's, as of `cost` or `routing`; the mean over seeds.
+
+        Raises:
+            UpcyclingError: it is something else.
+        """
+        values = []
+        for result in self.results:
+            for report in result.report.values():
+                facts = report.get(section) if isinstance(report, dict) else None
+                if isinstance(facts, dict) and name in facts:
+                    if not is_number(facts[name]):
+                        raise UpcyclingError(
+                            f"{result.source}: {section}.{name} is {facts[name]!r:.60}, not a "
+                            "number. Leave the file out."
+                        )
+                    values.append(facts[name])
         return mean(values) if values else None
 
 
