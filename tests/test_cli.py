@@ -1,6 +1,7 @@
 """The command line: what it prints, what it leaves, and its exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -72,6 +73,20 @@ def test_the_module_is_the_command_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("command", "policy"), [("verify", "PASSIVE"), ("train", None)])
+def test_threads_of_a_conversion_sleep_when_they_wait(
+    command: str, policy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    given = [command, str(tmp_path / "none")]
+    with pytest.raises(SystemExit):
+        main(
+            [*given, str(tmp_path / "out"), "--demo", "--tokens", "64"] if policy is None else given
+        )
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 # --- planning options ---------------------------------------------------------------------------

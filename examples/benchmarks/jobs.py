@@ -57,6 +57,9 @@ def plain_write(output: str, nbytes: int, give_back: bool = False) -> dict[str, 
 def fusion_upcycle(source: str, output: str, num_experts: int) -> dict[str, Any]:
     """Our conversion with verify=layers, split into imports, plan to rename, and proof."""
     started, cpu_started = time.perf_counter(), time.process_time()
+    from fusion_upcycle.cli import let_threads_sleep
+
+    let_threads_sleep()  # as the command line does
     # transformers imports these on first use, in the middle of planning.
     from transformers import LlamaForCausalLM, MixtralForCausalLM  # noqa: F401
 
