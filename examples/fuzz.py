@@ -70,6 +70,8 @@ def main() -> None:
     if options.record is not None:
         options.record.mkdir(parents=True, exist_ok=True)
         path = options.record / "fuzz.json"
+        if options.only is not None and path.is_file():  # the others stay as they were found
+            record = _with_others(record, json.loads(path.read_text()))
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"Record: {path}")
     sys.exit(1 if record["bad"] else 0)
@@ -82,7 +84,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, default=MILLION, help="of all surfaces together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (default: 1)")
-    parser.add_argument("--only", help="surfaces whose name has this in it")
+    parser.add_argument(
+        "--only",
+        help="surfaces whose name has this in it; of a record that is there, only they change",
+    )
     parser.add_argument("--record", type=Path, help="folder of the record, fuzz.json")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
@@ -136,6 +141,16 @@ def _outcome(process: Any, surface: Surface, place: Path) -> dict[str, Any]:
     log = (place / f"{surface.name}.log").read_bytes()[-3000:].decode(errors="replace")
     ended = {"count": 1, "where": f"exit status {process.exitcode}: {log}", "input": ""}
     return {**asdict(Outcome(surface.name)), "bad": {"the process ended": ended}}
+
+
+def _with_others(again: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """A record in which some surfaces are those of a later run."""
+    outcomes = [
+        {"surface": n, **found} for n, found in (old["surfaces"] | again["surfaces"]).items()
+    ]
+    later = {*old.get("run_again", ()), *again["surfaces"]}
+    whole = summary(outcomes, old["seed"], old["seconds"] + again["seconds"])
+    return whole | {"run_again": sorted(later)}
 
 
 def summary(outcomes: list[dict[str, Any]], seed: int, seconds: float) -> dict[str, Any]:

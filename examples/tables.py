@@ -117,6 +117,11 @@ def fuzz() -> str:
     return (
         f"{found.to_markdown()}\n\n{record['inputs']:,} inputs ({engines}), seed {record['seed']}, "
         f"{record['bad']} bad."
+        + (
+            f" Mended and run again: {', '.join(again)}."
+            if (again := record.get("run_again"))
+            else ""
+        )
     )
 
 

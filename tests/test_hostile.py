@@ -364,6 +364,7 @@ BENCHMARK = {
     [
         ({"models": [["a"]]}, "models is"),
         ({"tasks": {"pool": ["a"]}}, "tasks is"),
+        ({"tasks": {"pool": {"unseen": float("nan")}}}, "tasks is"),
         ({"costs": {"wall_seconds": "../../x"}}, "seconds is"),
         ({"report": {"pool": {"a": {"accuracy": 0.5}, "cost": {"total_parameters": [1]}}}}, "cost"),
     ],

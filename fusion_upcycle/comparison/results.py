@@ -89,10 +89,13 @@ class Result:
         Raises:
             TypeError: something of another kind; the readers put it down to the file.
         """
-        kinds = {"models": (self.models, str), "tasks": (self.tasks.values(), dict)}
-        for name, (values, kind) in kinds.items():
-            if not all(isinstance(value, kind) for value in values):
-                raise TypeError(f"{name} is {getattr(self, name)!r:.60}")
+        tasks = [task for task in self.tasks.values() if isinstance(task, dict)]
+        unseen = [task.get("unseen") or [] for task in tasks]
+        known = len(tasks) == len(self.tasks) and all(isinstance(names, list) for names in unseen)
+        if not known or not all(isinstance(name, str) for names in unseen for name in names):
+            raise TypeError(f"tasks is {self.tasks!r:.60}")
+        if not all(isinstance(name, str) for name in self.models):
+            raise TypeError(f"models is {self.models!r:.60}")
         for name in ("seconds", "tokens"):
             value = getattr(self, name)
             if value is not None and not is_number(value):
