@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # tiny models, in the roles
+
 MIB = 2**20
 FAMILIES = [
     "mixtral",
@@ -168,7 +170,6 @@ def saw(folder: Path, value: Any) -> None:
 
 def role_models(folder: Path) -> None:
     """Tiny models of every family, and of our own."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny_families
     import tiny_moe
     import tiny_training
@@ -237,7 +238,6 @@ def inputs(model: Any) -> dict[str, Any]:
 
 
 def trained(folder: Path, work: Path, model: Path, steps: int, **options: Any) -> Any:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny_training
 
     from fusion_upcycle.training.options import make_training_options
@@ -257,19 +257,10 @@ def trained(folder: Path, work: Path, model: Path, steps: int, **options: Any) -
 
 def role_killed(folder: Path, work: str, options: str) -> None:
     """The process ends while it saves step 4."""
-    from fusion_upcycle.training import strategy
+    import tiny_training
 
-    hashed = strategy._hashed
-
-    def die(written: Any, at: Path, process: int) -> dict[str, str]:
-        found = hashed(written, at, process)
-        if "step-000000004" in str(at):
-            time.sleep(1)  # training goes on
-            os._exit(9)
-        return found
-
-    strategy._hashed = die
-    role_train(folder, work, options)
+    with tiny_training.dying_in_a_save(4):
+        role_train(folder, work, options)
 
 
 def role_train(folder: Path, work: str, options: str) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,14 +16,13 @@ from fusion_bench.modelpool import CausalLMPool
 from processes import two_ranks
 from safetensors.torch import load_file
 from tiny import assert_same_bits, dense_model, load, tensors_of
-from tiny_training import DATA, TOKENIZER, moe_model, options_for, run
+from tiny_training import DATA, TOKENIZER, dying_in_a_save, moe_model, options_for, run
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusion_upcycle.checkpoint.moments import MOMENTS_FILE
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method import UpcycleAndTrainAlgorithm
-from fusion_upcycle.training import strategy
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.export import export
 from fusion_upcycle.training.logs import read_metrics
@@ -86,16 +84,7 @@ def first_two(model: Path, folder: Path) -> None:
             train_part(model, folder / "turns", 2, SAVED, **FSDP)
         for options in (FSDP, EP):
             assert_bfloat16(model, folder / f"bf16-{options.get('expert_parallel')}", options)
-    hashed = strategy._hashed
-
-    def die(written: Any, at: Path, process: int) -> dict[str, str]:
-        found = hashed(written, at, process)
-        if "step-000000004" in str(at):
-            time.sleep(1)  # training goes on
-            os._exit(9)
-        return found
-
-    with patch.object(strategy, "_hashed", die):
+    with dying_in_a_save(4):
         train_part(model, folder / "killed", 2, **FSDP)
 
 

@@ -1,5 +1,7 @@
 """Tiny training runs: a byte-level model of 25,000 parameters on a few kilobytes of text."""
 
+import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from transformers import PreTrainedModel
 from fusion_upcycle import SparseUpcyclingAlgorithm
 from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.demo.tokenizer import byte_tokenizer
+from fusion_upcycle.training import strategy
+from fusion_upcycle.training.checkpoint_folders import checkpoint_path
 from fusion_upcycle.training.options import make_training_options
 from fusion_upcycle.training.run import Origin, Places, Trained, train
 
@@ -26,6 +30,20 @@ OPTIONS: dict[str, Any] = {
     "log_every": 1,
     "checkpoint_every": 5,
 }
+
+
+def dying_in_a_save(step: int) -> Any:
+    """Within the block a process that trains in parts ends while it writes this checkpoint."""
+    hashed = strategy._hashed
+
+    def die(written: Any, at: Path, process: int) -> dict[str, str]:
+        found = hashed(written, at, process)
+        if checkpoint_path(Path(), step).name in str(at):
+            time.sleep(1)  # training goes on
+            os._exit(9)
+        return found
+
+    return patch.object(strategy, "_hashed", die)
 
 
 def documents(count: int = 8) -> list[str]:

@@ -31,6 +31,7 @@ from fusion_upcycle.report.card import card_text
 from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.part_check import slots
 from fusion_upcycle.training.saved import MOMENTS, STATE_FILE, WEIGHTS, load_state, open_saved
+from fusion_upcycle.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ def export(
             f"{checkpoint} is no checkpoint of a training: it has no {ABOUT_FOLDER}/{_ABOUT_FILE}. "
             "Give one of the folders step-* in checkpoints of a work folder."
         )
-    known = parse_json(about / _ABOUT_FILE, (about / _ABOUT_FILE).read_bytes())
+    known = parse_json(about / _ABOUT_FILE, read_bytes(about / _ABOUT_FILE))
     config = read_config(about)
     saved = open_saved(checkpoint)
     places = dict(sorted(slots(config).items(), key=lambda each: each[1][0]))
@@ -142,7 +143,8 @@ def export(
         overwrite=overwrite,
     ) as staging:
         hashed = write_shards(staging, shards, weights, lambda _: None)
-        (staging / MOMENTS_FILE).parent.mkdir(exist_ok=True) if moments else None
+        if moments:
+            (staging / MOMENTS_FILE).parent.mkdir(exist_ok=True)
         hashed |= write_shards(staging, beside, of_optimizer, lambda _: None)
         for file, written in hashed.items():
             if digest(staging / file) != written:
