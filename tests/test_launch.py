@@ -23,7 +23,7 @@ def started(script: str, folder: Path, *arguments: str, **environment: str) -> l
         stub = folder / name
         stub.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@"\n')
         stub.chmod(0o755)
-    for name, line in (("scontrol", "echo node7; echo node8"), ("nvidia-smi", "echo a; echo b")):
+    for name, line in (("scontrol", "seq -f node%g 7 20000"), ("nvidia-smi", "echo a; echo b")):
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o755)
     path = {"PATH": f"{folder}:{os.environ['PATH']}"}
