@@ -201,7 +201,8 @@ def test_a_chain_goes_on_with_the_moe_of_its_own_dense_model_only(
     training |= {"tokens": 99_999, "strategy": "fsdp", "work_folder": str(tmp_path / "work")}
 
     def made(dense: str, **options: Any) -> tuple[Path, int]:
-        pool = CausalLMPool({"_pretrained_": str(tmp_path / dense)}, tokenizer=None, model_kwargs=kwargs)
+        models = {"_pretrained_": str(tmp_path / dense)}
+        pool = CausalLMPool(models, tokenizer=None, model_kwargs=kwargs)
         folder = UpcycleAndTrainAlgorithm(node | options, training)._made_once(pool)
         return folder, (folder / RECORD_FILE).stat().st_mtime_ns
 
