@@ -17,7 +17,7 @@ from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.texts.perplexity import perplexity
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.checkpoints import STATE_FILE, load_state
-from fusion_upcycle.training.fit import document_positions
+from fusion_upcycle.training.fit import document_positions, prepare
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.options import GROUPS, make_training_options
@@ -398,6 +398,16 @@ def test_bfloat16_learns_and_gives_the_dtype_back(
     assert trained.model.dtype == given
     found = losses(tmp_path)
     assert found[-1][0] < found[0][0] - 0.5
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "lfm2_moe", "ernie4_5_moe"])
+def test_selection_biases_stay_float32_as_transformers_loads_them(family: str) -> None:
+    model = moe_model(family)
+    before = [bias.fill_(1.001).clone() for bias in find_routers(model).selection_biases()]
+    prepare(model, make_training_options(tokens=9999, batch_size=1, precision="bf16-true"))
+    assert model.dtype == torch.bfloat16
+    for bias, exact in zip(find_routers(model).selection_biases(), before, strict=True):
+        assert torch.equal(bias, exact)
 
 
 # --- what goes wrong --------------------------------------------------------------------------
