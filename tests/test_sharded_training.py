@@ -28,7 +28,7 @@ from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.export import export
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
-from fusion_upcycle.training.options import make_training_options
+from fusion_upcycle.training.options import TrainingOptions, make_training_options
 from fusion_upcycle.training.saved import MOMENTS, WEIGHTS, SavedParts, _Unpickler
 from fusion_upcycle.training.sharding import load_part
 from fusion_upcycle.verify import verify_files
@@ -38,7 +38,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as t
 STEPS, SAVED = 6, 2  # a checkpoint after every second step
 #: The family's selection bias is a parameter.
 FAMILY = "ernie4_5_moe"
-OPTIONS = {"learning_rate": 3e-3, "checkpoint_every": SAVED, "bias_update_rate": 0.001}
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "checkpoint_every": SAVED,
+    "bias_update_rate": 0.001,
+}
+#: Of five batches, which two processes cannot share evenly.
+OPTIONS |= {"validation": {"few": {"_target_": "tiny_training.documents", "count": 4}}}
 FSDP = OPTIONS | {"strategy": "fsdp", "accelerator": "auto"}
 EP = FSDP | {"expert_parallel": 2, "activation_checkpointing": True}
 LARGEST_GATHERED = 4 * 32  # elements: a router, whose size says its learning rate
@@ -48,11 +54,15 @@ class Stop(Exception):
     """Of a run, at a step."""
 
 
+def options_of(ranks: int, **options: Any) -> TrainingOptions:
+    """Without what is of `train` itself."""
+    own = {n: value for n, value in options.items() if n not in ("optimizer_state", "validation")}
+    return make_training_options(**options_for(STEPS, devices=ranks, **own))
+
+
 def train_part(model: Path, folder: Path, ranks: int, stop: int = STEPS, **options: Any) -> Any:
     """Train this process's part; up to a step, as if it was ended there."""
-    own = {name: value for name, value in options.items() if name != "optimizer_state"}
-    given = options_for(STEPS, devices=ranks, **own)
-    part = load_part(model, make_training_options(**given))
+    part = load_part(model, options_of(ranks, **options))
     original = PretrainingModule.training_step
 
     def training_step(self: Any, batch: Any, index: int) -> None:
@@ -71,7 +81,13 @@ def small(tensor: DTensor, *arguments: Any, **named: Any) -> torch.Tensor:
     return FULL_TENSOR(tensor, *arguments, **named)
 
 
-FULL_TENSOR = DTensor.full_tensor
+def synced(descriptor: int) -> None:
+    SYNCED.add(os.fstat(descriptor).st_ino)
+    FSYNC(descriptor)
+
+
+FULL_TENSOR, FSYNC = DTensor.full_tensor, os.fsync
+SYNCED: set[int] = set()
 
 
 def first_two(model: Path, folder: Path) -> None:
@@ -81,8 +97,11 @@ def first_two(model: Path, folder: Path) -> None:
         trained = train_part(model, folder / "fsdp", 2, **FSDP)
         assert trained.record["class"] == "Ernie4_5_MoeForCausalLM"
         train_part(model, folder / "ep", 2, **EP)
-        with pytest.raises(Stop):
+        with pytest.raises(Stop), patch("os.fsync", synced):
             train_part(model, folder / "turns", 2, SAVED, **FSDP)
+        (saved,) = checkpoints_in(folder / "turns" / "work" / "checkpoints")
+        own = saved / "parts" / f"__{os.environ['RANK']}_0.distcp"
+        assert own.stat().st_ino in SYNCED  # by the machine that wrote it
         for options in (FSDP, EP):
             assert_bfloat16(model, folder / f"bf16-{options.get('expert_parallel')}", options)
     assert_full_disks_are_told(model, folder)
@@ -144,7 +163,7 @@ def one(model: Path, folder: Path) -> None:
     train_part(model, folder / "alone", 1, **FSDP)
     with pytest.raises(UpcyclingError, match=r"strategy=fsdp trains a model of a folder"):
         run(moe_model(FAMILY), folder / "live", 1, **FSDP)
-    part = load_part(model, make_training_options(**options_for(STEPS, **FSDP)))
+    part = load_part(model, options_of(1, **FSDP))
     with pytest.raises(UpcyclingError, match=r"strategy=auto trains whole models.*fsdp"):
         run(part, folder / "live", 1, **OPTIONS)
 
@@ -172,11 +191,12 @@ def test_parts_of_a_model_are_trained(tmp_path: Path) -> None:
     two_ranks(one, source, tmp_path, folder=tmp_path, ranks=1)
 
     model_again = copy.deepcopy(model)
-    run(model, tmp_path / "whole", STEPS, **OPTIONS)
+    whole = run(model, tmp_path / "whole", STEPS, **OPTIONS).record["validation"][STEPS]["few"]
     fsdp, ep = tmp_path / "fsdp", tmp_path / "ep"
     for folder in (fsdp, ep, tmp_path / "turns", tmp_path / "alone"):
         record = json.loads((folder / "out" / "training.json").read_text())
         assert record["steps"] == len(losses(folder)) == STEPS
+        assert record["validation"][str(STEPS)]["few"] == pytest.approx(whole, rel=1e-5)
         assert verify_files(folder / "out", progress=False) > 5
         for found, expected in zip(losses(folder), losses(tmp_path / "whole"), strict=True):
             assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
