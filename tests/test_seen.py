@@ -1,6 +1,7 @@
 """Speed, MFU and memory of a run: against what is counted and measured by other means."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from tiny_training import CONTEXT, moe_model, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_upcycle.live.cost import TRAINING_PASSES, forward_flops
+from fusion_upcycle.report.memory import peak_bytes
+from fusion_upcycle.training.checkpoints import CheckpointEvery
 from fusion_upcycle.training.logs import read_metrics
-from fusion_upcycle.training.seen import PEAK_TFLOPS, peak_tflops
+from fusion_upcycle.training.options import make_training_options
+from fusion_upcycle.training.seen import PEAK_TFLOPS, Seen, peak_tflops
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")
 
@@ -43,6 +47,30 @@ def test_mfu_is_counted_flops_over_the_given_peak(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert cost["tokens_per_second"] < 4 * 64 / sum(64 / row["tokens_per_second"] for row in rows)
+
+
+def test_of_many_devices_the_peak_is_of_all_and_the_memory_the_largest() -> None:
+    model = moe_model()
+    options = make_training_options(tokens=9999, batch_size=1, context_length=8, peak_tflops=0.5)
+    seen, written = Seen(model, options), {}
+
+    def reduce(mine: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "max"
+        return 3 * mine
+
+    trainer: Any = SimpleNamespace(world_size=4)
+    trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
+    trainer.checkpoint_callback = object.__new__(CheckpointEvery)
+    trainer.checkpoint_callback.seconds = 0.0
+    module: Any = SimpleNamespace(last_metrics={"tokens_per_second": 100.0}, write=written.update)
+    module.due, module.log_dict = lambda every: True, lambda *_, **__: None
+    seen.on_train_start(trainer, module)
+    seen.on_train_batch_end(trainer, module, None, None, 0)
+    flops = TRAINING_PASSES * forward_flops(model, 8)
+    assert written["mfu"] == pytest.approx(100 * flops / (4 * 0.5e12))
+    assert written["tokens_per_second_per_device"] == 25
+    largest = 3 * peak_bytes(torch.device("cpu")) / 1e9
+    assert written["peak_memory_gb"] == pytest.approx(largest, rel=0.05)
 
 
 def test_without_a_known_peak_no_share_is_claimed(tmp_path: Path) -> None:

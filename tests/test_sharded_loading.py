@@ -19,6 +19,7 @@ from fusion_upcycle.live.identity import state_sha256
 from fusion_upcycle.live.loading import load_by_config
 from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training import launching
+from fusion_upcycle.training.part_check import check_part
 from fusion_upcycle.training.sharding import Layout, config_of, load_sharded, plan_layout
 
 #: What transformers shards, what it would not, and both experts and routers on the last axis.
@@ -82,6 +83,15 @@ def test_every_process_holds_its_part(tmp_path: Path) -> None:
         plan_layout(config_of(own), 2, 2)
     with pytest.raises(UpcyclingError, match=r"expert_parallel=2: Gemma2ForCausalLM has no exp"):
         plan_layout(config_of(tmp_path / "dense"), 2, 2)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "lfm2_moe", "ernie4_5_moe"])
+def test_selection_biases_are_given_back_as_they_were_loaded(family: str, tmp_path: Path) -> None:
+    moe_model(family).to(torch.bfloat16).save_pretrained(tmp_path)
+    dtypes = check_part(load_by_config(tmp_path, dtype=torch.float32), tmp_path)
+    exact = [name for name, dtype in dtypes.items() if dtype == torch.float32]
+    assert exact and all("bias" in name for name in exact)
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def check_part(model: "PreTrainedModel", folder: Path) -> dict[str, torch.dtype]
     """Compare this process's part with the files: rows of every tensor, bit for bit.
 
     Returns:
-        live name -> dtype of the tensor in the files.
+        live name -> dtype of the tensor in the files; of selection biases float32, as they are
+        loaded whatever the files have.
 
     Raises:
         ProofError: a tensor that is not the files', or that the files do not have.
@@ -50,14 +51,16 @@ def check_part(model: "PreTrainedModel", folder: Path) -> dict[str, torch.dtype]
     state, places = model.state_dict(), slots(config)
     if not places.keys() <= files.specs.keys():
         files = as_renamed(files, config)
-    dtypes = {}
+    family, dtypes = known_family(config.get_text_config()), {}
+    bias = None if family is None else family.live_bias_name
     for name, (live, index) in places.items():
         if name not in files.specs:
             raise ProofError(
                 f"{folder} has no tensor {name}, by which the loaded {live} could be checked. Save "
                 "the model again with transformers (save_pretrained)."
             )
-        dtypes[live] = files.specs[name].dtype
+        moved = bias is not None and live.endswith(bias)
+        dtypes[live] = torch.float32 if moved else files.specs[name].dtype
         found, place = _own_part(state[live], index)
         if not found.numel():
             continue
