@@ -7,8 +7,10 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -165,9 +167,16 @@ def in_two(folder: Path) -> None:
         "0.distcp",
         "1.distcp",
     }
-    agree_on(saved)
+    agree_on([saved])
+    own = folder.with_name("own of the first") if rank else folder
     with pytest.raises(UpcyclingError, match=r"\(0: step-000000001, 1: none\)\. work_folder must"):
-        agree_on(None if rank else saved)
+        latest_checkpoint(own, IDENTITY)
+    stale = patch.object(Path, "read_bytes", side_effect=OSError(116, "Stale file handle"))
+    with (
+        stale if rank else nullcontext(),  # of one, which does not leave the other waiting
+        pytest.raises(UpcyclingError, match=r"No checkpoint .*Stale file handle"),
+    ):
+        latest_checkpoint(folder, IDENTITY)
     for broken in (0, 1):
         with (
             pytest.raises(UpcyclingError, match="No space left on device"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import dense_model
 from tiny_training import moe_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, ViTConfig
@@ -79,6 +80,13 @@ def test_activations_are_those_of_a_real_step(model: PreTrainedModel) -> None:
     assert found.peak(checkpointing=True) < found.peak(checkpointing=False)
 
 
+def test_ways_are_those_that_training_takes(planner: Planner) -> None:
+    assert planner.ways(2) == [Way("fsdp"), Way("fsdp", 2)]  # ddp is refused, see check_fit
+    dense = dense_model(vocab_size=257)
+    dense.config.architectures = [type(dense).__name__]
+    assert Planner(dense.config, BATCH, LENGTH).ways(2) == [Way("ddp"), Way("fsdp")]
+
+
 def test_the_smallest_number_fits_and_the_one_before_does_not(planner: Planner) -> None:
     one = planner.memory(1, Way("fsdp")).total(checkpointing=False)
     eight = planner.memory(8, Way("fsdp"))
@@ -103,7 +111,7 @@ def test_a_config_alone_is_enough(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_diff_dict(), default=str))
     said = inspect(capsys, tmp_path, "--gpus", 8, "--memory", "80GB", "--context-length", LENGTH)
-    assert "Qwen3MoeForCausalLM" in said and "fits on 8 GPUs: strategy=ddp" in said
+    assert "Qwen3MoeForCausalLM" in said and "fits on 8 GPUs: strategy=fsdp" in said
     assert "EP 4" in said
     arguments = (tmp_path, "--memory", "80GB", "--context-length", LENGTH)
     said = inspect(capsys, *arguments, "--gpus", 7)

@@ -72,6 +72,7 @@ def test_flops_of_a_live_model_are_those_that_pytorch_counts() -> None:
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA H100 NVL", 835.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GB200", None),  # whose chip is faster than a B200
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -84,8 +85,20 @@ def first_two(model: Path, folder: Path) -> None:
             train_part(model, folder / "turns", 2, SAVED, **FSDP)
         for options in (FSDP, EP):
             assert_bfloat16(model, folder / f"bf16-{options.get('expert_parallel')}", options)
+    assert_full_disks_are_told(model, folder)
     with dying_in_a_save(4):
         train_part(model, folder / "killed", 2, **FSDP)
+
+
+def assert_full_disks_are_told(model: Path, folder: Path) -> None:
+    """To all processes: none waits for one whose disk is full."""
+    writes = "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data"
+    for rank, call in (("0", "fusion_upcycle.training.run.describe"), ("1", writes)):
+        error = OSError(28, "No space left on device") if rank == os.environ["RANK"] else None
+        full = nullcontext() if error is None else patch(call, side_effect=error)
+        with pytest.raises(UpcyclingError, match=r"Saving .*02 failed: .*No space left"), full:
+            train_part(model, folder / f"full-{rank}", 2, **FSDP)
+        assert not checkpoints_in(folder / f"full-{rank}" / "work" / "checkpoints")
 
 
 def assert_bfloat16(model: Path, folder: Path, options: dict[str, Any]) -> None:
@@ -198,6 +211,12 @@ def assert_balanced(checkpoint: Path) -> None:
 
 def assert_exported(checkpoint: Path, output: Path) -> None:
     """By one process, to the bit, from what two have saved."""
+    part = checkpoint / "parts" / "__1_0.distcp"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UpcyclingError, match=r"is damaged \(parts/__1_0\.distcp differs\)"):
+        export(checkpoint, output)
+    part.write_bytes(whole)
     export(checkpoint, output, moments=True)
     saved, found = SavedParts(checkpoint), tensors_of(output)
     experts = "model.layers.1.mlp.experts"

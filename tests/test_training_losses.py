@@ -1,6 +1,8 @@
 """Losses, schedules and routers: pure functions against references written here."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fusion_upcycle.architectures import ARCHITECTURES
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.live.routers import expert_counts, find_routers
 from fusion_upcycle.training.losses import balance_loss, balanced_bias, z_loss
+from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.schedule import Schedule
 
 EXPERTS, K = 8, 2
@@ -24,6 +27,25 @@ def routing(logits: list[Tensor]) -> tuple[Tensor, Tensor]:
         torch.stack(loads) / torch.stack(loads).sum(1, keepdim=True),
         torch.stack([x.softmax(-1).mean(0) for x in logits]),
     )
+
+
+def test_every_target_of_a_step_counts_the_same_on_all_devices() -> None:
+    counted = [[3, 1], [8, 4]]  # targets of each part, on each of two devices
+    nats = [[9.0, 2.0], [4.0, 20.0]]
+    loss = 0.0
+    for parts, sums in zip(counted, nats, strict=True):
+
+        def reduce(mean: Tensor, reduce_op: str, parts: Any = parts) -> Tensor:
+            assert (float(mean), reduce_op) == (sum(parts) / 2, "mean")
+            return torch.tensor(sum(map(sum, counted)) / 4)
+
+        trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+        objective = SimpleNamespace(counted=lambda part: part)
+        module: Any = SimpleNamespace(trainer=trainer, objective=objective, device="cpu")
+        weights = PretrainingModule._weights(module, parts)  # type: ignore[arg-type]
+        of_parts = zip(weights, sums, parts, strict=True)
+        loss += sum(weight * nats / number for weight, nats, number in of_parts) / 2 / 2
+    assert loss == pytest.approx(35 / 16)
 
 
 def test_the_balance_loss_is_that_of_the_paper() -> None:

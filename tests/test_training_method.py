@@ -7,6 +7,7 @@ from typing import Any
 import fusion_bench.scripts.cli as cli
 import pytest
 import torch
+from fusion_bench.modelpool import CausalLMPool
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
@@ -188,6 +189,37 @@ def test_a_chain_that_cannot_go_on_is_refused() -> None:
     UpcycleAndTrainAlgorithm(node, training | {"devices": 2, "strategy": "fsdp"})
     with pytest.raises(UpcyclingError, match=r"by several processes.*strategy=fsdp"):
         UpcycleAndTrainAlgorithm(node | {"return_model": True}, training | {"devices": 2})
+
+
+def test_a_chain_goes_on_with_the_moe_of_its_own_dense_model_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusion_upcycle.training.launching.start", lambda *_: None)
+    node = {"_target_": "fusion_upcycle.method.SparseUpcyclingAlgorithm", "num_experts": 2}
+    node |= {"experts_per_token": 1, "verify": "none"}
+    training = {"_target_": "fusion_upcycle.method.ContinuedPretrainingAlgorithm", "data": DATA}
+    training |= {"tokens": 99_999, "strategy": "fsdp", "work_folder": str(tmp_path / "work")}
+
+    def made(dense: str, **options: Any) -> tuple[Path, int]:
+        models = {"_pretrained_": str(tmp_path / dense)}
+        pool = CausalLMPool(models, tokenizer=None, model_kwargs=kwargs)
+        folder = UpcycleAndTrainAlgorithm(node | options, training)._made_once(pool)
+        return folder, (folder / RECORD_FILE).stat().st_mtime_ns
+
+    for name, seed in (("one", 1), ("two", 2)):
+        torch.manual_seed(seed)
+        dense_model(vocab_size=257).save_pretrained(tmp_path / name)
+    kwargs: dict[str, Any] = {"dtype": "bfloat16"}
+    first = made("one")
+    assert made("one") == first
+    kwargs = {}
+    for name in ("one", "two"):  # of another dtype, and of another model
+        with pytest.raises(UpcyclingError, match=r"method\.upcycling\.overwrite=true"):
+            made(name)
+        folder, again = made(name, overwrite=True)
+        assert (folder, again) == made(name, overwrite=True) != first
+    found = tensors_of(folder)["model.embed_tokens.weight"]
+    assert torch.equal(found, tensors_of(tmp_path / "two")["model.embed_tokens.weight"])
 
 
 # --- moments ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fusion_upcycle.live.routers import find_routers
 from fusion_upcycle.texts.perplexity import perplexity
 from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.checkpoints import STATE_FILE, load_state
-from fusion_upcycle.training.fit import document_positions
+from fusion_upcycle.training.fit import document_positions, prepare
 from fusion_upcycle.training.logs import read_metrics
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.options import GROUPS, make_training_options
@@ -282,19 +282,21 @@ def test_selection_biases_are_held_still_at_first(
         assert_same_bits(resumed.model.state_dict(), whole.state_dict())
 
 
-def test_learning_rates_of_routers_and_decay_of_matrices_only() -> None:
-    model = moe_model("qwen2_moe")
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_neox"])
+def test_learning_rates_of_routers_and_decay_of_matrices_only(family: str) -> None:
+    model = moe_model(family) if family in ARCHITECTURES else moe_model("sparse", family)
     options = make_training_options(tokens=9999, batch_size=1, router_learning_rate=0.5)
     routers = find_routers(model)
     kinds, rate = group_of_parameters(model, routers), RouterRate.of(routers, options)
     groups = optimizer_groups(model, kinds, options, rate)
     sizes = dict(model.named_parameters())
     for group in groups:
-        is_router = [name.endswith("mlp.gate.weight") for name in group["names"]]
+        is_router = [name.endswith(("mlp.gate.weight", "router.weight")) for name in group["names"]]
         assert all(is_router) or not any(is_router)
         assert group["learning_rate"] == (0.5 if all(is_router) else 2e-5)
         for name in group["names"]:
-            assert group["weight_decay"] == (0.1 if sizes[name].ndim >= 2 else 0.0), name
+            none = "norm" in name or name.endswith("bias")  # those of experts are packed, [E, F]
+            assert group["weight_decay"] == (0.0 if none else 0.1), name
     assert sum(len(group["names"]) for group in groups) == len(sizes)
 
 
@@ -396,6 +398,16 @@ def test_bfloat16_learns_and_gives_the_dtype_back(
     assert trained.model.dtype == given
     found = losses(tmp_path)
     assert found[-1][0] < found[0][0] - 0.5
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "lfm2_moe", "ernie4_5_moe"])
+def test_selection_biases_stay_float32_as_transformers_loads_them(family: str) -> None:
+    model = moe_model(family)
+    before = [bias.fill_(1.001).clone() for bias in find_routers(model).selection_biases()]
+    prepare(model, make_training_options(tokens=9999, batch_size=1, precision="bf16-true"))
+    assert model.dtype == torch.bfloat16
+    for bias, exact in zip(find_routers(model).selection_biases(), before, strict=True):
+        assert torch.equal(bias, exact)
 
 
 # --- what goes wrong --------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class Folders:
     def to_json(self) -> dict[str, Any]:
         """Identity of each source model, for the record: enough to notice that it has changed."""
         return {
-            name: _identity(given, self.at(name), self.bases.get(name))
+            name: identity_of_source(given, self.at(name), self.bases.get(name))
             for name, given in self.given.items()
         }
 
@@ -307,13 +307,18 @@ def _open_result(conversion: Conversion, folder: Path) -> CheckpointReader:
         raise ProofError(f"The output cannot be read: {error}") from error
 
 
-def _identity(given: str | Path, at: Located, base: str | Path | None) -> dict[str, Any]:
-    """Of an adapter, that of its file, and that of its base under `base`."""
+def identity_of_source(
+    given: str | Path, at: Located, base: str | Path | None = None
+) -> dict[str, Any]:
+    """What the record says of a source model: enough to notice that it has changed.
+
+    Of an adapter, that of its file, and that of its base under `base`.
+    """
     if at.adapter is not None:
         reader = CheckpointReader(at.adapter, file=WEIGHTS_FILE)
         base = base if base is not None else read_adapter_config(at.adapter).base
         assert base is not None
-        below = {"base": _identity(base, Located(at.folder), None)}
+        below = {"base": identity_of_source(base, Located(at.folder))}
     else:
         reader, below = CheckpointReader(at.folder), {}
     place = Path(given).expanduser()

@@ -118,10 +118,15 @@ class Planner:
         return trace_activations(self._config, self._sequences, self._length)
 
     def ways(self, gpus: int) -> list[Way]:
-        """What can be tried: experts are dealt out within a node."""
+        """What can be tried: experts are dealt out within a node.
+
+        `ddp` is for dense models: autocast would leave grouped_mm of experts in float32, so that
+        training refuses it.
+        """
         sizes = range(2, min(NODE, gpus, self.num_experts) + 1)
         dealt = [n for n in sizes if self.num_experts % n == 0 and gpus % n == 0]
-        return [Way("ddp"), Way("fsdp"), *(Way("fsdp", n) for n in dealt)]
+        whole = [] if self.num_experts else [Way("ddp")]
+        return [*whole, Way("fsdp"), *(Way("fsdp", n) for n in dealt)]
 
     def memory(self, gpus: int, way: Way) -> Memory:
         """Of each GPU.

@@ -288,31 +288,30 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
         Raises:
             UpcyclingError: see `fusion_upcycle.upcycle` and `fusion_upcycle.training.run.train`.
         """
-        from fusion_upcycle.training.run import Origin
+        from fusion_upcycle.training.run import Origin, upcycling_of
 
         prepare(self._program)
         self._second._program = self._program
         processor = self._second.load_processor(modelpool)
-        options = self._first._options.to_json()
         if self._second.sharded:
-            folder = self._made_once(modelpool, options)
+            folder = self._made_once(modelpool)
             with spelled(overrides_at("method.training")):
                 with Measured() as loading:
                     part = self._second.load_part(str(folder))
-                origin = Origin(str(folder), options, loading.wall_seconds)
+                origin = Origin(str(folder), upcycling_of(str(folder)), loading.wall_seconds)
                 return self._second.train(part, processor, origin)
         with spelled(overrides_at("method.upcycling")):
             moe = self._first.run(modelpool)
         assert moe is not None
         name = self._first.save_checkpoint or "sparse upcycling in memory"
         with spelled(overrides_at("method.training")):
-            return self._second.train(moe, processor, Origin(name, options))
+            origin = Origin(name, self._first._options.to_json())
+            return self._second.train(moe, processor, origin)
 
-    def _made_once(self, modelpool: BaseModelPool, options: dict[str, Any]) -> Path:
+    def _made_once(self, modelpool: BaseModelPool) -> Path:
         """The MoE's folder, written by the first process, or by an earlier run of the same."""
         from fusion_upcycle.training import launching
         from fusion_upcycle.training.processes import is_first, together
-        from fusion_upcycle.training.run import upcycling_of
 
         training, given = self._second._options, self._first.save_checkpoint
         with spelled(overrides_at("method.training")):
@@ -320,7 +319,7 @@ class UpcycleAndTrainAlgorithm(BaseAlgorithm):
             folder = self._second.places().work / "upcycled" if given is None else Path(given)
         folder = folder.expanduser()
         with together(lambda reason: f"Writing {folder} failed: {reason}."):
-            if is_first() and upcycling_of(str(folder)) != options:
+            if is_first() and not self._first.has_made(modelpool, folder):
                 self._first.save_checkpoint, self._first.return_model = str(folder), False
                 with spelled(overrides_at("method.upcycling")):
                     self._first.run(modelpool)

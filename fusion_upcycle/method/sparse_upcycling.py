@@ -4,15 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_bench import BaseModelPool
 from fusion_bench.mixins import auto_register_config
 
+from fusion_upcycle.checkpoint.located import locate_model
+from fusion_upcycle.checkpoint.staging import RECORD_FILE
 from fusion_upcycle.checks import AUTO
 from fusion_upcycle.conversion.output import Converted
-from fusion_upcycle.conversion.run import to_model
+from fusion_upcycle.conversion.run import identity_of_source, to_model
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.method.arguments import sort_arguments, takes_options
 from fusion_upcycle.method.conversion import ConversionAlgorithm, InMemory
-from fusion_upcycle.method.pool import PooledFolder
+from fusion_upcycle.method.pool import PooledFolder, pooled_folder
+from fusion_upcycle.untrusted import read_object
 from fusion_upcycle.upcycling.options import UpcyclingOptions, make_options
 from fusion_upcycle.upcycling.run import plan_model, upcycle
 from fusion_upcycle.verification.proof import resolve_mode
@@ -87,6 +91,18 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             **self._how,
             **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
         )
+
+    def has_made(self, modelpool: BaseModelPool, output: Path) -> bool:
+        """Whether a folder is what streaming this pool's model to it would write."""
+        found = pooled_folder(modelpool)
+        if found is None or not (output / RECORD_FILE).is_file():
+            return False
+        record = read_object(output / RECORD_FILE)
+        options = make_options(
+            **vars(self._options) | {"dtype": self._options.dtype or found.dtype}
+        )
+        source = identity_of_source(found.source, locate_model(found.source, self.base), self.base)
+        return record.get("source") == source and record.get("options") == options.to_json()
 
     def _convert(
         self, models: "Mapping[str, PreTrainedModel]", tokenizer_file: Path | None

@@ -105,11 +105,13 @@ def latest_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:
         UserWarning: names newer ones that are damaged or of another run, and what is wrong.
 
     Raises:
-        UpcyclingError: none is good, and what to do.
+        UpcyclingError: none is good, and what to do; or processes do not see the same ones.
     """
     wanted = json.loads(json.dumps(identity))
     unusable, others = [], []
-    for path in reversed(checkpoints_in(folder)):
+    paths = checkpoints_in(folder)
+    agree_on(paths)
+    for path in reversed(paths):
         damaged, saved = _read(path)
         if damaged:
             unusable.append(f"{path.name} is damaged ({damaged})")
@@ -143,15 +145,28 @@ def latest_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def agree_on(path: Path | None) -> None:
+def require_undamaged(path: Path) -> None:
+    """Read a checkpoint whole, for its digests.
+
+    Raises:
+        UpcyclingError: it is not as it was written, and what of it.
+    """
+    damaged, _ = _read(path)
+    if damaged:
+        raise UpcyclingError(
+            f"{path} is damaged ({damaged}). Copy it again from where you have it, or give another."
+        )
+
+
+def agree_on(paths: Sequence[Path]) -> None:
     """Refuse that processes go on from different checkpoints.
 
     Raises:
         UpcyclingError: they would, and from which.
     """
-    found = gathered(path and path.name)
+    found = gathered(" ".join(path.name for path in paths))
     if len(set(found)) > 1:
-        each = ", ".join(f"{number}: {name or 'none'}" for number, name in enumerate(found))
+        each = ", ".join(f"{number}: {names or 'none'}" for number, names in enumerate(found))
         raise UpcyclingError(
             f"The processes of this run found different checkpoints ({each}). "
             f"{setting('work_folder')} must be one folder for all of them, on a disk that they "
@@ -196,19 +211,24 @@ def _complete(
 
 def _read(path: Path) -> tuple[str, Any]:
     """What is wrong with a checkpoint, or ""; and the identity that is in it."""
+    each = gathered(_read_share(path))
+    return "; ".join(dict.fromkeys(p for problems, _ in each for p in problems)), each[0][1]
+
+
+def _read_share(path: Path) -> tuple[list[str], Any]:
+    """The same of the files that this process is to read."""
     if path.is_symlink() or not path.is_dir():
-        return "it is no folder", None
+        return ["it is no folder"], None
     try:
         record = json.loads((path / RECORD_FILE).read_bytes())
         files = {str(name): str(found) for name, found in record["files"].items()}
         number, processes = place()
-        mine = differences(path, files, RECORD_FILE, part=slice(number, None, processes))
-        found = dict.fromkeys(problem for each in gathered(mine) for problem in each)
-        return "; ".join(found), record["identity"]
+        mine = slice(number, None, processes)
+        return differences(path, files, RECORD_FILE, part=mine), record["identity"]
     except OSError as error:
-        return str(error), None
+        return [str(error)], None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{RECORD_FILE} is no record of a checkpoint", None
+        return [f"{RECORD_FILE} is no record of a checkpoint"], None
 
 
 def _other_fields(where: str, saved: Any, wanted: Any) -> Iterator[str]:

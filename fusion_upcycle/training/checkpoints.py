@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.training.checkpoint_folders import (
+    NewCheckpoint,
     agree_on,
     checkpoint_path,
     keep_only,
@@ -141,7 +142,7 @@ class CheckpointEvery(Checkpoint):
         return self._good[-1]
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        agree_on(self._good[-1] if self._good else None)
+        agree_on(self._good)
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self._saved_at = time.monotonic()
@@ -200,23 +201,32 @@ class CheckpointEvery(Checkpoint):
         path = checkpoint_path(self._folder, trainer.global_step)
         with new_checkpoint(path, self._identity) as new:
             trainer.save_checkpoint(new.folder / STATE_FILE)
-            if is_first():
-                self._describe(new.folder)
-                if self.io.error is not None:
-                    raise self.io.error
-                assert self.io.digest is not None
-                new.hashed[STATE_FILE] = self.io.digest
-                for logger in trainer.loggers:
-                    logger.save()
-                shutil.copyfile(self._metrics.path, new.folder / METRICS_FILE)
+            failed = self._write_first(new, trainer) if is_first() else None
             if isinstance(strategy := trainer.strategy, PartsStrategy):
                 yield
                 assert strategy.saving is not None
                 new.hashed |= strategy.saving.result()
+            if failed is not None:  # not before `yield`: the others have gone on to the next step
+                raise failed
         self._good = [*self._good, path][-_KEPT:]
         if is_first():
             keep_only(self._folder, self._good)
         self._saved_at = time.monotonic()
+
+    def _write_first(self, new: NewCheckpoint, trainer: L.Trainer) -> Exception | None:
+        """What the first process alone writes; returns what ended it."""
+        try:
+            self._describe(new.folder)
+            if self.io.error is not None:
+                raise self.io.error
+            assert self.io.digest is not None
+            new.hashed[STATE_FILE] = self.io.digest
+            for logger in trainer.loggers:
+                logger.save()
+            shutil.copyfile(self._metrics.path, new.folder / METRICS_FILE)
+        except Exception as error:
+            return error
+        return None
 
 
 def _log(trainer: L.Trainer, module: "PretrainingModule") -> OSError | None:

@@ -28,6 +28,7 @@ from fusion_upcycle.checkpoint.writer import Shard, plan_shards, write_shards
 from fusion_upcycle.checks import dtype_name
 from fusion_upcycle.errors import ProofError, UpcyclingError
 from fusion_upcycle.report.card import card_text
+from fusion_upcycle.training.checkpoint_folders import require_undamaged
 from fusion_upcycle.training.objectives.base import Objective
 from fusion_upcycle.training.part_check import slots
 from fusion_upcycle.training.saved import MOMENTS, STATE_FILE, WEIGHTS, load_state, open_saved
@@ -92,7 +93,8 @@ def export(
 
     Args:
         checkpoint: folder that a training has saved, by any number of processes.
-        ended: what the record says of the run's end; None is what the checkpoint knows.
+        ended: what the record says of the run's end, from the run itself; None is what the
+            checkpoint knows, whose digests are checked then.
         moments: AdamW's, too.
         overwrite: replace an earlier output of ours.
 
@@ -100,7 +102,8 @@ def export(
         The record.
 
     Raises:
-        UpcyclingError: no such checkpoint, an output that exists, or a disk that is too small.
+        UpcyclingError: no such checkpoint, a damaged one, an output that exists, or a disk that is
+            too small.
         ProofError: the disk gives back something else than was written.
     """
     about = checkpoint / ABOUT_FOLDER
@@ -109,6 +112,8 @@ def export(
             f"{checkpoint} is no checkpoint of a training: it has no {ABOUT_FOLDER}/{_ABOUT_FILE}. "
             "Give one of the folders step-* in checkpoints of a work folder."
         )
+    if ended is None:
+        require_undamaged(checkpoint)
     known = parse_json(about / _ABOUT_FILE, read_bytes(about / _ABOUT_FILE))
     config = read_config(about)
     saved = open_saved(checkpoint)

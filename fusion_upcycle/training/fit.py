@@ -12,7 +12,7 @@ from torch import Tensor
 from fusion_upcycle.architectures.layout import with_kept_dtypes
 from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.experts import find_experts
-from fusion_upcycle.live.routers import Routers
+from fusion_upcycle.live.routers import Routers, find_routers
 from fusion_upcycle.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -127,9 +127,15 @@ def prepare(model: "PreTrainedModel", options: TrainingOptions, *, sharded: bool
 def _cast(model: "PreTrainedModel", options: TrainingOptions) -> None:
     model.float()
     if options.precision == "bf16-true":
-        state = model.state_dict(keep_vars=True)
-        whole = {name: tensor.data for name, tensor in state.items()}
+        routers = find_routers(model)
+        routers.close()
+        biases = [bias.data for bias in routers.selection_biases()]
+        whole = {name: tensor.data for name, tensor in model.state_dict().items()}
         model.bfloat16()
+        state = model.state_dict(keep_vars=True)  # whose buffers are others now
         for name, tensor in with_kept_dtypes(model).items():
             if tensor.dtype == torch.float32:
                 state[name].data = whole[name]
+        # In bfloat16 the steps that move them would be lost.
+        for bias, exact in zip(routers.selection_biases(), biases, strict=True):
+            bias.data = exact

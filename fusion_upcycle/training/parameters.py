@@ -94,7 +94,8 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of AdamW, with their `names` and largest `learning_rate`.
 
-    Weight decay is for matrices only: norms, biases and other vectors have none. What is sharded
+    Weight decay is for matrices only: norms, biases and other vectors have none, also where those
+    of all experts are packed, [E, F]. What is sharded
     among other processes (experts, in expert parallelism) has groups of its own, as torch asks.
     """
     rates = {False: options.learning_rate}
@@ -104,7 +105,8 @@ def optimizer_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_router, decayed = groups[name] == "routers", parameter.ndim >= 2
+        is_router, packed = groups[name] == "routers", groups[name] == "experts"
+        decayed = parameter.ndim - packed >= 2
         group = found.setdefault(
             (is_router, decayed, getattr(parameter, "device_mesh", None)),
             {

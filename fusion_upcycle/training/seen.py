@@ -1,5 +1,6 @@
 """What a run is seen by: speed, share of the devices' peak, memory; in logs, bar and record."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fusion_upcycle.training.module import PretrainingModule
     from fusion_upcycle.training.options import TrainingOptions
 
-#: Part of a GPU's name -> its peak in TFLOP/s: bfloat16, without sparsity, with which NVIDIA's data
+#: Words of a GPU's name -> its peak in TFLOP/s: bfloat16, without sparsity, with which NVIDIA's data
 #: sheets state twice as much. The first that fits counts.
 #: Sources: nvidia.com/en-us/data-center/h100, /h200, /a100, /hgx; the same numbers are torchtitan's
 #: (`get_peak_flops`).
@@ -43,7 +44,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((p for part, p in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def _saving(trainer: L.Trainer) -> float:
