@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,18 @@ def demo_base() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long is at the start of each half.
+    """What takes long is at the start of each worker's share.
 
-    pytest-xdist gives each of two workers one half of the tests, in this order, and then what the
-    other has left at its end. So both begin with long tests, and the last tests are short ones.
+    pytest-xdist gives each worker an equal share of the tests, in this order, and then what another
+    has left at its end. So all begin with long tests, and the last tests are short ones. Those of
+    a file stay together, which starts its programs once.
     """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     early = [item for item in items if item.get_closest_marker("early")]
-    others = [item for item in items if item not in set(early)]
-    half = len(items) // 2 - len(early[::2])
-    items[:] = [*early[::2], *others[:half], *early[1::2], *others[half:]]
+    others = iter([item for item in items if item not in set(early)])
+    files = list(dict.fromkeys(item.path for item in early))
+    ends = [len(items) * (n + 1) // workers for n in range(workers)]
+    items[:] = []
+    for n, end in enumerate(ends):
+        items += [item for item in early if files.index(item.path) % workers == n]
+        items += islice(others, max(0, end - len(items)))

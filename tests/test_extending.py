@@ -167,7 +167,7 @@ CHECKS = [
     *(f"tests/test_{name}.py" for name in ("families", "expansion", "live")),
 ]
 CHOSEN = (
-    "flip or last or dots1 or matrix or choices or every_config or counted or compared or folders "
+    "flip or last or dots1 or matrix or choices or millions or counted or compared or folders "
     "or record"
 )
 

@@ -18,6 +18,7 @@ from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.taskpool import LMEvalTaskPool
 from fusion_upcycle.upcycling.run import upcycle
 
+pytestmark = pytest.mark.early  # all, as lm-eval takes seconds to import
 CHOICE = """\
 task: tiny_choice
 dataset_path: json
@@ -99,7 +100,6 @@ def pool(moe: Path, tasks: Path, names: list[str], **options: Any) -> LMEvalTask
     return LMEvalTaskPool(names, include_path=str(tasks), tokenizer=str(moe), **options)
 
 
-@pytest.mark.early
 def test_ours_agrees_with_lm_evals_own_command_to_the_digit(
     moe: Path, tasks: Path, tmp_path: Path
 ) -> None:

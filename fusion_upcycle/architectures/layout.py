@@ -17,9 +17,13 @@ def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
     Buffers (rotary frequencies) are real, so that the model can run once it is given weights.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False):
-        return model_class(class_name(config))._from_config(config)
+        with no_init_weights():  # values of tensors without data: three quarters of the time
+            model = model_class(class_name(config))._from_config(config)
+        model.tie_weights(recompute_mapping=False)  # as the initialisation would have done
+    return model
 
 
 def built(config: "PreTrainedConfig") -> "PreTrainedModel":

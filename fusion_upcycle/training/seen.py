@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fusion_upcycle.training.module import PretrainingModule
     from fusion_upcycle.training.options import TrainingOptions
 
-#: Words of a GPU's name -> its peak in TFLOP/s: bfloat16, without sparsity, with which data
-#: sheets of NVIDIA state twice as much. The first that fits counts.
+#: Words of a GPU's name -> its peak in TFLOP/s: bfloat16, without sparsity, with which NVIDIA's
+#: data sheets state twice as much. The first that fits counts.
 #: Sources: nvidia.com/en-us/data-center/h100, /h200, /a100, /hgx; the same numbers are torchtitan's
 #: (`get_peak_flops`).
 PEAK_TFLOPS = {
