@@ -192,7 +192,8 @@ def role_layouts(folder: Path) -> None:
     from fusion_upcycle.live.loading import load_by_config
     from fusion_upcycle.live.tensors import whole
     from fusion_upcycle.training import launching
-    from fusion_upcycle.training.sharding import config_of, load_sharded, plan_layout
+    from fusion_upcycle.training.part_layout import plan_layout
+    from fusion_upcycle.training.sharding import config_of, load_sharded
 
     processes = int(os.environ["WORLD_SIZE"])
     launching.start(processes, 1, "auto")
@@ -346,7 +347,8 @@ def loaded(folder: Path) -> Any:
     import torch.distributed.checkpoint  # its import is not the load's
 
     from fusion_upcycle.training import launching
-    from fusion_upcycle.training.sharding import config_of, load_sharded, plan_layout
+    from fusion_upcycle.training.part_layout import plan_layout
+    from fusion_upcycle.training.sharding import config_of, load_sharded
 
     processes = int(os.environ["WORLD_SIZE"])
     launching.start(processes, 1, "auto")

@@ -20,7 +20,8 @@ from fusion_upcycle.live.loading import load_by_config
 from fusion_upcycle.live.tensors import whole
 from fusion_upcycle.training import launching
 from fusion_upcycle.training.part_check import check_part
-from fusion_upcycle.training.sharding import Layout, config_of, load_sharded, plan_layout
+from fusion_upcycle.training.part_layout import Layout, plan_layout
+from fusion_upcycle.training.sharding import config_of, load_sharded
 
 #: What transformers shards, what it would not, and both experts and routers on the last axis.
 LAYOUTS = (Layout(2), Layout(2, axis=2), Layout(2, expert_parallel=2, axis=2))

@@ -13,7 +13,7 @@ from fusion_upcycle.architectures import known_family
 from fusion_upcycle.architectures.layout import built
 from fusion_upcycle.errors import UpcyclingError
 from fusion_upcycle.inspection.activations import Activations, trace_activations
-from fusion_upcycle.training.sharding import packed_experts, plan_layout
+from fusion_upcycle.training.part_layout import packed_experts, plan_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -1,15 +1,8 @@
 """A model of a folder in parts, one for each process: by FSDP2 and expert parallelism.
 
 transformers loads the parts itself (`DistributedConfig`): each process reads from the files what is
-its own, and nobody holds the whole. Here is decided what is whose, and what was loaded is compared
-with the files.
-
-Experts are packed, [E, 2F, D] and [E, D, F]. transformers shards them on E, so that with more
-processes than experts some would hold none: the last axis is taken then. The middle one must never
-be: transformers would cut the matrices of gate and up before it joins them, and fill them wrong in
-silence.
-
-Shapes: E experts, F neurons of an expert, D hidden size.
+its own, and nobody holds the whole. What is whose is decided in `part_layout`; what was loaded is
+compared with the files in `part_check`.
 """
 
 from collections.abc import Iterator
@@ -32,30 +25,14 @@ from fusion_upcycle.architectures.layout import (
     tied_names,
 )
 from fusion_upcycle.checkpoint.source import locate, read_config
-from fusion_upcycle.errors import UpcyclingError, setting
 from fusion_upcycle.live.loading import load_folder
 from fusion_upcycle.training import launching
 from fusion_upcycle.training.options import TrainingOptions
 from fusion_upcycle.training.part_check import check_part
+from fusion_upcycle.training.part_layout import Layout, packed_experts, plan_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which part of a model each process holds.
-
-    Attributes:
-        processes: that train, each on examples of its own.
-        expert_parallel: processes among which the experts of a layer are dealt out; 1 shards them
-            as all other weights.
-        axis: on which packed experts are sharded among the processes that have the same ones.
-    """
-
-    processes: int
-    expert_parallel: int = 1
-    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,79 +73,6 @@ def load_part(
     kwargs.pop("torch_dtype", None)
     mixed = options.precision == "bf16-mixed"
     return load_sharded(folder, layout, auto_class=auto_class, mixed=mixed, **kwargs)
-
-
-def plan_layout(config: "PreTrainedConfig", processes: int, expert_parallel: int = 1) -> Layout:
-    """Decide it from the config alone.
-
-    Args:
-        config: of the model, with its class in `architectures`.
-
-    Raises:
-        UpcyclingError: numbers that do not fit the model; names some that do.
-    """
-    model = built(config)
-    packed = packed_experts(model, known_family(config.get_text_config()))
-    if not packed:
-        if expert_parallel > 1:
-            raise UpcyclingError(
-                f"expert_parallel={expert_parallel}: {class_name(config)} has no experts. Pass "
-                f"{setting('expert_parallel', 1)}."
-            )
-        return Layout(processes)
-    if expert_parallel > 1 and not model.ep_plan:
-        raise UpcyclingError(
-            f"expert_parallel={expert_parallel}: {class_name(config)} is a class of ours, which "
-            f"transformers cannot run so. Pass {setting('expert_parallel', 1)}: "
-            f"{setting('strategy', 'fsdp')} shards its experts all the same."
-        )
-    num_experts = packed[0].shape[0]
-    widths = sorted({matrix.shape[-1] for matrix in packed if matrix.ndim == 3})
-    if any(bias.ndim < 3 for bias in packed):
-        widths = []  # which have no such axis, and are cut like the matrices
-    if processes % expert_parallel or num_experts % expert_parallel:
-        fit = [n for n in range(1, num_experts + 1) if num_experts % n == 0 and processes % n == 0]
-        raise UpcyclingError(
-            f"expert_parallel={expert_parallel} must divide both the {processes} processes and the "
-            f"{num_experts} experts of a layer: {_either(fit)}."
-        )
-    axis = _axis(processes, expert_parallel, num_experts, widths)
-    if axis is None:
-        fit = [
-            n
-            for n in range(expert_parallel, 2 * processes + 1, expert_parallel)
-            if _axis(n, expert_parallel, num_experts, widths) is not None
-        ]
-        raise UpcyclingError(
-            f"The {num_experts} experts of a layer, with "
-            + (f"matrices {' and '.join(map(str, widths))} wide" if widths else "biases")
-            + f", cannot be divided evenly among {processes} processes"
-            + (f" in groups of expert_parallel={expert_parallel}" if expert_parallel > 1 else "")
-            + f". Start {_either(fit)} processes."
-        )
-    return Layout(processes, expert_parallel, axis)
-
-
-def _axis(processes: int, expert_parallel: int, num_experts: int, widths: list[int]) -> int | None:
-    """On which axis a layer's experts can be divided evenly; None where they cannot."""
-    sharing = processes // expert_parallel  # that have the same experts
-    # With both on the first axis, a process's part would not be one piece of the tensor.
-    if expert_parallel == 1 and num_experts % sharing == 0:
-        return 0
-    return 2 if widths and all(width % sharing == 0 for width in widths) else None
-
-
-def _either(numbers: list[int]) -> str:
-    *first, last = map(str, numbers[-8:])
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def packed_experts(model: "PreTrainedModel", architecture: Architecture | None) -> list[Any]:
-    """The parameters that hold what all experts of a layer have, [E, ...]; none if dense."""
-    if architecture is None:
-        return []
-    modules = architecture.layer_modules(model, architecture.experts_module).values()
-    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
 
 def selection_bias_parameters(
