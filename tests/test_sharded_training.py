@@ -185,7 +185,7 @@ def test_parts_of_a_model_are_trained(tmp_path: Path) -> None:
     assert_exported(parts, tmp_path / "exported")
     with pytest.raises(UpcyclingError, match="sharded was True, is False"):
         run(model, tmp_path / "turns", STEPS, **OPTIONS)
-    dense_model("llama", vocab_size=257).save_pretrained(tmp_path / "dense")
+    dense_model("llama", vocab_size=257).bfloat16().save_pretrained(tmp_path / "dense")
     TOKENIZER.save_pretrained(tmp_path / "dense")
     two_ranks(second_two, source, tmp_path, folder=tmp_path)
     two_ranks(one, source, tmp_path, folder=tmp_path, ranks=1)
@@ -216,6 +216,7 @@ def test_parts_of_a_model_are_trained(tmp_path: Path) -> None:
     assert record["source"]["name"] == str(tmp_path / "chain.training" / "upcycled")
     assert record["source"]["upcycling"]["num_experts"] == 4
     assert load(tmp_path / "chain").config.num_local_experts == 4
+    assert {t.dtype for t in tensors_of(tmp_path / "chain").values()} == {torch.bfloat16}
     killed = tmp_path / "killed" / "out"
     assert_same_bits(tensors_of(killed), tensors_of(fsdp / "out"))
     assert_same_bits(load_file(killed / MOMENTS_FILE), load_file(fsdp / "out" / MOMENTS_FILE))

@@ -193,6 +193,7 @@ class CheckpointEvery(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         """Write a checkpoint, or, where processes save their parts, begin to."""
         self._finish()
+        self._saved_at = time.monotonic()  # while it is written, too, it is not time for another
         self._writing = self._written(trainer)
         next(self._writing, None)
 
