@@ -84,7 +84,10 @@ def test_ways_are_those_that_training_takes(planner: Planner) -> None:
     assert planner.ways(2) == [Way("fsdp"), Way("fsdp", 2)]  # ddp is refused, see check_fit
     dense = dense_model(vocab_size=257)
     dense.config.architectures = [type(dense).__name__]
-    assert Planner(dense.config, BATCH, LENGTH).ways(2) == [Way("ddp"), Way("fsdp")]
+    planner = Planner(dense.config, BATCH, LENGTH)
+    assert planner.ways(2) == [Way("ddp"), Way("fsdp")]
+    for gpus, each in ((1, 2), (2, 2 + 4)):  # autocast's copies; and the buckets of gradients
+        assert planner.memory(gpus, Way("ddp")).transient == each * dense.num_parameters()
 
 
 def test_the_smallest_number_fits_and_the_one_before_does_not(planner: Planner) -> None:

@@ -48,10 +48,11 @@ class Memory:
 
     Attributes:
         parameters: that are its own, a number.
-        transient: of `ddp` the buckets in which gradients are summed, in float32. Of `fsdp` what is
-            gathered, in bfloat16: what is outside of the layers all the time; the largest layer and
-            the next one; and in the backward pass the layer's gradients, and those that two layers
-            send, in float32 [a layer waits for the one before it].
+        transient: of `ddp` autocast's copies of the weights, in bfloat16, and the buckets in which
+            gradients are summed, in float32. Of `fsdp` what is gathered, in bfloat16: what is
+            outside of the layers all the time; the largest layer and the next one; and in the
+            backward pass the layer's gradients, and those that two layers send, in float32 [a layer
+            waits for the one before it].
         activations: of a micro-batch.
         checkpointed: likewise, with `activation_checkpointing`.
     """
@@ -155,8 +156,8 @@ class Planner:
         kept = self._activations
         activations = [kept.peak(checkpointing=again) for again in (False, True)]
         if way.strategy == "ddp":
-            buckets = _FLOAT32 * self.parameters if gpus > 1 else 0
-            return Memory(self.parameters, buckets, *activations)
+            each = _BFLOAT16 + (_FLOAT32 if gpus > 1 else 0)
+            return Memory(self.parameters, each * self.parameters, *activations)
         rest = sum(-(-rows // gpus) * length for rows, length in self._rows)
         layer = max(experts // way.expert_parallel + other for experts, other in self._layers)
         gathered = (self._outside + 2 * layer) * _BFLOAT16
