@@ -28,7 +28,7 @@ NOTE = (
     "Calculated from the config, for precision=bf16-mixed with all parameters trained: weights, "
     "gradients and AdamW's moments in float32, on the GPU that has most. EP n is strategy=fsdp "
     "expert_parallel=n. Transient: layers that FSDP2 gathers and gradients that it sends; of ddp, "
-    "copies of the weights in bfloat16, and buckets. Activations: of one micro-batch, with attention "
+    "bfloat16 copies of the weights, and buckets. Activations: of one micro-batch, with attention "
     "that keeps no scores and experts that are evenly loaded. It fits where the total is at most "
     f"{USABLE:.0%} of the memory. How near this is to what was measured: docs/scale.md."
 )
