@@ -456,40 +456,38 @@ import sys
 sys.modules["fusion_upcycle"] = None  # as where it is not installed
 import torch
 from transformers import AutoModelForImageClassification, AutoModelForCausalLM
-folder, expected = sys.argv[1:]
-auto = AutoModelForImageClassification if "vit" in folder else AutoModelForCausalLM
-try:
-    auto.from_pretrained(folder, trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise AssertionError("ran code of the folder")
-model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-given, output = torch.load(expected)
-with torch.no_grad():
-    assert (model(**given).logits - output).abs().max() < 1e-4
-model.save_pretrained(folder + "-again")
-print(type(model).__name__, type(model).__module__.split(".")[0])
+for folder, auto in zip(sys.argv[1:], (AutoModelForImageClassification, AutoModelForCausalLM)):
+    try:
+        auto.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError("ran code of the folder")
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    given, output = torch.load(folder + ".expected")
+    with torch.no_grad():
+        assert (model(**given).logits - output).abs().max() < 1e-4
+    model.save_pretrained(folder + "-again")
+    print(type(model).__name__, type(model).__module__.split(".")[0])
 """
 
 
 def test_the_folder_loads_where_we_are_not_installed(tmp_path: Path) -> None:
-    for model_type, name in (
-        ("vit", "SparseViTForImageClassification"),
-        ("gpt2", "SparseGPT2LMHeadModel"),
-    ):
-        dense, made, moe = convert(tmp_path / model_type, model_type, torch.float32)
+    converted = [convert(tmp_path / name, name, torch.float32) for name in ("vit", "gpt2")]
+    for dense, made, moe in converted:
         assert (made.output / "modeling_sparse.py").is_file()
         given = tiny.inputs(dense)
-        torch.save((given, tiny.output(moe, **given)), tmp_path / "expected.pt")
-        done = subprocess.run(
-            [sys.executable, "-c", CLEAN, str(made.output), str(tmp_path / "expected.pt")],
-            capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "cache"), "PATH": ""},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.split() == [name, "transformers_modules"]
+        torch.save((given, tiny.output(moe, **given)), f"{made.output}.expected")
+    done = subprocess.run(
+        [sys.executable, "-c", CLEAN, *(str(made.output) for _, made, _ in converted)],
+        capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "cache"), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = ("SparseViTForImageClassification", "SparseGPT2LMHeadModel")
+    assert done.stdout.splitlines() == [f"{name} transformers_modules" for name in names]
+    for dense, made, moe in converted:
         again = load(Path(f"{made.output}-again"), dense)  # what it saved is ours as well
-        assert difference(moe, again, **given) == 0
+        assert difference(moe, again, **tiny.inputs(dense)) == 0
 
 
 def test_models_are_pickled_and_copied(tmp_path: Path) -> None:
