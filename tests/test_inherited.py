@@ -63,7 +63,7 @@ def test_sources_of_the_hub_are_base_models(
 ) -> None:
     source, other = dense_folder(tmp_path / "a"), dense_folder(tmp_path / "b", seed=1)
     identity = {"name": "org/a", "from_hub": True, "files": {}, "modified": 0}
-    monkeypatch.setattr("fusion_upcycle.conversion.run._identity", lambda *_: identity)
+    monkeypatch.setattr("fusion_upcycle.conversion.run.identity_of_source", lambda *_: identity)
     found = metadata(convert(source, tmp_path / "moe").output)
     assert (found["base_model"], found["base_model_relation"]) == ("org/a", "finetune")
     found = metadata(merge({"a": source, "b": other}, tmp_path / "merged").output)
