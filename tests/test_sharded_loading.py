@@ -45,8 +45,10 @@ def loaded(folders: dict[str, Path]) -> None:
     assert_tied(folders["mixtral"])
     with pytest.raises(ProofError, match=r"gate_up_proj was not loaded as .*strategy"):
         load_sharded(folders["mixtral"], Layout(2, axis=1), dtype=torch.float32)
-    with pytest.raises(UpcyclingError, match=r"torchrun has started 2 .*devices=4"):
+    with pytest.raises(UpcyclingError, match=r"2 processes .*Pass devices=2, or start 4 on"):
         launching.start(4, 1, "auto")
+    with pytest.raises(UpcyclingError, match=r"devices=1 .*Pass devices=2 num_nodes=1, or start"):
+        launching.require_as_started(1, 2)  # as many, but not where they are
 
 
 def assert_same(found: PreTrainedModel, wanted: PreTrainedModel) -> None:

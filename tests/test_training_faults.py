@@ -21,7 +21,7 @@ from fusion_upcycle.training.checkpoint_folders import checkpoints_in
 from fusion_upcycle.training.checkpoints import STATE_FILE, CheckpointEvery, HashedCheckpointIO
 from fusion_upcycle.training.run import Trained
 from fusion_upcycle.training.seen import MEASURED
-from fusion_upcycle.training.work_folder import held
+from fusion_upcycle.training.work_folder import held, lost_processes
 from fusion_upcycle.verify import verify_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:Routers out of balance")  # as tiny ones are
@@ -287,3 +287,24 @@ def test_processes_end_together_on_a_full_disk_and_go_on_from_the_same_checkpoin
     log = tmp_path / "two" / "log" / "metrics.csv"
     with open(log, encoding="utf-8", newline="") as lines:
         assert [row["step"] for row in csv.DictReader(lines)] == [str(n + 1) for n in range(8)]
+
+
+def test_processes_that_were_not_asked_for_do_not_each_train_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts them, and FusionBench's fabric."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(
+        UpcyclingError, match=r"2 processes were started.*Pass devices=2, or start 1"
+    ):
+        train(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_is_lost_ends_the_others_in_a_line(tmp_path: Path) -> None:
+    for said in ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", "of another kind"):
+        error = UpcyclingError if "gloo" in said else RuntimeError
+        with pytest.raises(error, match=said[-15:]) as caught, lost_processes(tmp_path):
+            raise RuntimeError(said)
+        assert (caught.type is UpcyclingError) == ("gloo" in said)

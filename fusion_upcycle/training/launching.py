@@ -23,6 +23,7 @@ def start(devices: int, num_nodes: int, accelerator: str) -> None:
     import torch.distributed as dist
 
     processes = devices * num_nodes
+    require_as_started(devices, num_nodes)
     given = os.environ.get("WORLD_SIZE")
     if given is None and processes > 1:
         nodes = f" --nnodes {num_nodes}" if num_nodes > 1 else ""
@@ -30,12 +31,6 @@ def start(devices: int, num_nodes: int, accelerator: str) -> None:
             f"strategy=fsdp on {processes} devices needs a process for each before the model is "
             f"loaded. Start it with torchrun{nodes} --nproc-per-node {devices}, followed by -m and "
             "the rest of the command."
-        )
-    if int(given or 1) != processes:
-        raise UpcyclingError(
-            f"torchrun has started {given} processes, but devices={devices} and "
-            f"num_nodes={num_nodes} make {processes}. Pass "
-            f"{setting('devices', int(given or 1) // num_nodes or 1)}, or start {processes}."
         )
     found = torch.accelerator.current_accelerator()
     if accelerator == "cpu" and found is not None:
@@ -55,6 +50,26 @@ def start(devices: int, num_nodes: int, accelerator: str) -> None:
     else:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     atexit.register(_end)
+
+
+def require_as_started(devices: int, num_nodes: int) -> None:
+    """Refuse other processes than were said: each would train by itself, all in one folder.
+
+    Raises:
+        UpcyclingError: torchrun or FusionBench's fabric has started others.
+    """
+    given = os.environ.get("WORLD_SIZE")
+    if given is None:
+        return
+    each = int(os.environ.get("LOCAL_WORLD_SIZE") or int(given) // num_nodes or 1)
+    asked = {"devices": (devices, each), "num_nodes": (num_nodes, int(given) // each)}
+    other = [setting(name, found) for name, (said, found) in asked.items() if said != found]
+    if other:
+        raise UpcyclingError(
+            f"{given} processes were started, {each} on this machine, but devices={devices} and "
+            f"num_nodes={num_nodes}. Pass {' '.join(other)}, or start "
+            f"{devices} on each of {num_nodes}."
+        )
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from fusion_upcycle.training.export import describe, export
 from fusion_upcycle.training.figure import save_routing
 from fusion_upcycle.training.fit import Before, prepare
 from fusion_upcycle.training.health import RouterHealth
+from fusion_upcycle.training.launching import require_as_started
 from fusion_upcycle.training.logs import METRICS_FILE, Metrics, quiet_lightning
 from fusion_upcycle.training.module import PretrainingModule
 from fusion_upcycle.training.moments import load_moments
@@ -49,7 +50,7 @@ from fusion_upcycle.training.stopping import Stopping
 from fusion_upcycle.training.summary import moments_in_words
 from fusion_upcycle.training.trainer import make_loader, make_trainer
 from fusion_upcycle.training.validation import Validation
-from fusion_upcycle.training.work_folder import disk_errors, held
+from fusion_upcycle.training.work_folder import disk_errors, held, lost_processes
 from fusion_upcycle.untrusted import read_object
 from fusion_upcycle.upcycling.run import recorded_options
 from fusion_upcycle.upcycling.upcycling import Upcycling
@@ -152,14 +153,17 @@ def train(
         clip: the CLIP model whose texts judge a vision tower.
 
     Raises:
-        UpcyclingError: options, data or model that do not fit; a loss that is not finite; a work
+        UpcyclingError: options, data or model that do not fit; other processes than `options` say,
+            each of which would train by itself; a loss that is not finite; a work
             folder that another run has; a disk that is full or fails; no checkpoint that is good.
         Stopped: SIGTERM or SIGINT came; the run is saved, and goes on when it is called again.
     """
+    require_as_started(options.devices, options.num_nodes)
     checkpoints = _checkpoints(places)
     if places.output is not None and not checkpoints_in(checkpoints):
         check_output(places.output, overwrite=places.overwrite)
-    with Stopping() as stopping, disk_errors(places.work), held(places.work):
+    lost = lost_processes(places.work)
+    with Stopping() as stopping, disk_errors(places.work), lost, held(places.work):
         return _train(
             model,
             processor,

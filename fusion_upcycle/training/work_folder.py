@@ -1,4 +1,4 @@
-"""A run's work folder: one run at a time, and disks that fail end it in one line."""
+"""A run's work folder: one run at a time; failing disks and lost processes end it in one line."""
 
 import errno
 import fcntl
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+
+from torch.distributed import DistBackendError
 
 from fusion_upcycle.checkpoint.durable import make_folder
 from fusion_upcycle.errors import UpcyclingError, setting
@@ -87,4 +89,24 @@ def disk_errors(work: Path) -> Iterator[None]:
         raise UpcyclingError(
             f"Reading or writing failed: {error}. When that is mended, the same command goes on "
             f"from what is in {work}."
+        ) from error
+
+
+@contextmanager
+def lost_processes(work: Path) -> Iterator[None]:
+    """Say that another process of the run has ended, in place of the trace of each that is left.
+
+    Raises:
+        UpcyclingError: in place of what gloo and NCCL raise then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, DistBackendError) or "gloo/transport" in str(error)):
+            raise
+        raise UpcyclingError(
+            "Another process of this run has ended, or cannot be reached "
+            f"({str(error).splitlines()[0]}). Why is said by itself, or by torchrun (signal 9 "
+            "mostly where memory was full). When that is mended, the same command goes on from "
+            f"what is in {work}."
         ) from error
