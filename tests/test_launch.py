@@ -48,7 +48,7 @@ def options_of(words: list[str]) -> dict[str, object]:
 
 
 def test_torchrun_is_started_as_the_documentation_says(tmp_path: Path) -> None:
-    data = ("--demo", "--tokens", "100000")
+    data = ("--demo", "--tokens", "100000", "--context-length", "128")
     words = started("torchrun.sh", tmp_path, "./moe", "./trained", *data, EXPERT_PARALLEL="2")
     documented = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = [line for line in documented.splitlines() if line.startswith("torchrun ")]
