@@ -31,6 +31,7 @@ def demo_base() -> Path:
     return demo_model("base")
 
 
+@pytest.hookimpl(trylast=True)  # what is not run is left out by then, or the shares were others
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long is at the start of each worker's share.
 
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     early = [item for item in items if item.get_closest_marker("early")]
-    others = iter([item for item in items if item not in set(early)])
+    others = iter([item for item in items if not item.get_closest_marker("early")])
     files = list(dict.fromkeys(item.path for item in early))
     ends = [len(items) * (n + 1) // workers for n in range(workers)]
     items[:] = []
