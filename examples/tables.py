@@ -114,14 +114,10 @@ def fuzz() -> str:
         ],
     )
     engines = " and ".join(f"{count:,} by {name}" for name, count in record["engines"].items())
+    again = record.get("run_again")
     return (
         f"{found.to_markdown()}\n\n{record['inputs']:,} inputs ({engines}), seed {record['seed']}, "
-        f"{record['bad']} bad."
-        + (
-            f" Mended and run again: {', '.join(again)}."
-            if (again := record.get("run_again"))
-            else ""
-        )
+        f"{record['bad']} bad." + (f" Mended and run again: {', '.join(again)}." if again else "")
     )
 
 

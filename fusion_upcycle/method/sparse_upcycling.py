@@ -89,8 +89,12 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
             output,
             base=self.base,
             **self._how,
-            **vars(self._options) | {"dtype": self._options.dtype or found.dtype},
+            **self._options_for(found),
         )
+
+    def _options_for(self, found: PooledFolder) -> dict[str, Any]:
+        """The options, with the dtype that the pool asks for where they name none."""
+        return vars(self._options) | {"dtype": self._options.dtype or found.dtype}
 
     def has_made(self, modelpool: BaseModelPool, output: Path) -> bool:
         """Whether a folder is what streaming this pool's model to it would write."""
@@ -98,9 +102,7 @@ class SparseUpcyclingAlgorithm(ConversionAlgorithm):
         if found is None or not (output / RECORD_FILE).is_file():
             return False
         record = read_object(output / RECORD_FILE)
-        options = make_options(
-            **vars(self._options) | {"dtype": self._options.dtype or found.dtype}
-        )
+        options = make_options(**self._options_for(found))
         source = identity_of_source(found.source, locate_model(found.source, self.base), self.base)
         return record.get("source") == source and record.get("options") == options.to_json()
 
